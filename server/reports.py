@@ -1,0 +1,82 @@
+"""Carry the engine's report from the final output into the response.
+
+Knows vLLM's outputs and the text of server-sent events; not what a report says.
+"""
+
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from vllm.outputs import RequestOutput
+
+REPORT_KEY = "hidrop"
+"""Of ``RequestOutput.kv_transfer_params`` on the way, of the response at the end."""
+DONE = "data: [DONE]\n\n"
+
+Item = TypeVar("Item")
+
+
+class ReportSeen:
+    """Watches the outputs of one request for the report of its first choice."""
+
+    def __init__(self, num_prompts: int = 1) -> None:
+        self.report: dict[str, Any] | None = None
+        self._num_running = num_prompts
+
+    @property
+    def finished(self) -> bool:
+        """Whether every output has passed."""
+        return self._num_running == 0
+
+    def see(self, output: RequestOutput, prompt_index: int = 0) -> None:
+        """Take the report out of an output: the response shows it once, under its own name."""
+        params = output.kv_transfer_params or {}
+        if REPORT_KEY in params:
+            is_first = prompt_index == 0 and output.outputs[0].index == 0
+            if is_first or self.report is None:
+                self.report = params[REPORT_KEY]
+            rest = {key: value for key, value in params.items() if key != REPORT_KEY}
+            output.kv_transfer_params = rest or None
+        self._num_running -= output.finished
+
+    async def watch(self, outputs: AsyncIterator[Item]) -> AsyncGenerator[Item, None]:
+        """Hand on the outputs of one prompt, or the (prompt index, output) pairs of several."""
+        async for item in outputs:
+            if isinstance(item, tuple):
+                self.see(item[1], item[0])
+            else:
+                self.see(item)  # type: ignore[arg-type]
+            yield item
+
+
+async def with_report(
+    chunks: AsyncGenerator[str, None], seen: ReportSeen
+) -> AsyncGenerator[str, None]:
+    """Put the report into the last chunk of a stream.
+
+    That is the usage chunk if the client asked for one, else the one with the finish reason. Nothing is held back
+    before the engine has finished.
+    """
+    held: str | None = None
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            if held is not None:
+                yield _with_report(held, seen.report) if chunk == DONE else held
+                held = None
+            if seen.finished and chunk != DONE:
+                held = chunk
+            else:
+                yield chunk
+    if held is not None:
+        yield held
+
+
+def _with_report(chunk: str, report: dict[str, Any] | None) -> str:
+    prefix = "data: "
+    if report is None or not chunk.startswith(prefix):
+        return chunk
+    data = json.loads(chunk[len(prefix) :])
+    if "choices" not in data:
+        return chunk  # an error
+    return f"{prefix}{json.dumps(data | {REPORT_KEY: report}, separators=(',', ':'))}\n\n"

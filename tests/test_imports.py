@@ -1,0 +1,184 @@
+"""Who may import whom, read from the source with `ast`.
+
+Ruled are imports of our packages, of vLLM and of PyTorch; other libraries are free. A string that
+names a module (a registry row, an entry point) is not an import.
+"""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DIRECTORIES = {
+    "vllm_hidrop": ROOT / "vllm_hidrop",
+    "hidrop_server": ROOT / "server",
+    "hidrop_loadtests": ROOT / "loadtests",
+}
+# `server` and the like are names of directories: importing them would load the same code twice.
+RULED = (*DIRECTORIES, "vllm", "torch", "server", "loadtests", "editable")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a module, and every module below it, may import besides itself.
+
+    always: prefixes allowed anywhere; lazily: also these inside functions and `if TYPE_CHECKING:`.
+    """
+
+    always: tuple[str, ...] = ()
+    lazily: tuple[str, ...] = ()
+
+
+PRUNING = ("vllm_hidrop.pruning",)
+SCORING = ("vllm_hidrop.scoring", *PRUNING)
+METHODS = ("vllm_hidrop.methods", *SCORING)
+CONFIG = ("vllm_hidrop.config", *METHODS)
+ENGINE = ("vllm_hidrop.engine", *SCORING)
+MODELS = ("vllm_hidrop.models", *CONFIG, *ENGINE)
+EVERYTHING = (*DIRECTORIES, "torch", "vllm")
+
+# The longest prefix rules a module. A module without a row fails: where it belongs is a decision.
+RULES = {
+    "vllm_hidrop.pruning": Rule(("torch",)),
+    "vllm_hidrop.scoring": Rule((*PRUNING, "torch")),
+    "vllm_hidrop.methods": Rule((*SCORING, "torch")),
+    "vllm_hidrop.config": Rule((*METHODS, "torch")),
+    "vllm_hidrop.engine": Rule((*SCORING, "torch", "vllm")),
+    "vllm_hidrop.models": Rule((*CONFIG, *ENGINE, "torch", "vllm")),
+    "vllm_hidrop.plugin": Rule(lazily=(*MODELS, "torch", "vllm")),
+    "vllm_hidrop.torchvision_compat": Rule(lazily=("torch",)),
+    "vllm_hidrop.costs": Rule(SCORING),
+    "vllm_hidrop.commands": Rule(("vllm_hidrop.costs", *CONFIG), lazily=EVERYTHING),
+    "vllm_hidrop.cli": Rule(("vllm_hidrop.commands", *CONFIG), lazily=EVERYTHING),
+    "vllm_hidrop.embedded": Rule((*MODELS, "torch", "vllm")),
+    "vllm_hidrop.training": Rule((*MODELS, "vllm_hidrop.embedded", "torch", "vllm")),
+    "vllm_hidrop.bench": Rule(EVERYTHING),
+    "hidrop_server": Rule((*MODELS, "vllm_hidrop.plugin", "vllm_hidrop.embedded", "torch", "vllm")),
+    "hidrop_loadtests": Rule(),
+}
+# The package file of `vllm_hidrop` runs in every Python process of the environment.
+PACKAGE_RULE = Rule()
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name; lazy when importing the file does not import it."""
+
+    target: str
+    line: int
+    lazy: bool
+
+
+def within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def is_lazy_block(node: ast.AST) -> bool:
+    if isinstance(node, ast.If):
+        return ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+
+
+def imports_in(node: ast.AST, package: str, *, lazy: bool = False) -> Iterator[Import]:
+    """Yield the imports under a node; `package` is what relative ones start from."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            for alias in child.names:
+                yield Import(alias.name, child.lineno, lazy)
+        elif isinstance(child, ast.ImportFrom):
+            parents = package.split(".")
+            kept = parents[: len(parents) - child.level + 1] if child.level else []
+            base = ".".join([*kept, child.module] if child.module else kept)
+            # In `from a import b`, b may be a module, and then it is b that the rules are about.
+            for alias in child.names:
+                yield Import(f"{base}.{alias.name}", child.lineno, lazy)
+        else:
+            yield from imports_in(child, package, lazy=lazy or is_lazy_block(child))
+
+
+def violations(module: str, source: str, *, is_package: bool = False) -> list[str]:
+    """Name every import of a module that its rule does not allow, with its line."""
+    row = max((prefix for prefix in RULES if within(module, prefix)), key=len, default=None)
+    if row is None and module != "vllm_hidrop":
+        return [f"{module} has no row in RULES"]
+    rule = RULES[row] if row else PACKAGE_RULE
+    allowed = (*rule.always, *([row] if row else []))
+
+    def is_allowed(found: Import) -> bool:
+        prefixes = (*allowed, *rule.lazily) if found.lazy else allowed
+        if found.target in ("vllm_hidrop", "vllm_hidrop.__version__"):
+            return any(within(prefix, "vllm_hidrop") for prefix in prefixes)
+        return any(within(found.target, prefix) for prefix in prefixes)
+
+    package = module if is_package else module.rpartition(".")[0]
+    return [
+        f"{module}:{found.line} imports {found.target}"
+        for found in imports_in(ast.parse(source), package)
+        if any(within(found.target, name) for name in RULED) and not is_allowed(found)
+    ]
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for package, directory in DIRECTORIES.items():
+        for path in sorted(directory.rglob("*.py")):
+            parts = path.relative_to(directory).with_suffix("").parts
+            yield ".".join([package, *(part for part in parts if part != "__init__")]), path
+
+
+def test_every_module_imports_only_what_its_rule_allows() -> None:
+    found = dict(modules())
+    assert "vllm_hidrop.torchvision_compat" in found
+    broken = [
+        violation
+        for module, path in found.items()
+        for violation in violations(module, path.read_text(encoding="utf-8"), is_package=path.name == "__init__.py")
+    ]
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("vllm_hidrop.pruning.selection", "from vllm_hidrop.scoring import attention"),
+        ("vllm_hidrop.pruning.selection", "from ..scoring import attention"),
+        ("vllm_hidrop.scoring.attention", "import vllm.config"),
+        ("vllm_hidrop.methods.fastv", "def late():\n    import vllm"),
+        ("vllm_hidrop.methods.fastv", "if TYPE_CHECKING:\n    from vllm.config import VllmConfig"),
+        ("vllm_hidrop.config.settings", "from vllm_hidrop import models"),
+        ("vllm_hidrop.engine.stages", "from vllm_hidrop.methods.hidrop import HiDrop"),
+        ("vllm_hidrop.engine.stages", "import vllm_hidrop.models.llava"),
+        ("vllm_hidrop.models.llava", "from vllm_hidrop.training import data"),
+        ("vllm_hidrop.plugin", "import torch"),
+        ("vllm_hidrop.plugin", "try:\n    from vllm import ModelRegistry\nexcept ImportError: ..."),
+        ("vllm_hidrop.cli", "import hidrop_server.app"),
+        ("vllm_hidrop", "import torch"),
+        ("hidrop_server.app", "import vllm_hidrop.training"),
+        ("hidrop_server.app", "import server.routes"),
+        ("hidrop_loadtests.run", "import vllm_hidrop"),
+        ("hidrop_loadtests.run", "def late():\n    from vllm.benchmarks import serve"),
+        ("vllm_hidrop.somewhere", "import json"),
+    ],
+)
+def test_a_broken_arrow_is_found(module: str, source: str) -> None:
+    assert len(violations(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("vllm_hidrop.pruning.selection", "import torch\nfrom .schedule import Stage"),
+        ("vllm_hidrop.methods.fastv", "from vllm_hidrop.scoring.attention import last_row"),
+        ("vllm_hidrop.engine.stages", "import vllm.v1\nfrom ..pruning import schedule"),
+        ("vllm_hidrop.models.llava", "from vllm_hidrop.engine.forward import StagedLayers"),
+        ("vllm_hidrop.plugin", "def register():\n    from vllm import ModelRegistry"),
+        ("vllm_hidrop.cli", "def serve():\n    from hidrop_server.app import run"),
+        ("vllm_hidrop.cli", "from vllm_hidrop import __version__"),
+        ("hidrop_server.app", "import vllm.entrypoints\nfrom hidrop_server.routes import router"),
+        ("hidrop_loadtests.run", "import openai\nfrom hidrop_loadtests import report"),
+    ],
+)
+def test_an_arrow_of_the_architecture_is_allowed(module: str, source: str) -> None:
+    assert violations(module, source) == []

@@ -1,0 +1,86 @@
+"""The ``hidrop`` command line: names, options and help; the work is in `vllm_hidrop.commands`.
+
+A command imports its file when it runs, so help needs neither PyTorch nor vLLM. A mistake of the
+user is one line on standard error and exit code 2.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="hidrop",
+    help="Serve multimodal models with fewer vision tokens per layer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.callback()
+def main() -> None:
+    """Serve multimodal models with fewer vision tokens per layer."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Report a ValueError as one line on standard error, exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        typer.echo(f"hidrop: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the pruning methods, their options and presets."""
+    from vllm_hidrop.commands import methods as command
+
+    command.run(as_json)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(help='A directory, a hub name, "embedded", or "7b" or "13b" for LLaVA-1.5.')
+    ] = "embedded",
+    method: Annotated[str | None, typer.Option(help="Pruning method [default: the checkpoint's].")] = None,
+    preset: Annotated[str | None, typer.Option(help="Named schedule of the method.")] = None,
+    options: Annotated[str, typer.Option(help="The method's options, a JSON object.")] = "{}",
+    force: Annotated[bool, typer.Option(help="Allow a schedule the checkpoint was not trained for.")] = False,
+    images: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Vision tokens of an image; repeat for several [default: the model's]."),
+    ] = None,
+    text: Annotated[int, typer.Option(min=1, help="Text tokens of the prompt.")] = 64,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens of a KV block.")] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a schedule would cost one request: rows, KV blocks and prefill FLOPs by stage."""
+    from vllm_hidrop.commands import plan as command
+
+    with one_line_errors():
+        choice: dict[str, Any] = {"options": parse_object(options, "--options"), "force": force}
+        choice |= {key: value for key, value in (("method", method), ("preset", preset)) if value}
+        command.run(model, choice, images or [], text, block_size, as_json)
+
+
+def parse_object(text: str, option: str) -> dict[str, Any]:
+    """Read a JSON object given on the command line.
+
+    Raises:
+        ValueError: not JSON, or not an object; the message names the option.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{option} must be a JSON object, got {text}")
+    return value

@@ -1,0 +1,243 @@
+"""``hidrop plan``: what a schedule would cost one request, before anything is served.
+
+Reads a model's configuration, never its weights. All numbers are arithmetic; none is measured.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from vllm_hidrop import costs
+from vllm_hidrop.config import HidropConfig, Resolved, resolve
+from vllm_hidrop.costs import RequestCosts, StageCosts, TextShape, VisionShape
+from vllm_hidrop.methods import ModelShape
+from vllm_hidrop.pruning import Span, make_plan
+
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True)
+class Model:
+    """What planning needs of a checkpoint; ``trained`` is the ``hidrop`` entry of its configuration."""
+
+    text: TextShape
+    vision: VisionShape | None = None
+    tokens_per_image: int | None = None
+    trained: Mapping[str, Any] | None = None
+
+
+SHAPES = {
+    "7b": Model(costs.LLAVA_7B, costs.LLAVA_7B_VISION, 576),
+    "13b": Model(costs.LLAVA_13B, costs.LLAVA_13B_VISION, 576),
+}
+"""LLaVA-1.5, known without any file."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One request: vision tokens of each image, text tokens, and the server's tokens per block."""
+
+    images: tuple[int, ...]
+    text: int
+    block_size: int
+
+
+def run(
+    model: str, choice: Mapping[str, Any], images: Sequence[int], text: int, block_size: int, as_json: bool
+) -> None:
+    """Print the stages' costs: as a table, or as JSON with the same content.
+
+    Args:
+        model: "embedded", "7b", "13b", a directory or a hub name.
+        choice: fields of :class:`HidropConfig`.
+        images: vision tokens of each image; empty for one image of the model's own size.
+        text: text tokens of the prompt, >= 1.
+        block_size: tokens of a KV block.
+        as_json: JSON instead of a table.
+
+    Raises:
+        ValueError: the model cannot be read, or the choice does not fit it.
+    """
+    known = SHAPES.get(model) or read_model(model)
+    if not images and known.tokens_per_image is None:
+        raise ValueError(f"{model} does not say how many tokens an image has; give --images")
+    workload = Workload(tuple(images) or (known.tokens_per_image or 0,), text, block_size)
+    shape = ModelShape(known.text.num_layers, known.tokens_per_image or workload.images[0])
+    resolved = resolve(HidropConfig.parse(choice), shape, known.trained)
+    found = request_costs(known, resolved, workload)
+    if as_json:
+        print(json.dumps(_as_json(model, resolved, workload, found), indent=2))
+    else:
+        _print_table(model, resolved, workload, found)
+
+
+def request_costs(model: Model, resolved: Resolved, workload: Workload) -> RequestCosts:
+    """Costs of one request whose images come before its text."""
+    spans, offset = [], 0
+    for num_tokens in workload.images:
+        spans.append(Span(offset, num_tokens))
+        offset += num_tokens
+    plan = make_plan(resolved.schedule, offset + workload.text, spans)
+    schedule, signal = resolved.schedule, resolved.method.signal
+    return costs.request_costs(model.text, schedule, plan, signal, workload.block_size, model.vision)
+
+
+def read_model(model: str) -> Model:
+    """Read shapes from a local directory or hub name.
+
+    Raises:
+        ValueError: there is no such model, or it has no text model of a known form.
+    """
+    from transformers import AutoConfig
+
+    source = _embedded_directory() if model == EMBEDDED else model
+    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
+        raise ValueError(f"no such model directory: {source}")
+    try:
+        config = AutoConfig.from_pretrained(source)
+        text = text_shape(config.get_text_config())
+    except (OSError, AttributeError, ValueError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise ValueError(f"cannot read the shape of model {model!r}: {first_line}") from error
+    vision = vision_shape(config, text) if config.model_type == "llava" else None
+    tokens = getattr(config, "image_seq_length", None) or (vision.num_patches if vision else None)
+    return Model(text, vision, tokens, getattr(config, "hidrop", None))
+
+
+def _embedded_directory() -> str:
+    try:
+        from vllm_hidrop.embedded import MODEL_DIR
+    except ImportError as error:
+        raise ValueError("this installation has no embedded model") from error
+    if not (Path(MODEL_DIR) / "config.json").is_file():
+        raise ValueError("this installation has no embedded model")
+    return str(MODEL_DIR)
+
+
+def text_shape(config: Any) -> TextShape:
+    """Sizes of a Hugging Face text configuration."""
+    heads = config.num_attention_heads
+    return TextShape(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocab_size=config.vocab_size,
+    )
+
+
+def vision_shape(config: Any, text: TextShape) -> VisionShape | None:
+    """Sizes of LLaVA's CLIP or SigLIP tower as it runs, and of its projector; None for other towers."""
+    tower = config.vision_config
+    num_class_tokens = {"clip_vision_model": 1, "siglip_vision_model": 0}.get(tower.model_type)
+    if num_class_tokens is None:
+        return None
+    chosen = config.vision_feature_layer
+    chosen = [chosen] if isinstance(chosen, int) else list(chosen)
+    # Layer 0 is the patch embedding, so -1 is the last of num_hidden_layers + 1 outputs.
+    last = max(layer if layer >= 0 else tower.num_hidden_layers + 1 + layer for layer in chosen)
+    num_patches = (tower.image_size // tower.patch_size) ** 2
+    return VisionShape(
+        num_layers=last,
+        hidden_size=tower.hidden_size,
+        intermediate_size=tower.intermediate_size,
+        patch_size=tower.patch_size,
+        num_patches=num_patches,
+        num_tokens=num_patches + num_class_tokens,
+        projector_input_size=tower.hidden_size * len(chosen),
+        text_hidden_size=text.hidden_size,
+        num_channels=tower.num_channels,
+    )
+
+
+def _as_json(model: str, resolved: Resolved, workload: Workload, found: RequestCosts) -> dict[str, Any]:
+    return {
+        "model": model,
+        "method": resolved.method.name,
+        "preset": resolved.preset,
+        **dataclasses.asdict(workload),
+        "group_size": found.group_size,
+        "stages": [dataclasses.asdict(stage) for stage in found.stages],
+        "total": {
+            "vision_token_layers": found.vision_token_layers,
+            "mean_vision_tokens": found.vision_token_layers / found.num_layers,
+            "row_layers": found.row_layers,
+            "kv_blocks": found.kv_blocks,
+            "dense_kv_blocks": found.dense_kv_blocks,
+            "kv_bytes": found.kv_bytes,
+            "dense_kv_bytes": found.dense_kv_bytes,
+            "lm_head_flops": found.lm_head_flops,
+            "flops": found.flops,
+            "dense_flops": found.dense_flops,
+            "encoder_flops": found.encoder_flops,
+        },
+        "ideal_speedup": found.ideal_speedup,
+        "ideal_speedup_with_encoder": found.ideal_speedup_with_encoder,
+    }
+
+
+def _print_table(model: str, resolved: Resolved, workload: Workload, found: RequestCosts) -> None:
+    preset = f" {resolved.preset}" if resolved.preset else ""
+    images = " + ".join(str(num_tokens) for num_tokens in workload.images)
+    table = Table(
+        title=f"{resolved.method.name}{preset} on {model}: {images} vision and {workload.text} text tokens",
+        caption="Percentages are of dense. Last row: mean per layer of vision and rows, sums of the rest.",
+        box=SIMPLE_HEAD,
+    )
+    for heading in ("Stage", "Layers", "Vision", "Rows", "KV blocks", "KV MiB", "Prefill GFLOP"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for index, stage in enumerate(found.stages):
+        table.add_row(str(index), f"{stage.first_layer}-{stage.end_layer - 1}", *_cells(stage))
+    table.add_section()
+    table.add_row("all", f"0-{found.num_layers - 1}", *_total_cells(found))
+    console = Console()
+    console.print(table)
+    console.print(_notes(workload, found), highlight=False)
+
+
+def _cells(stage: StageCosts) -> tuple[str, ...]:
+    return (
+        str(stage.vision_tokens),
+        _share(str(stage.rows), stage.rows, stage.dense_rows),
+        _share(str(stage.kv_blocks), stage.kv_blocks, stage.dense_kv_blocks),
+        _share(f"{stage.kv_bytes / 2**20:.2f}", stage.kv_bytes, stage.dense_kv_bytes),
+        _share(f"{stage.flops / 1e9:.2f}", stage.flops, stage.dense_flops),
+    )
+
+
+def _total_cells(found: RequestCosts) -> tuple[str, ...]:
+    mean_rows = found.row_layers / found.num_layers
+    return (
+        f"{found.vision_token_layers / found.num_layers:.1f}",
+        _share(f"{mean_rows:.1f}", mean_rows, found.stages[0].dense_rows),
+        _share(str(found.kv_blocks), found.kv_blocks, found.dense_kv_blocks),
+        _share(f"{found.kv_bytes / 2**20:.2f}", found.kv_bytes, found.dense_kv_bytes),
+        _share(f"{found.flops / 1e9:.2f}", found.flops, found.dense_flops),
+    )
+
+
+def _share(text: str, part: float, dense: float) -> str:
+    return f"{text} {100 * part / dense:3.0f}%"
+
+
+def _notes(workload: Workload, found: RequestCosts) -> str:
+    lines = [
+        f"One KV block: {workload.block_size} tokens of {found.group_size} layers. "
+        f"LM head, in the sum only: {found.lm_head_flops / 1e9:.2f} GFLOP.",
+        f"Ideal speed-up of prefill by FLOPs, text model: {found.ideal_speedup:.2f}",
+    ]
+    if found.encoder_flops is not None:
+        lines.append(
+            f"The same with vision tower and projector ({found.encoder_flops / 1e9:.2f} GFLOP): "
+            f"{found.ideal_speedup_with_encoder:.2f}"
+        )
+    return "\n".join(lines)

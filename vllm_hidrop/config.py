@@ -1,0 +1,126 @@
+"""The user's choice of method, checked and resolved for one model.
+
+The choice travels as ``additional_config={"hidrop": {...}}`` in vLLM's configuration; its keys are the fields of
+:class:`HidropConfig`. Knows no vLLM.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from vllm_hidrop.methods import METHODS, Method, ModelShape
+from vllm_hidrop.pruning import Schedule
+
+
+class HidropConfig(BaseModel):
+    """What a user may set; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str | None = Field(None, description="name of a pruning method; default: the checkpoint's, else none")
+    preset: str | None = Field(None, description="named schedule of the method; default: the checkpoint's own")
+    options: dict[str, Any] = Field({}, description="the method's hyper-parameters, over the preset's")
+    force: bool = Field(False, description="serve a schedule the checkpoint was not trained for")
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> Self:
+        """Check user data.
+
+        Raises:
+            ValueError: one line that names the key and the known ones.
+        """
+        try:
+            return cls(**data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            known = ", ".join(cls.model_fields)
+            raise ValueError(f"hidrop configuration: {where}: {first['msg']}; known keys: {known}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """A method and its schedule for one model."""
+
+    method: Method
+    preset: str | None
+    options: Mapping[str, Any]
+    schedule: Schedule
+
+
+def resolve(config: HidropConfig, shape: ModelShape, trained: Mapping[str, Any] | None = None) -> Resolved:
+    """Choose method, preset and schedule for a model.
+
+    Args:
+        config: the user's choice.
+        shape: the model's layers and tokens per image.
+        trained: the ``hidrop`` entry of the checkpoint's ``config.json`` (same keys as :class:`HidropConfig`).
+
+    Raises:
+        ValueError: unknown method, preset or option, a schedule that does not fit the model, or one the checkpoint was
+            not trained for.
+    """
+    own = HidropConfig.parse(trained) if trained else HidropConfig.parse({})
+    if config.method is None and config.preset is None and not config.options:
+        config = config.model_copy(update=own.model_dump(exclude={"force"}))
+    name = config.method or own.method or "none"
+    preset = config.preset or (own.preset if name == own.method else METHODS[_known(name)].default_preset)
+    if own.method and name == own.method and preset != own.preset and not config.force:
+        raise ValueError(
+            f"this checkpoint was trained for {own.method} preset {own.preset!r}, not {preset!r}; "
+            'serve that one, or set "force": true'
+        )
+    is_own = name == own.method and preset == own.preset
+    options = own.options | config.options if is_own else config.options
+    schedule = _schedule(name, preset, options, shape)
+    if is_own and not config.force and schedule != _schedule(name, preset, own.options, shape):
+        raise ValueError(
+            f"this checkpoint was trained for {own.method} with options {own.options}, not {options}; "
+            'serve those, or set "force": true'
+        )
+    return Resolved(make_method(name, preset, options), preset, options, schedule)
+
+
+def _schedule(name: str, preset: str | None, options: Mapping[str, Any], shape: ModelShape) -> Schedule:
+    method = make_method(name, preset, options)
+    try:
+        return method.schedule(shape)
+    except ValueError as error:
+        raise ValueError(f"method {name!r}: {error}") from None
+
+
+def make_method(name: str, preset: str | None = None, options: Mapping[str, Any] | None = None) -> Method:
+    """Build a method from its name, a preset and options over it.
+
+    Raises:
+        ValueError: unknown name, preset or option; the message lists the known ones.
+    """
+    cls = METHODS[_known(name)]
+    method = cls() if preset is None else cls.from_preset(preset)
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in options or {}:
+        if key not in known:
+            raise ValueError(f"method {name!r} has no option {key!r}; known: {', '.join(known) or 'none'}")
+    changes = {key: _option(cls, key, value) for key, value in (options or {}).items()}
+    try:
+        return dataclasses.replace(method, **changes)
+    except ValueError as error:
+        raise ValueError(f"method {name!r}: {error}") from None
+
+
+def _option(cls: type[Method], key: str, value: object) -> Any:
+    """Check an option's type strictly; a list stands for a tuple, which JSON lacks."""
+    adapter: TypeAdapter[Any] = TypeAdapter(get_type_hints(cls)[key])
+    try:
+        return adapter.validate_python(tuple(value) if isinstance(value, list) else value, strict=True)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"]
+        raise ValueError(f"method {cls.name!r}: option {key!r}: {message}, got {value!r}") from None
+
+
+def _known(name: str) -> str:
+    if name not in METHODS:
+        raise ValueError(f"unknown pruning method {name!r}; known: {', '.join(METHODS)}")
+    return name

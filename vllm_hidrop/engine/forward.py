@@ -1,0 +1,214 @@
+"""The staged layer loop: each stage's layers on that stage's rows, cuts between them.
+
+Knows a decoder layer's standard form (positions, hidden, residual) and where its attention is; not which model it is.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_hidrop.engine.batch import StagedStep
+from vllm_hidrop.engine.layout import ImageRun, after_injection, gather_index, image_runs
+from vllm_hidrop.engine.signals import row_attention
+from vllm_hidrop.pruning import Schedule
+from vllm_hidrop.scoring import Scorer, Signal, Signals, select_top
+
+AttentionInputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Observer = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor | None]
+"""(attention module, query [T, H * D], key [T, G * D]) -> int64 rows to attend with, or None for all."""
+
+
+@dataclass
+class _Rows:
+    """The current rows: vLLM's residual pair, and which of the step's full rows they are."""
+
+    hidden: torch.Tensor
+    residual: torch.Tensor | None
+    full: torch.Tensor
+    """int64 [T], indices into the step's full rows."""
+
+    def gather(self, index: torch.Tensor) -> None:
+        self.hidden = self.hidden[index]
+        self.residual = None if self.residual is None else self.residual[index]
+        self.full = self.full[index]
+
+
+class StagedForward:
+    """Runs a step that prefills pruned prompts.
+
+    At a cut the first layer of the new stage computes Q, K and V of all current rows once, the scorer reads Q and K, and
+    the layer goes on with the gathered Q, K, V and residual: nothing is projected twice. An injected row is the
+    projector's output with residual 0. Rows keep the positions of the full prompt throughout.
+
+    Args:
+        layers: the decoder layers, in order.
+        norm: the final norm of (hidden, residual).
+        schedule: the server's stages.
+        signal: what the scorer needs.
+        scorer: scores one image's survivors.
+    """
+
+    def __init__(
+        self, layers: Sequence[nn.Module], norm: nn.Module, schedule: Schedule, signal: Signal, scorer: Scorer
+    ) -> None:
+        self.layers = layers
+        self.norm = norm
+        self.schedule = schedule
+        self.signal = signal
+        self.scorer = scorer
+
+    def __call__(self, step: StagedStep, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Run all layers.
+
+        Args:
+            step: the step's layout.
+            embeds: [T, C], input embeddings of the full rows, projector outputs at the vision rows.
+            positions: int64 [T], RoPE positions of the full rows.
+
+        Returns:
+            [T, C], final hidden states; rows that the last stage does not hold are zero.
+        """
+        rows = _Rows(embeds, None, torch.arange(embeds.shape[0], device=embeds.device))
+        scores: dict[tuple[int, int], torch.Tensor] = {}
+        for stage, batch in enumerate(step.stages):
+            first, end = self.schedule.stages[stage].first_layer, self.schedule.end_layers[stage]
+            runs = self._inject(rows, image_runs(step, stage), embeds)
+            if self._cuts_inside(runs):
+                self._run_cut_layer(first, rows, runs, positions)
+                first += 1
+            elif runs:
+                rows.gather(self._select(rows, runs, first, scores))
+            assert rows.hidden.shape[0] == batch.num_tokens, "rows differ from the plan"
+            scores = self._run_layers(first, end, rows, positions, self._upcoming(step, stage))
+        hidden, _ = self.norm(rows.hidden, rows.residual)
+        return _scatter(hidden, rows.full, embeds.shape[0])
+
+    def _cuts_inside(self, runs: list[ImageRun]) -> bool:
+        return self.signal is Signal.NEXT_ATTENTION and any(run.selects for run in runs)
+
+    def _upcoming(self, step: StagedStep, stage: int) -> list[ImageRun]:
+        """Images to score under the last layer of this stage, for the next one."""
+        if self.signal is not Signal.PREVIOUS_ATTENTION or stage + 1 == len(step.stages):
+            return []
+        return [run for run in image_runs(step, stage + 1) if run.selects]
+
+    def _inject(self, rows: _Rows, runs: list[ImageRun], embeds: torch.Tensor) -> list[ImageRun]:
+        """Bring in the images that start here; return the runs that are left, in the new rows."""
+        coming = [run for run in runs if run.injects]
+        if not coming:
+            return runs
+        index = gather_index(coming, rows.hidden.shape[0], {}, embeds.device)
+        full_rows = torch.arange(embeds.shape[0], device=embeds.device)
+        assert rows.residual is not None, "a layer has run before any injection"
+        rows.hidden = torch.cat((rows.hidden, embeds))[index]
+        rows.residual = torch.cat((rows.residual, torch.zeros_like(embeds)))[index]
+        rows.full = torch.cat((rows.full, full_rows))[index]
+        return after_injection(runs)
+
+    def _run_layers(
+        self, first: int, end: int, rows: _Rows, positions: torch.Tensor, upcoming: list[ImageRun]
+    ) -> dict[tuple[int, int], torch.Tensor]:
+        """Run whole layers; return the attention of the last one to the images named in ``upcoming``."""
+        scores: dict[tuple[int, int], torch.Tensor] = {}
+        if first == end:
+            assert not upcoming, "a stage of one layer is its own cut layer"
+            return scores
+        here = positions[rows.full]
+        for layer in self.layers[first : end - 1]:
+            rows.hidden, rows.residual = layer(here, rows.hidden, rows.residual)
+
+        def observe(attention: Any, query: torch.Tensor, key: torch.Tensor) -> None:
+            scores.update(_attention_to(upcoming, attention, query, key))
+
+        last: Any = self.layers[end - 1]
+        with _Observed(last.self_attn.attn, observe if upcoming else None):
+            rows.hidden, rows.residual = last(here, rows.hidden, rows.residual)
+        return scores
+
+    def _run_cut_layer(self, layer_index: int, rows: _Rows, runs: list[ImageRun], positions: torch.Tensor) -> None:
+        layer: Any = self.layers[layer_index]
+        if rows.residual is None:
+            rows.residual = rows.hidden
+            normed = layer.input_layernorm(rows.hidden)
+        else:
+            normed, rows.residual = layer.input_layernorm(rows.hidden, rows.residual)
+        here = positions[rows.full]
+
+        def select(attention: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            index = self._select(rows, runs, layer_index, _attention_to(runs, attention, query, key))
+            rows.gather(index)
+            return index
+
+        with _Observed(layer.self_attn.attn, select):
+            attended = layer.self_attn(positions=here, hidden_states=normed)
+        hidden, rows.residual = layer.post_attention_layernorm(attended, rows.residual)
+        rows.hidden = layer.mlp(hidden)
+
+    def _select(
+        self, rows: _Rows, runs: list[ImageRun], layer: int, attention: dict[tuple[int, int], torch.Tensor]
+    ) -> torch.Tensor:
+        """Score every image that must choose; return the index of the rows that stay."""
+        selections = {}
+        for run in runs:
+            if run.selects:
+                survivors = rows.full[run.first_row : run.first_row + run.num_rows] - run.full_first_row
+                size = run.prefill.plan.spans[run.image].length
+                signals = Signals(layer, run.keep, size, survivors, attention.get(run.key))
+                selections[run.key] = select_top(self.scorer(signals), run.keep)
+        return gather_index(runs, rows.hidden.shape[0], selections, rows.hidden.device)
+
+
+class _Observed:
+    """While entered, ``observer`` sees an attention module's Q and K after RoPE, and may name the rows to go on with."""
+
+    def __init__(self, attention: nn.Module, observer: Observer | Callable[..., None] | None) -> None:
+        self.attention = attention
+        self.observer = observer
+
+    def __enter__(self) -> None:
+        if self.observer is not None:
+            self.handle = self.attention.register_forward_pre_hook(self._observe)
+
+    def __exit__(self, *_: object) -> None:
+        if self.observer is not None:
+            self.handle.remove()
+
+    def _observe(self, attention: nn.Module, inputs: AttentionInputs) -> AttentionInputs | None:
+        query, key, value = inputs
+        assert self.observer is not None
+        index = self.observer(attention, query, key)
+        return None if index is None else (query[index], key[index], value[index])
+
+
+def _attention_to(
+    runs: list[ImageRun], attention: Any, query: torch.Tensor, key: torch.Tensor
+) -> dict[tuple[int, int], torch.Tensor]:
+    """Attention of each request's last prompt row to its images that must choose, float32 [V] each."""
+    result = {}
+    by_request: dict[int, list[ImageRun]] = {}
+    for run in runs:
+        if run.selects:
+            by_request.setdefault(run.prefill.index, []).append(run)
+    for group in by_request.values():
+        first, last = group[0].prompt_first_row, group[0].prompt_last_row
+        weights = row_attention(
+            query[last],
+            key[first : last + 1],
+            attention.num_heads,
+            attention.num_kv_heads,
+            attention.impl.scale,
+        )
+        for run in group:
+            start = run.first_row - first
+            result[run.key] = weights[start : start + run.num_rows]
+    return result
+
+
+def _scatter(hidden: torch.Tensor, full: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Put compact rows back in their places among the full rows."""
+    if hidden.shape[0] == num_rows:
+        return hidden
+    return hidden.new_zeros(num_rows, hidden.shape[1]).index_copy_(0, full, hidden)

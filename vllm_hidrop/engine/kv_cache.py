@@ -1,0 +1,79 @@
+"""Every stage's own paged KV cache: spec and manager.
+
+vLLM groups layers of equal spec and gives each group its own block tables from one shared pool. A :class:`StageSpec`
+carries its stage, so stages become groups; a :class:`StageManager` counts the tokens its stage holds instead of the
+tokens of the request. Knows no model runner.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, register_all_kvcache_specs
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from vllm_hidrop.pruning import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec(FullAttentionSpec):
+    """A full-attention layer's cache format plus the stage it belongs to."""
+
+    stage: int
+
+    @classmethod
+    def of(cls, spec: FullAttentionSpec, stage: int) -> Self:
+        """The same format, in a stage."""
+        return cls(**{f.name: getattr(spec, f.name) for f in fields(spec) if f.init}, stage=stage)
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """Merge equal specs only: layers of two stages must not share a block table."""
+        assert all(spec == specs[0] for spec in specs), "layers of different stages cannot share a KV cache group"
+        return specs[0]
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        """Whether all layers are of this stage."""
+        return all(isinstance(spec, StageSpec) and spec.stage == self.stage for spec in kv_cache_specs.values())
+
+
+class StageManager(FullAttentionManager):
+    """Allocates blocks for the tokens a stage really holds.
+
+    ::
+
+        request   t t t v v v v v v t t | o o      t text, v vision, o generated
+        stage 0   t t t t t | o o                  -> ceil(7 / block_size) blocks
+        stage 1   t t t v v v v v v t t | o o      -> ceil(13 / block_size) blocks
+    """
+
+    plans: Mapping[str, Plan] = {}
+
+    def follow(self, plans: Mapping[str, Plan]) -> None:
+        """Read plans by request id from this mapping, which the scheduler keeps."""
+        self.plans = plans
+
+    def _stage_tokens(self, request_id: str, num_tokens: int) -> int:
+        plan = self.plans.get(request_id)
+        return num_tokens if plan is None else plan.stage_tokens(self.kv_cache_spec.stage, num_tokens)
+
+    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
+        """vLLM's count, for this stage's share of ``num_tokens``."""
+        stage_tokens = self._stage_tokens(request_id, num_tokens)
+        return super().get_num_blocks_to_allocate(request_id, stage_tokens, *args, **kwargs)
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        """vLLM's allocation, for this stage's share of ``num_tokens``."""
+        stage_tokens = self._stage_tokens(request_id, num_tokens)
+        return super().allocate_new_blocks(request_id, stage_tokens, stage_tokens)
+
+
+def register_stage_spec() -> None:
+    """Make the spec known in this process; idempotent.
+
+    The built-in specs must come first: ours in an empty registry would leave them unknown in this process.
+    """
+    register_all_kvcache_specs(None)
+    KVCacheSpecRegistry.register(StageSpec, StageManager, uniform_type_base_spec=StageSpec)

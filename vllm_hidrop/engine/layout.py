@@ -1,0 +1,136 @@
+"""Where every image's rows stand in a stage, and the gather that leads from one stage's rows to the next.
+
+Knows counts and row indices; not layers, not attention.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_hidrop.engine.batch import PrunedPrefill, StageBatch, StagedStep
+
+Selections = Mapping[tuple[int, int], torch.Tensor]
+"""(request's place in the batch, image) -> int64 [keep], chosen rows inside the image's current run."""
+
+
+@dataclass(frozen=True)
+class ImageRun:
+    """One image's run of rows before and after a change of stage, with its prompt's first and last row."""
+
+    prefill: PrunedPrefill
+    image: int
+    first_row: int
+    """First row of the run in the current rows."""
+    num_rows: int
+    keep: int
+    """Rows after the change."""
+    full_first_row: int
+    """First row of the image in the step's full rows."""
+    prompt_first_row: int
+    prompt_last_row: int
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Names the run in :data:`Selections`."""
+        return self.prefill.index, self.image
+
+    @property
+    def injects(self) -> bool:
+        """Whether the image comes in from the projector."""
+        return self.keep > self.num_rows
+
+    @property
+    def selects(self) -> bool:
+        """Whether a score decides who stays."""
+        return 0 < self.keep < self.num_rows
+
+    def shifted(self, num_rows: int) -> "ImageRun":
+        """The same run, ``num_rows`` rows further on."""
+        return replace(
+            self,
+            first_row=self.first_row + num_rows,
+            prompt_first_row=self.prompt_first_row + num_rows,
+            prompt_last_row=self.prompt_last_row + num_rows,
+        )
+
+
+def image_runs(step: StagedStep, stage: int) -> list[ImageRun]:
+    """Every image that changes on entry to ``stage``, in row order, in the rows of the stage before."""
+    before = step.stages[stage - 1] if stage else step.full
+    return [
+        run
+        for prefill in step.prefills
+        for run in _runs_of(prefill, before, step.full, stage)
+        if run.keep != run.num_rows
+    ]
+
+
+def _runs_of(prefill: PrunedPrefill, before: StageBatch, full: StageBatch, stage: int) -> Iterator[ImageRun]:
+    plan = prefill.plan
+    first_row = int(before.row_starts[prefill.index])
+    full_first_row = int(full.row_starts[prefill.index])
+    dropped = plan.dropped[stage - 1] if stage else 0
+    missing = 0
+    for image, span in enumerate(plan.spans):
+        num_rows = plan.kept[stage - 1][image] if stage else span.length
+        yield ImageRun(
+            prefill,
+            image,
+            first_row=first_row + span.offset - missing,
+            num_rows=num_rows,
+            keep=plan.kept[stage][image],
+            full_first_row=full_first_row + span.offset,
+            prompt_first_row=first_row,
+            prompt_last_row=first_row + plan.num_prompt_tokens - dropped - 1,
+        )
+        missing += span.length - num_rows
+
+
+def after_injection(runs: list[ImageRun]) -> list[ImageRun]:
+    """The runs that do not inject, in the rows as they are once the others have.
+
+    Within one prompt either all changing images inject or none does, so a run moves by what earlier prompts inject.
+    """
+    left = []
+    injected = 0
+    for run in runs:
+        if run.injects:
+            injected += run.keep
+        else:
+            left.append(run.shifted(injected))
+    return left
+
+
+def gather_index(
+    runs: list[ImageRun], num_rows: int, selections: Selections, device: torch.device
+) -> torch.Tensor:
+    """Index of the next rows into the current rows followed by the step's full rows.
+
+    Runs that inject take their rows from the full rows, which start at index ``num_rows``; the others keep their
+    selection, or nothing. All sizes are known on the host: nothing is read back from the device.
+
+    Returns:
+        int64 [T_next].
+    """
+    pieces: list[npt.NDArray[np.int64]] = []
+    chosen: list[tuple[int, ImageRun]] = []
+    cursor = length = 0
+    for run in runs:
+        pieces.append(np.arange(cursor, run.first_row))
+        length += run.first_row - cursor
+        if run.injects:
+            pieces.append(np.arange(run.full_first_row, run.full_first_row + run.keep) + num_rows)
+        else:
+            pieces.append(np.zeros(run.keep, dtype=np.int64))
+            if run.keep:
+                chosen.append((length, run))
+        length += run.keep
+        cursor = run.first_row + run.num_rows
+    pieces.append(np.arange(cursor, num_rows))
+    index = torch.from_numpy(np.concatenate(pieces)).to(device, non_blocking=True)
+    for first, run in chosen:
+        index[first : first + run.keep] = selections[run.key] + run.first_row
+    return index

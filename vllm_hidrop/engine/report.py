@@ -1,0 +1,64 @@
+"""What one finished request held and ran, read from the engine: the ``hidrop`` object users see."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.utils.math_utils import cdiv
+
+from vllm_hidrop.engine.planner import Planner
+from vllm_hidrop.pruning import Plan
+
+
+def make_report(
+    planner: Planner, plan: Plan, rows_run: tuple[int, ...] | None, managers: Sequence[Any], request: Any
+) -> dict[str, Any]:
+    """Read a request's state just before its blocks are freed.
+
+    Args:
+        planner: the server's schedule and names.
+        plan: the request's plan.
+        rows_run: rows of every stage in the prompt's prefill, as the worker ran them; None when the prompt ran dense.
+        managers: vLLM's block managers, one per KV group.
+        request: vLLM's request.
+
+    Returns:
+        Plain data; ``kv_blocks`` are blocks of the shared pool, ``layer_tokens`` rows summed over layers.
+    """
+    schedule = planner.schedule
+    rows = rows_run or (plan.num_prompt_tokens,) * len(schedule.stages)
+    blocks = [0] * len(schedule.stages)
+    for manager in managers:
+        stage = getattr(manager.kv_cache_spec, "stage", 0)
+        blocks[stage] += len(manager.req_to_blocks.get(request.request_id, ()))
+    num_text_tokens = plan.num_prompt_tokens - plan.num_vision_tokens
+    stages = [
+        {
+            "first_layer": stage.first_layer,
+            "end_layer": end,
+            "kept": rows[i] - num_text_tokens,
+            "rows": rows[i],
+            "kv_blocks": blocks[i],
+        }
+        for i, (stage, end) in enumerate(zip(schedule.stages, schedule.end_layers, strict=True))
+    ]
+    return {
+        "method": planner.method,
+        "preset": planner.preset,
+        "mode": _mode(plan),
+        "fallback": plan.fallback,
+        "prompt_tokens": plan.num_prompt_tokens,
+        "vision_tokens": plan.num_vision_tokens,
+        "stages": stages,
+        "kv_blocks": sum(blocks),
+        "kv_blocks_dense": sum(cdiv(request.num_computed_tokens, m.block_size) for m in managers),
+        "layer_tokens": sum(n * schedule.layers_in(i) for i, n in enumerate(rows)),
+        "layer_tokens_dense": plan.num_prompt_tokens * schedule.num_layers,
+    }
+
+
+def _mode(plan: Plan) -> str:
+    if plan.fallback:
+        return "fallback"
+    if not plan.spans:
+        return "text"
+    return "pruned" if plan.is_pruned else "off"

@@ -1,0 +1,103 @@
+"""The scheduler: plans every request, keeps a pruned prompt in one step, reports what was held.
+
+Rules, on top of vLLM's own:
+
+1. A request is planned once, when it arrives; its stages' managers count by that plan until it is freed.
+2. A pruned prompt is prefilled whole, in one step: scoring needs its last row beside every vision row. Until the step has
+   room (token budget, encoder budget, blocks) it waits at the head of the queue, so it cannot starve.
+3. Text-only and ``off`` requests are scheduled, chunked and preempted as in vLLM.
+4. A preempted request is prefilled again under the same plan; tokens it had generated may follow in the same step.
+5. A request whose options are invalid (the server refuses those with a 400 before they get here) ends with an error;
+   nothing else is touched.
+"""
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+
+from vllm_hidrop.engine.kv_cache import StageManager
+from vllm_hidrop.engine.planner import Planner, spans_of
+from vllm_hidrop.engine.report import make_report
+from vllm_hidrop.pruning import Plan, make_plan
+
+logger = init_logger(__name__)
+
+
+class _StagedScheduling:
+    """The rules, for either of vLLM's schedulers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.planner = Planner.from_vllm_config(self.vllm_config)
+        self.plans: dict[str, Plan] = {}
+        self.rows_run: dict[str, tuple[int, ...]] = {}
+        self.max_prompt_tokens = self.max_num_scheduled_tokens
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            if isinstance(manager, StageManager):
+                manager.follow(self.plans)
+
+    def add_request(self, request: Request) -> None:
+        """Plan the request, then vLLM's admission (rules 1 and 5)."""
+        if request.request_id not in self.requests:
+            self.plans[request.request_id] = self._plan(request)
+        super().add_request(request)
+
+    def _plan(self, request: Request) -> Plan:
+        params = request.sampling_params
+        spans = spans_of(request.mm_features)
+        try:
+            plan = self.planner.plan(
+                request.num_prompt_tokens,
+                spans,
+                params.extra_args if params else None,
+                wants_prompt_logprobs=params is not None and params.prompt_logprobs is not None,
+            )
+            if plan.is_pruned and plan.num_prompt_tokens > self.max_prompt_tokens:
+                raise ValueError(
+                    f"a pruned prompt is prefilled in one step: {plan.num_prompt_tokens} tokens exceed "
+                    f"--max-num-batched-tokens {self.max_prompt_tokens}"
+                )
+            return plan
+        except ValueError as error:
+            logger.error("request %s refused: %s", request.request_id, error)
+            # vLLM ends the requests of this set with an error at its next update.
+            self.grammar_compile_error_reqs.add(request.request_id)
+            return make_plan(self.planner.schedule, request.num_prompt_tokens, spans, keep_all=True)
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """vLLM's last word on a prefill chunk's length: all of a pruned prompt or nothing (rule 2)."""
+        num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        plan = self.plans[request.request_id]
+        if plan.is_pruned and 0 < num_computed_tokens + num_new_tokens < plan.num_prompt_tokens:
+            return 0
+        return num_new_tokens
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Take the worker's word on the rows it ran, then vLLM's update."""
+        self.rows_run.update(getattr(model_runner_output, "rows_run", {}))
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
+        """Report what the request held, free it as vLLM does, forget its plan."""
+        plan = self.plans.pop(request.request_id)
+        rows_run = self.rows_run.pop(request.request_id, None)
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        report = make_report(self.planner, plan, rows_run, managers, request)
+        kv_transfer_params, ec_transfer_params = super()._free_request(request, delay_free_blocks)
+        return {**(kv_transfer_params or {}), "hidrop": report}, ec_transfer_params
+
+
+class StagedScheduler(_StagedScheduling, Scheduler):
+    """vLLM's scheduler with the rules above."""
+
+
+class StagedAsyncScheduler(_StagedScheduling, AsyncScheduler):
+    """vLLM's asynchronous scheduler with the rules above."""

@@ -1,0 +1,22 @@
+"""The registry of pruning methods, one small file per paper.
+
+To add one: write ``methods/<paper>.py`` and add a row here.
+"""
+
+from vllm_hidrop.methods.base import Method, ModelShape
+from vllm_hidrop.methods.controls import Random, Uniform
+from vllm_hidrop.methods.fastv import FastV
+from vllm_hidrop.methods.hidrop import HiDrop
+from vllm_hidrop.methods.none import NoPruning
+from vllm_hidrop.methods.pyramiddrop import PyramidDrop
+
+__all__ = ["METHODS", "Method", "ModelShape"]
+
+METHODS: dict[str, type[Method]] = {
+    "none": NoPruning,
+    "hidrop": HiDrop,
+    "fastv": FastV,
+    "pyramiddrop": PyramidDrop,
+    "random": Random,
+    "uniform": Uniform,
+}

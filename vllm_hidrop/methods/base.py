@@ -1,0 +1,60 @@
+"""What every method file provides: a schedule, a signal and a score.
+
+Knows no vLLM and no model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+
+from vllm_hidrop.pruning import Schedule
+from vllm_hidrop.scoring import Signal, Signals
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The two numbers a schedule depends on."""
+
+    num_layers: int
+    tokens_per_image: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods: a frozen dataclass whose fields are the paper's hyper-parameters.
+
+    A method is data plus one function, :meth:`score`.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    summary: ClassVar[str]
+    signal: ClassVar[Signal] = Signal.NONE
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
+    default_preset: ClassVar[str | None] = None
+
+    @classmethod
+    def from_preset(cls, preset: str) -> Self:
+        """The method with a preset's values.
+
+        Raises:
+            ValueError: no such preset; the message lists the known ones.
+        """
+        if preset not in cls.presets:
+            known = ", ".join(cls.presets) or "none"
+            raise ValueError(f"method {cls.name!r} has no preset {preset!r}; known: {known}")
+        return cls(**cls.presets[preset])  # type: ignore[arg-type]
+
+    def schedule(self, shape: ModelShape) -> Schedule:
+        """The stages for a model of this shape.
+
+        Raises:
+            ValueError: the hyper-parameters do not fit the model.
+        """
+        raise NotImplementedError
+
+    def score(self, signals: Signals) -> torch.Tensor:
+        """One float32 score per surviving vision token of one image, [V]; higher means keep."""
+        raise NotImplementedError

@@ -1,0 +1,46 @@
+"""PyramidDrop: halve the vision tokens at the end of every quarter of the model."""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_hidrop.methods.base import Method, ModelShape
+from vllm_hidrop.pruning import KeepValue, Schedule
+from vllm_hidrop.scoring import Signal, Signals, attention_score
+
+
+@dataclass(frozen=True)
+class PyramidDrop(Method):
+    """Several stages of equal length, each keeping a fixed fraction of the image's tokens.
+
+    **Source** arXiv 2410.17247 section 3; released defaults: cuts 8, 16, 24 of 32 layers, keeps 0.5, 0.25, 0.125.
+
+    **Differs** the row that scores is the last prompt row, which is the last instruction row at inference. Positions are
+    never renumbered. Each image keeps its own share.
+
+    **Options** ``cuts`` (depth of every cut as a fraction of the layers), ``keeps`` (fraction or count per image after
+    each cut).
+    """
+
+    name = "pyramiddrop"
+    paper = "arXiv 2410.17247"
+    summary = "halves the tokens at every quarter of the depth"
+    signal = Signal.NEXT_ATTENTION
+
+    cuts: tuple[float, ...] = (0.25, 0.5, 0.75)
+    keeps: tuple[KeepValue, ...] = (0.5, 0.25, 0.125)
+
+    def __post_init__(self) -> None:
+        if len(self.cuts) != len(self.keeps):
+            raise ValueError(f"cuts and keeps must pair up, got {len(self.cuts)} and {len(self.keeps)}")
+
+    def schedule(self, shape: ModelShape) -> Schedule:
+        """All, then one stage per cut; cuts that fall on one layer merge, the smaller keep wins."""
+        keeps: dict[int, KeepValue] = {0: "all"}
+        for depth, keep in zip(self.cuts, self.keeps, strict=True):
+            keeps[max(1, round(depth * shape.num_layers))] = keep
+        return Schedule.of(keeps, shape.num_layers)
+
+    def score(self, signals: Signals) -> torch.Tensor:
+        """Attention under the layer about to run."""
+        return attention_score(signals)

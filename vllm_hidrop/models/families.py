@@ -1,0 +1,72 @@
+"""The table of model families. To add one: write ``models/<family>.py`` and add a row here. Imports nothing heavy."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_hidrop.methods import ModelShape
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model architecture that can run staged.
+
+    Attributes:
+        stock: vLLM's architecture name.
+        staged: ours.
+        path: ``module:class`` of the staged model, imported when the engine loads it.
+        vision_towers: ``model_type`` of the towers it can run with.
+        text_models: ``model_type`` of the text models whose decoder layers have the standard form.
+    """
+
+    stock: str
+    staged: str
+    path: str
+    vision_towers: tuple[str, ...]
+    text_models: tuple[str, ...]
+
+    def check(self, hf_config: Any) -> None:
+        """Refuse a checkpoint of this architecture whose parts we cannot run staged.
+
+        Raises:
+            ValueError: names the part and the supported ones.
+        """
+        parts = (
+            ("vision tower", hf_config.vision_config.model_type, self.vision_towers),
+            ("text model", hf_config.text_config.model_type, self.text_models),
+        )
+        for part, found, known in parts:
+            if found not in known:
+                raise ValueError(f"{self.stock} with {part} {found!r} cannot run staged; supported: {', '.join(known)}")
+
+    def shape(self, hf_config: Any) -> ModelShape:
+        """Layers and tokens per image of a LLaVA-1.5 style configuration."""
+        vision = hf_config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        has_class_token = vision.model_type == "clip_vision_model"
+        keeps_class_token = has_class_token and hf_config.vision_feature_select_strategy == "full"
+        return ModelShape(hf_config.text_config.num_hidden_layers, patches + keeps_class_token)
+
+
+FAMILIES = {
+    family.stock: family
+    for family in (
+        Family(
+            stock="LlavaForConditionalGeneration",
+            staged="HidropLlavaForConditionalGeneration",
+            path="vllm_hidrop.models.llava:HidropLlavaForConditionalGeneration",
+            vision_towers=("clip_vision_model", "siglip_vision_model"),
+            text_models=("llama", "mistral", "qwen2"),
+        ),
+    )
+}
+
+
+def hidrop_architecture(stock_architecture: str) -> str | None:
+    """Our architecture name for vLLM's, or None when the family cannot run staged."""
+    family = FAMILIES.get(stock_architecture)
+    return family.staged if family else None
+
+
+def family_of(architecture: str) -> Family:
+    """The family of one of our architecture names."""
+    return next(family for family in FAMILIES.values() if family.staged == architecture)

@@ -1,0 +1,30 @@
+"""The entry point vLLM loads in every process; the only file that touches vLLM's registries. Imports nothing heavy."""
+
+
+def register() -> None:
+    """Register specs, families and their configuration hook; idempotent, called by vLLM's plug-in loader.
+
+    Raises:
+        RuntimeError: this is not the vLLM version the extension is written for.
+    """
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+    from vllm_hidrop.engine.compat import check_vllm_version
+    from vllm_hidrop.engine.kv_cache import register_stage_spec
+    from vllm_hidrop.models.families import FAMILIES
+
+    check_vllm_version()
+    register_stage_spec()
+
+    class HidropModelConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
+        @staticmethod
+        def verify_and_update_config(vllm_config: object) -> None:
+            from vllm_hidrop.models.staged import configure
+
+            configure(vllm_config)
+
+    for family in FAMILIES.values():
+        if family.staged not in ModelRegistry.get_supported_archs():
+            ModelRegistry.register_model(family.staged, family.path)
+        MODELS_CONFIG_MAP[family.staged] = HidropModelConfig

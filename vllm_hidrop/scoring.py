@@ -1,0 +1,82 @@
+"""Signals and scores: what a method may look at, and one float32 score per vision token.
+
+Knows tensors, not vLLM; knows one image at a time, not batches.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import torch
+
+
+class Signal(StrEnum):
+    """What a scorer needs the engine to compute at a cut."""
+
+    NEXT_ATTENTION = "next_attention"
+    """Last prompt row's attention under the Q and K of the first layer of the new stage, on all current rows."""
+    PREVIOUS_ATTENTION = "previous_attention"
+    """The same under the Q and K of the last layer of the old stage, as that layer ran."""
+    NONE = "none"
+    """Nothing: the score depends on the token's place only."""
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What is known about one image's surviving vision tokens at a cut.
+
+    Attributes:
+        layer: first layer of the new stage.
+        keep: tokens the new stage keeps, 0 < keep < V.
+        num_image_tokens: tokens the image had before any cut.
+        survivors: int64 [V], index of every survivor inside its image, ascending.
+        attention: float32 [V], attention of the last prompt row to each survivor: softmax over all the request's
+            rows, then mean over heads. None unless the method asks for a signal.
+    """
+
+    layer: int
+    keep: int
+    num_image_tokens: int
+    survivors: torch.Tensor
+    attention: torch.Tensor | None
+
+
+Scorer = Callable[[Signals], torch.Tensor]
+"""Signals of one image -> float32 [V] scores; higher means keep."""
+
+
+def select_top(scores: torch.Tensor, keep: int) -> torch.Tensor:
+    """The ``keep`` highest scores, lowest index first among equals, in ascending order.
+
+    Args:
+        scores: float32 [V].
+        keep: 0 < keep <= V.
+
+    Returns:
+        int64 [keep], indices into ``scores``. No host synchronisation.
+    """
+    order = torch.sort(scores, descending=True, stable=True).indices
+    return order[:keep].sort().values
+
+
+def attention_score(signals: Signals) -> torch.Tensor:
+    """The attention itself; HiDrop section 3.3, FastV section 4, PyramidDrop section 3."""
+    assert signals.attention is not None
+    return signals.attention
+
+
+def random_score(signals: Signals, seed: int) -> torch.Tensor:
+    """A number that depends on seed, cut layer and the token's place in its image only."""
+    table = np.random.default_rng([seed, signals.layer]).random(signals.num_image_tokens)
+    table_on_device = torch.from_numpy(table.astype(np.float32)).to(signals.survivors.device)
+    return table_on_device[signals.survivors]
+
+
+def uniform_score(signals: Signals) -> torch.Tensor:
+    """1 for survivors evenly spaced in reading order (the middle of ``keep`` equal bins), 0 for the rest."""
+    num_survivors = signals.survivors.shape[0]
+    bins = torch.arange(signals.keep, device=signals.survivors.device)
+    chosen = (2 * bins + 1) * num_survivors // (2 * signals.keep)
+    scores = torch.zeros(num_survivors, dtype=torch.float32, device=signals.survivors.device)
+    return scores.index_fill_(0, chosen, 1.0)
