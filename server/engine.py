@@ -3,9 +3,9 @@
 Knows vLLM's ``AsyncLLM`` and the planner; not HTTP.
 """
 
+from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from argparse import Namespace
 from typing import Any
 
 from vllm import SamplingParams
@@ -103,7 +103,7 @@ class HidropOutputProcessor(OutputProcessor):
         self.metrics.ended(self.reports.pop(req_state.request_id, None))
 
     def abort_requests(self, request_ids: Iterable[str], internal: bool) -> list[str]:
-        """vLLM's abort, and a count for every sequence that was running."""
+        """Stock abort, and a count for every sequence that was running."""
         before = set(self.request_states)
         aborted = super().abort_requests(request_ids, internal)
         for request_id in before.difference(self.request_states):

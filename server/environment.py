@@ -5,13 +5,14 @@ Knows names and values only.
 
 import os
 
+MEDIA_CONNECTOR = "hidrop"
+"""Name of `hidrop_server.media`'s connector."""
 SAFE_DEFAULTS = {
     # Every URL is checked against --allowed-media-domains; a redirect would get around that.
     "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
     # A small PNG can unpack to gigabytes. 50 megapixels is the largest phone camera; vLLM's default is 179.
     "VLLM_MAX_IMAGE_PIXELS": "50000000",
-    # hidrop_server.media
-    "VLLM_MEDIA_CONNECTOR": "hidrop",
+    "VLLM_MEDIA_CONNECTOR": MEDIA_CONNECTOR,
 }
 EMBEDDED_DEFAULTS = {
     # The embedded model is on this disk: no look at the network, and a pool a laptop can spare (GiB).

@@ -32,7 +32,9 @@ COUNTERS = (
     CounterSpec("vllm_hidrop_vision_tokens_in", "Vision tokens in the prompts of reported sequences."),
     CounterSpec("vllm_hidrop_vision_tokens_kept", "Vision tokens held, by layer stage.", ("stage",)),
     CounterSpec("vllm_hidrop_layer_tokens_run", "Rows that prefills ran, summed over layers."),
-    CounterSpec("vllm_hidrop_layer_tokens_dense", "Rows that the same prefills have without pruning, summed over layers."),
+    CounterSpec(
+        "vllm_hidrop_layer_tokens_dense", "Rows that the same prefills have without pruning, summed over layers."
+    ),
     CounterSpec("vllm_hidrop_kv_blocks_held", "KV blocks held when a sequence ended."),
     CounterSpec("vllm_hidrop_kv_blocks_dense", "KV blocks the same sequences hold without pruning."),
     CounterSpec("vllm_hidrop_refused_requests", "Requests answered with a 4xx by us, not by vLLM.", ("reason",)),
@@ -42,9 +44,7 @@ COUNTERS = (
 class HidropMetrics:
     """Counts finished sequences from the engine's reports."""
 
-    def __init__(
-        self, model_name: str, method: str, num_stages: int, registry: CollectorRegistry = REGISTRY
-    ) -> None:
+    def __init__(self, model_name: str, method: str, num_stages: int, registry: CollectorRegistry = REGISTRY) -> None:
         self.server = {"model_name": model_name, "method": method}
         self.counters = {
             spec.name.removeprefix("vllm_hidrop_"): Counter(

@@ -46,13 +46,11 @@ class ReportSeen:
             if isinstance(item, tuple):
                 self.see(item[1], item[0])
             else:
-                self.see(item)  # type: ignore[arg-type]
+                self.see(item)
             yield item
 
 
-async def with_report(
-    chunks: AsyncGenerator[str, None], seen: ReportSeen
-) -> AsyncGenerator[str, None]:
+async def with_report(chunks: AsyncGenerator[str, None], seen: ReportSeen) -> AsyncGenerator[str, None]:
     """Put the report into the last chunk of a stream.
 
     That is the usage chunk if the client asked for one, else the one with the finish reason. Nothing is held back

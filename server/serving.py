@@ -25,7 +25,7 @@ class _NoBeams:
     engine_client: HidropLLM
 
     def beam_search(self, prompt: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
-        """vLLM's beam search for text.
+        """Stock beam search for text.
 
         Raises:
             VLLMValidationError: the prompt has images and this server prunes.
@@ -46,11 +46,9 @@ class HidropServingChat(_NoBeams, OpenAIServingChat):
     async def chat_completion_full_generator(
         self, request: Any, result_generator: AsyncIterator[RequestOutput], *args: Any, **kwargs: Any
     ) -> ErrorResponse | ChatCompletionResponse:
-        """vLLM's response, and ``hidrop`` beside its ``usage``."""
+        """Stock response, and ``hidrop`` beside its ``usage``."""
         seen = ReportSeen()
-        response = await super().chat_completion_full_generator(
-            request, seen.watch(result_generator), *args, **kwargs
-        )
+        response = await super().chat_completion_full_generator(request, seen.watch(result_generator), *args, **kwargs)
         if seen.report and isinstance(response, ChatCompletionResponse):
             response.hidrop = seen.report
         return response
@@ -58,11 +56,9 @@ class HidropServingChat(_NoBeams, OpenAIServingChat):
     def chat_completion_stream_generator(
         self, request: Any, result_generator: AsyncIterator[RequestOutput], *args: Any, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
-        """vLLM's stream, and ``hidrop`` in its last chunk."""
+        """Stock stream, and ``hidrop`` in its last chunk."""
         seen = ReportSeen()
-        chunks = super().chat_completion_stream_generator(
-            request, seen.watch(result_generator), *args, **kwargs
-        )
+        chunks = super().chat_completion_stream_generator(request, seen.watch(result_generator), *args, **kwargs)
         return with_report(chunks, seen)
 
 
@@ -72,7 +68,7 @@ class HidropServingCompletion(_NoBeams, OpenAIServingCompletion):
     def request_output_to_completion_response(
         self, final_res_batch: list[RequestOutput], *args: Any, **kwargs: Any
     ) -> CompletionResponse:
-        """vLLM's response, and ``hidrop`` beside its ``usage``."""
+        """Stock response, and ``hidrop`` beside its ``usage``."""
         seen = ReportSeen()
         for index, output in enumerate(final_res_batch):
             seen.see(output, index)
@@ -89,7 +85,7 @@ class HidropServingCompletion(_NoBeams, OpenAIServingCompletion):
         *args: Any,
         **kwargs: Any,
     ) -> AsyncGenerator[str, None]:
-        """vLLM's stream, and ``hidrop`` in its last chunk."""
+        """Stock stream, and ``hidrop`` in its last chunk."""
         seen = ReportSeen(len(engine_inputs))
         chunks = super().completion_stream_generator(
             request, engine_inputs, seen.watch(result_generator), *args, **kwargs
@@ -103,7 +99,7 @@ class HidropServingModels(OpenAIServingModels):
     hidrop: dict[str, Any]
 
     async def show_available_models(self) -> ModelList:
-        """vLLM's list, and ``hidrop`` in every entry."""
+        """Stock list, and ``hidrop`` in every entry."""
         models = await super().show_available_models()
         for card in models.data:
             card.hidrop = self.hidrop

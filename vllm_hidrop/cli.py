@@ -7,6 +7,7 @@ user is one line on standard error and exit code 2.
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -46,7 +47,7 @@ def methods(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def plan(
+def plan(  # noqa: PLR0913, PLR0917 (one argument is one option)
     model: Annotated[
         str, typer.Argument(help='A directory, a hub name, "embedded", or "7b" or "13b" for LLaVA-1.5.')
     ] = "embedded",
@@ -69,6 +70,52 @@ def plan(
         choice: dict[str, Any] = {"options": parse_object(options, "--options"), "force": force}
         choice |= {key: value for key, value in (("method", method), ("preset", preset)) if value}
         command.run(model, choice, images or [], text, block_size, as_json)
+
+
+SERVE_EPILOG = "Every other flag goes to vLLM: hidrop serve --vllm-help all, or --vllm-help FLAG."
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog=SERVE_EPILOG,
+    options_metavar="[MODEL] [OPTIONS] [VLLM FLAGS]",
+)
+def serve(
+    context: typer.Context,
+    method: Annotated[str | None, typer.Option(help="Pruning method (default: the checkpoint's, else none).")] = None,
+    preset: Annotated[str | None, typer.Option(help="Named schedule of the method.")] = None,
+    hidrop_config: Annotated[
+        str | None,
+        typer.Option(metavar="JSON|FILE", help="Keys: method, preset, options, force; the two options above win."),
+    ] = None,
+    vllm_help: Annotated[
+        str | None, typer.Option(metavar="all|FLAG|GROUP", help="Print vLLM's own help and exit.")
+    ] = None,
+) -> None:
+    """Serve MODEL, a directory or hub name, or the embedded one, by vLLM's OpenAI-compatible server."""
+    from vllm_hidrop.commands import serve as command
+
+    if vllm_help is not None:
+        command.vllm_help(vllm_help)
+    else:
+        raise typer.Exit(command.run(method, preset, hidrop_config, context.args))
+
+
+@app.command()
+def demo(
+    examples: Annotated[
+        Path | None, typer.Option(help="Folder with questions.jsonl (default: examples/ of the repository).")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="A running server (default: start one with the embedded model).")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
+) -> None:
+    """Ask questions about pictures with and without pruning, and compare answers, tokens, blocks and times."""
+    from vllm_hidrop.commands import demo as command
+
+    with one_line_errors():
+        raise typer.Exit(command.run(examples, url, json_file))
 
 
 def parse_object(text: str, option: str) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def _option(cls: type[Method], key: str, value: object) -> Any:
     try:
         return adapter.validate_python(tuple(value) if isinstance(value, list) else value, strict=True)
     except ValidationError as error:
-        message = error.errors()[0]["msg"]
+        message = " or ".join(dict.fromkeys(each["msg"] for each in error.errors()))
         raise ValueError(f"method {cls.name!r}: option {key!r}: {message}, got {value!r}") from None
 
 

@@ -193,7 +193,7 @@ def _print_table(model: str, resolved: Resolved, workload: Workload, found: Requ
         caption="Percentages are of dense. Last row: mean per layer of vision and rows, sums of the rest.",
         box=SIMPLE_HEAD,
     )
-    for heading in ("Stage", "Layers", "Vision", "Rows", "KV blocks", "KV MiB", "Prefill GFLOP"):
+    for heading in ("Stage", "Layers", "Vision", "Rows", "KV blocks", "KV MiB", "GFLOP"):
         table.add_column(heading, justify="right", no_wrap=True)
     for index, stage in enumerate(found.stages):
         table.add_row(str(index), f"{stage.first_layer}-{stage.end_layer - 1}", *_cells(stage))

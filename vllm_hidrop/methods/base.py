@@ -45,7 +45,7 @@ class Method:
         if preset not in cls.presets:
             known = ", ".join(cls.presets) or "none"
             raise ValueError(f"method {cls.name!r} has no preset {preset!r}; known: {known}")
-        return cls(**cls.presets[preset])  # type: ignore[arg-type]
+        return cls(**cls.presets[preset])
 
     def schedule(self, shape: ModelShape) -> Schedule:
         """The stages for a model of this shape.

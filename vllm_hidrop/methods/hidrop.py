@@ -73,8 +73,7 @@ class HiDrop(Method):
             firsts.append(self.exit_layer - 1)
         if any(after <= before for before, after in pairwise(firsts)):
             raise ValueError(
-                "inject_layer - 1, filter_layers and exit_layer - 1 (zero-based first layers) must rise, "
-                f"got {firsts}"
+                f"inject_layer - 1, filter_layers and exit_layer - 1 (zero-based first layers) must rise, got {firsts}"
             )
 
     def schedule(self, shape: ModelShape) -> Schedule:

@@ -1,0 +1,81 @@
+"""vLLM's FastAPI application around our engine client, extended in five places.
+
+The five: the engine client, the media connector, the chat and completion handlers, the model list, and `/hidrop`.
+"""
+
+import signal
+from argparse import Namespace
+from functools import partial
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.datastructures import State
+from vllm import envs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.utils.system_utils import decorate_logs
+
+from hidrop_server.adopt import adopt
+from hidrop_server.engine import HidropLLM, run_engine
+from hidrop_server.media import register_connector
+from hidrop_server.routes import describe, router
+from hidrop_server.serving import HidropServingChat, HidropServingCompletion, HidropServingModels
+
+
+async def serve(args: Namespace, vllm_config: Any) -> None:
+    """Bind the port, start the engine, serve until a signal; the order of vLLM's ``run_server``."""
+    decorate_logs("APIServer", skip_if_decorated=True)
+    signal.signal(signal.SIGTERM, _interrupt)
+    address, sock = setup_server(args, reuse_port=False)
+    async with run_engine(args, vllm_config) as engine:
+        app = await make_app(engine, args)
+        print(f"hidrop serve: {engine.planner.method} on {address}", flush=True)
+        shutdown = await serve_http(app, sock=sock, **uvicorn_options(args))
+    try:
+        await shutdown
+    finally:
+        sock.close()
+
+
+async def make_app(engine: HidropLLM, args: Namespace) -> FastAPI:
+    """Stock application, extended."""
+    tasks = await engine.get_supported_tasks()
+    app = build_app(args, tasks, engine.model_config)
+    app.include_router(router)
+    register_connector(partial(engine.metrics.refused, "media"))
+    await init_app_state(engine, app.state, args, tasks)
+    extend_state(app.state, engine)
+    return app
+
+
+def extend_state(state: State, engine: HidropLLM) -> None:
+    """Put our handlers where vLLM's routes look for them."""
+    state.hidrop = describe(engine.planner)
+    state.openai_serving_chat = adopt(HidropServingChat, state.openai_serving_chat)
+    state.openai_serving_completion = adopt(HidropServingCompletion, state.openai_serving_completion)
+    models = adopt(HidropServingModels, state.openai_serving_models)
+    models.hidrop = state.hidrop
+    state.openai_serving_models = models
+
+
+def uvicorn_options(args: Namespace) -> dict[str, Any]:
+    """Copy what ``build_and_serve`` passes on: it builds the application itself, so it cannot be called."""
+    same_name = (
+        "host port enable_ssl_refresh ssl_keyfile ssl_certfile ssl_ca_certs ssl_cert_reqs ssl_ciphers "
+        "h11_max_incomplete_event_size h11_max_header_count"
+    )
+    log_config = get_uvicorn_log_config(args)
+    return {
+        **{name: getattr(args, name) for name in same_name.split()},
+        "log_level": args.uvicorn_log_level,
+        "access_log": not args.disable_uvicorn_access_log,
+        "timeout_keep_alive": envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+        **({"log_config": log_config} if log_config is not None else {}),
+    }
+
+
+def _interrupt(*_: object) -> None:
+    """A SIGTERM before uvicorn listens for it ends the start."""
+    raise KeyboardInterrupt("terminated")

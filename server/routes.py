@@ -1,0 +1,34 @@
+"""`GET /hidrop`: what this server prunes and what a request may say.
+
+Knows the planner; not the engine's processes.
+"""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from vllm_hidrop import __version__
+from vllm_hidrop.engine.planner import REQUEST_KEYS, Planner
+
+router = APIRouter()
+
+
+@router.get("/hidrop")
+async def show_hidrop(raw_request: Request) -> dict[str, Any]:
+    """Method, preset and stages of this server, its version, and the request options."""
+    description: dict[str, Any] = raw_request.app.state.hidrop
+    return {"version": __version__, **description, "request_options": REQUEST_KEYS}
+
+
+def describe(planner: Planner) -> dict[str, Any]:
+    """What is pruned, as plain data."""
+    schedule = planner.schedule
+    return {
+        "method": planner.method,
+        "preset": planner.preset,
+        "schedule": schedule.dump(),
+        "stages": [
+            {"first_layer": stage.first_layer, "end_layer": end, "keep": stage.keep.dump()}
+            for stage, end in zip(schedule.stages, schedule.end_layers, strict=True)
+        ],
+    }

@@ -1,0 +1,108 @@
+"""`hidrop serve`: from the command line to a running server, refusing bad choices as early as they can be seen.
+
+Order matters: our names first (no vLLM import), then vLLM's flags and the model's configuration, then the engine's own
+configuration, and only then processes and weights.
+"""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from hidrop_server.choice import read_choice
+from hidrop_server.environment import set_defaults
+from hidrop_server.errors import StartError, one_line
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from vllm_hidrop.config import HidropConfig
+
+
+def main(
+    model: str | None,
+    method: str | None,
+    preset: str | None,
+    hidrop_config: str | None,
+    vllm_args: list[str],
+) -> int:
+    """Serve until stopped.
+
+    Args:
+        model: directory or hub name; None for the embedded model, unless ``vllm_args`` name one.
+        method: pruning method; default: the checkpoint's, else none.
+        preset: named schedule of the method.
+        hidrop_config: JSON object or file with the keys of ``HidropConfig``.
+        vllm_args: any of vLLM's flags.
+
+    Returns:
+        Exit code: 2 for a choice that cannot be honoured, told in one line on stderr; 0 after a requested stop.
+    """
+    try:
+        choice = read_choice(method, preset, hidrop_config)
+        args, vllm_config = configure(model, choice, vllm_args)
+    except StartError as error:
+        print(f"hidrop serve: {one_line(error)}", file=sys.stderr)
+        return 2
+    run(args, vllm_config)
+    return 0
+
+
+def configure(model: str | None, choice: "HidropConfig", vllm_args: list[str]) -> "tuple[Namespace, Any]":
+    """Everything that can fail before a process is started.
+
+    Raises:
+        StartError: what vLLM, the model or the compatibility gate refuses.
+    """
+    _check_installation()
+    set_defaults(embedded=not model and not any(arg == "--model" for arg in vllm_args))
+
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+
+    from hidrop_server import arguments
+
+    cli_env_setup()
+    args = arguments.parse(model, vllm_args)
+    configure_logging_from_args(args)
+    arguments.apply_choice(args, choice)
+    return args, engine_config(args)
+
+
+def engine_config(args: "Namespace") -> Any:
+    """Make the engine's configuration, our hook's verdict included.
+
+    Raises:
+        StartError: the engine refuses the configuration.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    try:
+        vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
+            usage_context=UsageContext.OPENAI_API_SERVER
+        )
+    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+        raise StartError(one_line(error)) from error
+    if "resolved" not in vllm_config.additional_config.get("hidrop", {}):
+        raise StartError(
+            "vLLM did not load the hidrop plug-in: install the vllm_hidrop package, and name hidrop in "
+            "VLLM_PLUGINS if you set it"
+        )
+    return vllm_config
+
+
+def run(args: "Namespace", vllm_config: Any) -> None:
+    """Serve until a signal."""
+    import uvloop
+
+    from hidrop_server.app import serve
+
+    uvloop.run(serve(args, vllm_config))
+
+
+def _check_installation() -> None:
+    from vllm_hidrop.engine.compat import check_vllm_version
+
+    try:
+        check_vllm_version()
+    except RuntimeError as error:
+        raise StartError(str(error)) from None

@@ -1,0 +1,184 @@
+"""``hidrop methods`` and ``hidrop plan``, as a user types them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from vllm_hidrop import torchvision_compat
+from vllm_hidrop.cli import app
+from vllm_hidrop.commands.plan import text_shape, vision_shape
+from vllm_hidrop.costs import LLAVA_7B_VISION, TextShape
+from vllm_hidrop.methods import METHODS
+
+# What the package's .pth file does where the package is installed: transformers imports torchvision.
+torchvision_compat.install()
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "model_type": "llava",
+    "image_seq_length": 576,
+    "vision_feature_layer": -2,
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": 192,
+        "patch_size": 8,
+    },
+    "text_config": {
+        "model_type": "llama",
+        "vocab_size": 89,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+
+
+def invoke(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80"})
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def plan_json(*arguments: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(invoke("plan", *arguments, "--json"))
+    return found
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"hidrop": {"method": "hidrop", "preset": "embedded"}}))
+    return tmp_path
+
+
+def test_help_and_the_command_line_itself_import_neither_torch_nor_vllm() -> None:
+    code = (
+        "import sys, vllm_hidrop.cli; sys.exit(any(name in sys.modules for name in ('torch', 'vllm', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_methods_lists_every_method_with_its_options_and_presets() -> None:
+    text = invoke("methods")
+    catalogue = json.loads(invoke("methods", "--json"))
+    assert [row["name"] for row in catalogue] == list(METHODS)
+    for row in catalogue:
+        assert row["name"] in text
+        assert all(f"{option} =" in text for option in row["options"])
+        assert all(preset in text for preset in row["presets"])
+    fastv = next(row for row in catalogue if row["name"] == "fastv")
+    assert fastv["options"] == {"layer": 2, "keep": 0.5, "exit_layer": None}
+    assert fastv["paper"] == "arXiv 2403.06764"
+
+
+def test_plan_prints_a_row_per_stage_and_the_totals_within_80_columns() -> None:
+    text = invoke("plan", "7b", "--method", "hidrop", "--preset", "tok64", "--images", "576", "--text", "64")
+    assert "hidrop tok64 on 7b: 576 vision and 64 text tokens" in text
+    lines = [line.split() for line in text.splitlines()]
+    assert ["2", "10-13", "215", "279", "44%", "18", "45%", "18.00", "45%", "490.61", "47%"] in lines
+    assert ["all", "0-31", "64.0", "128.0", "20%", "69", "22%", "69.00", "22%", "1726.22", "21%"] in lines
+    assert "text model: 4.86" in text
+    assert "…" not in text
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_json_says_what_the_table_says() -> None:
+    found = plan_json("7b", "--method", "hidrop", "--block-size", "16")
+    assert (found["method"], found["preset"], found["block_size"]) == ("hidrop", "tok64", 16)
+    assert found["images"] == [576]
+    assert [stage["vision_tokens"] for stage in found["stages"]] == [0, 576, 215, 10, 5, 1, 0]
+    assert [stage["rows"] for stage in found["stages"]] == [64, 640, 279, 74, 69, 65, 64]
+    assert found["total"]["vision_token_layers"] == 2048
+    assert found["total"]["mean_vision_tokens"] == 64
+    layers = sum(stage["flops"] for stage in found["stages"])
+    assert found["total"]["flops"] == layers + found["total"]["lm_head_flops"]
+    assert found["ideal_speedup"] == found["total"]["dense_flops"] / found["total"]["flops"]
+    assert found["ideal_speedup_with_encoder"] < found["ideal_speedup"]
+
+
+def test_every_image_keeps_its_own_share() -> None:
+    found = plan_json("13b", "--method", "fastv", "--images", "576", "--images", "301", "--options", '{"keep": 0.5}')
+    assert [stage["vision_tokens"] for stage in found["stages"]] == [877, 288 + 150]
+    assert found["total"]["encoder_flops"] == 2 * plan_json("13b")["total"]["encoder_flops"]
+
+
+def test_a_checkpoint_is_planned_with_its_own_method_and_image_size(checkpoint: Path) -> None:
+    found = plan_json(str(checkpoint))
+    assert (found["method"], found["preset"], found["images"]) == ("hidrop", "embedded", [576])
+    assert [stage["vision_tokens"] for stage in found["stages"]] == [576, 58, 16, 0]
+    # Two K/V heads of 32: half the bytes of the four query heads.
+    assert found["stages"][0]["dense_kv_bytes"] == 3 * 20 * 32 * (2 * 2 * 32 * 2)
+
+
+def test_a_checkpoints_preset_is_changed_by_force_only(checkpoint: Path) -> None:
+    arguments = ("plan", str(checkpoint), "--method", "hidrop", "--preset", "tok48", "--options", '{"scale": true}')
+    refused = CliRunner().invoke(app, list(arguments))
+    assert refused.exit_code == 2
+    assert "trained for hidrop preset 'embedded'" in refused.stderr
+    assert "hidrop tok48" in invoke(*arguments, "--force")
+
+
+@pytest.mark.parametrize("model_type", ["siglip_vision_model", "pixtral"])
+def test_a_tower_is_costed_only_when_its_form_is_known(checkpoint: Path, model_type: str) -> None:
+    vision = CONFIG["vision_config"] | {"model_type": model_type}
+    (checkpoint / "config.json").write_text(json.dumps(CONFIG | {"vision_config": vision}))
+    found = plan_json(str(checkpoint), "--method", "none")
+    assert (found["total"]["encoder_flops"] is None) == (model_type == "pixtral")
+
+
+def test_shapes_are_read_as_llava_runs_them() -> None:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    tower = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+    config = LlavaConfig(vision_config=tower, text_config=LlamaConfig(num_key_value_heads=8))
+    text = text_shape(config.get_text_config())
+    assert text == TextShape(32, 4096, 11008, 32, 8, 128, 32000)
+    assert vision_shape(config, text) == LLAVA_7B_VISION
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["7b", "--method", "hidrp"], "unknown pruning method 'hidrp'; known: none, hidrop, "),
+        (["7b", "--method", "hidrop", "--preset", "tok1"], "no preset 'tok1'; known: tok48, "),
+        (["7b", "--method", "fastv", "--options", "{layer: 2}"], "--options is not JSON: "),
+        (["7b", "--method", "fastv", "--options", "[2]"], "--options must be a JSON object, got [2]"),
+        (["7b", "--method", "fastv", "--options", '{"layr": 2}'], "no option 'layr'; known: layer, "),
+        (["13b", "--method", "hidrop"], "for 32 layers, the model has 40"),
+        (["/no/such/model"], "no such model directory: /no/such/model"),
+        (["no-such/model"], "cannot read the shape of model 'no-such/model': "),
+    ],
+)
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["plan", *arguments])
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+def test_a_directory_without_a_configuration_is_a_mistake_too(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["plan", str(tmp_path)])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("option", [["--images", "0"], ["--text", "0"], ["--block-size", "0"]])
+def test_sizes_below_one_are_refused(option: list[str]) -> None:
+    assert CliRunner().invoke(app, ["plan", "7b", *option]).exit_code == 2

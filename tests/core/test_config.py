@@ -1,0 +1,103 @@
+"""The user's choice, resolved for a checkpoint, or refused with the reason."""
+
+from typing import Any
+
+import pytest
+
+from vllm_hidrop.config import HidropConfig, Resolved, make_method, resolve
+from vllm_hidrop.methods import ModelShape
+
+PAPER = ModelShape(num_layers=32, tokens_per_image=576)
+TRAINED = {"method": "hidrop", "preset": "tok48"}
+
+
+def resolved(choice: dict[str, Any], trained: dict[str, Any] | None = None) -> Resolved:
+    return resolve(HidropConfig.parse(choice), PAPER, trained)
+
+
+@pytest.mark.parametrize(
+    ("choice", "trained", "method", "preset"),
+    [
+        ({}, None, "none", None),
+        ({"method": "fastv"}, None, "fastv", None),
+        ({"method": "hidrop"}, None, "hidrop", "tok64"),
+        ({"method": "hidrop", "preset": "tok80"}, None, "hidrop", "tok80"),
+        ({}, TRAINED, "hidrop", "tok48"),
+        ({"method": "hidrop"}, TRAINED, "hidrop", "tok48"),
+        ({"preset": "tok48"}, TRAINED, "hidrop", "tok48"),
+        ({"method": "none"}, TRAINED, "none", None),
+        ({"method": "fastv"}, TRAINED, "fastv", None),
+        ({"preset": "tok64", "force": True}, TRAINED, "hidrop", "tok64"),
+    ],
+)
+def test_a_choice_falls_back_on_the_checkpoints_own(
+    choice: dict[str, Any], trained: dict[str, Any] | None, method: str, preset: str | None
+) -> None:
+    found = resolved(choice, trained)
+    assert (found.method.name, found.preset) == (method, preset)
+    assert found.schedule == found.method.schedule(PAPER)
+
+
+@pytest.mark.parametrize("choice", [{"preset": "tok64"}, {"method": "hidrop", "preset": "tok80"}])
+def test_a_preset_the_checkpoint_was_not_trained_for_is_refused(choice: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"trained for hidrop preset 'tok48', not .*\"force\": true"):
+        resolved(choice, TRAINED)
+
+
+def test_options_that_change_the_trained_schedule_are_refused_unless_forced() -> None:
+    choice = {"options": {"keeps": [50, 10, 5, 1]}}
+    with pytest.raises(ValueError, match="trained for hidrop with options"):
+        resolved(choice, TRAINED)
+    assert resolved(choice | {"force": True}, TRAINED).schedule.kept(576)[2] == 50
+
+
+def test_options_that_leave_the_trained_schedule_as_it_is_are_allowed() -> None:
+    assert resolved({"options": {"keeps": [87, 10, 5, 1]}}, TRAINED) == Resolved(
+        make_method("hidrop", "tok48"), "tok48", {"keeps": [87, 10, 5, 1]}, resolved({}, TRAINED).schedule
+    )
+
+
+def test_naming_the_checkpoints_method_keeps_its_trained_options() -> None:
+    trained = {"method": "hidrop", "options": {"keeps": [50, 10, 5, 1]}}
+    assert resolved({"method": "hidrop"}, trained) == resolved({}, trained)
+    assert resolved({}, trained).schedule.kept(576)[2] == 50
+
+
+def test_an_option_goes_over_the_presets_value() -> None:
+    found = resolved({"method": "hidrop", "preset": "tok80", "options": {"exit_layer": None}})
+    assert found.schedule.kept(576) == (0, 576, 453, 10, 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"method": "hidrp"}, r"unknown pruning method 'hidrp'; known: none, hidrop, fastv, "),
+        ({"method": "hidrop", "preset": "tok1"}, r"no preset 'tok1'; known: tok48, tok64, tok80, "),
+        ({"method": "fastv", "preset": "tok48"}, r"'fastv' has no preset 'tok48'; known: none"),
+        ({"method": "fastv", "options": {"layr": 3}}, r"no option 'layr'; known: layer, keep, exit_layer"),
+        ({"method": "none", "options": {"a": 1}}, r"'none' has no option 'a'; known: none"),
+        ({"method": "fastv", "options": {"layer": 2.5}}, r"option 'layer': .*valid integer, got 2.5"),
+        ({"method": "fastv", "options": {"layer": True}}, r"option 'layer': .*valid integer, got True"),
+        ({"method": "fastv", "options": {"keep": None}}, r"option 'keep': .* or .*valid number, got None"),
+        ({"method": "fastv", "options": {"keep": "half"}}, r"method 'fastv': keep must be .*'half'"),
+        ({"method": "fastv", "options": {"keep": 1.5}}, r"method 'fastv': keep fraction must be in"),
+        ({"method": "fastv", "options": {"layer": 32}}, r"method 'fastv': a stage starts at layer 32"),
+        ({"method": "hidrop", "options": {"keeps": [1, 2, 3, 4]}}, r"method 'hidrop': keep must not rise"),
+        ({"methd": "fastv"}, r"methd: .*; known keys: method, preset, options, force"),
+        ({"force": "perhaps"}, r"force: .*; known keys: "),
+    ],
+)
+def test_a_mistake_is_refused_in_one_line_that_names_it(choice: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        resolved(choice)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_key_of_the_checkpoint_is_refused_too() -> None:
+    with pytest.raises(ValueError, match="known keys"):
+        resolved({}, {"method": "hidrop", "keeps": [1]})
+
+
+def test_a_schedule_for_another_depth_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"method 'hidrop': .* for 6 layers, the model has 32"):
+        resolved({"method": "hidrop", "preset": "embedded"})

@@ -1,0 +1,152 @@
+"""Real vLLM engines in this process, one at a time, with their scheduler and runner at hand."""
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from tests.tiny_models import IMAGE_SIZE, IMAGE_TOKEN
+from vllm_hidrop.scoring import Signals, select_top
+
+ARCHITECTURE = "HidropLlavaForConditionalGeneration"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request: tokens with one image token per image, seeds of the images, its own options."""
+
+    tokens: tuple[int, ...]
+    images: tuple[int, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    max_tokens: int = 6
+
+
+@dataclass
+class Answer:
+    """What came back: tokens, raw logits [generated, vocabulary], the report, what each cut kept."""
+
+    token_ids: list[int]
+    logits: torch.Tensor
+    report: dict[str, Any]
+    finish_reason: str
+
+
+def picture(seed: int) -> Image.Image:
+    """A noise image of the towers' own size, so that no resampling blurs the comparison."""
+    noise = np.random.default_rng(seed).integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def prompt(rng: np.random.Generator, layout: str) -> tuple[int, ...]:
+    """Random tokens; in ``layout`` an ``i`` is an image, a digit that many text tokens."""
+    tokens: list[int] = [1]
+    for part in layout:
+        tokens += [IMAGE_TOKEN] if part == "i" else rng.integers(4, 120, int(part)).tolist()
+    return tuple(tokens)
+
+
+class Engine:
+    """An in-process engine."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self.core = llm.llm_engine.engine_core.engine_core
+        self.scheduler = self.core.scheduler
+        self.pool = self.scheduler.kv_cache_manager.block_pool
+        self.runner = self.core.model_executor.driver_worker.worker.model_runner
+        self.num_free_at_start = self.pool.get_num_free_blocks()
+
+    def params(self, ask: Ask) -> SamplingParams:
+        return SamplingParams(
+            temperature=0, max_tokens=ask.max_tokens, ignore_eos=True, logprobs=-1, extra_args=dict(ask.options)
+        )
+
+    def prompt(self, ask: Ask) -> Any:
+        images = [picture(seed) for seed in ask.images]
+        return {"prompt_token_ids": list(ask.tokens)} | ({"multi_modal_data": {"image": images}} if images else {})
+
+    def ask(self, asks: Sequence[Ask]) -> list[Answer]:
+        """All together, in one batch as far as the scheduler allows."""
+        outputs = self.llm.generate([self.prompt(a) for a in asks], [self.params(a) for a in asks], use_tqdm=False)
+        return [_answer(output) for output in outputs]
+
+    def add(self, request_id: str, ask: Ask) -> None:
+        """Queue one request without running a step."""
+        self.llm.llm_engine.add_request(request_id, self.prompt(ask), self.params(ask))
+
+    def step(self) -> list[Any]:
+        """One engine step; returns vLLM's outputs."""
+        return self.llm.llm_engine.step()
+
+    def check_pool_is_whole(self) -> None:
+        assert self.pool.get_num_free_blocks() == self.num_free_at_start
+        assert not self.scheduler.requests
+        if hasattr(self.scheduler, "plans"):
+            assert not self.scheduler.plans
+            assert not self.scheduler.rows_run
+
+    @contextmanager
+    def record_selections(self) -> Iterator[dict[int, list[list[int]]]]:
+        """What every cut keeps while entered: first layer of the stage -> per image, in the order they are scored."""
+        staged = self.runner.model._staged
+        kept: dict[int, list[list[int]]] = {}
+        score = staged.scorer
+
+        def recording(signals: Signals) -> torch.Tensor:
+            scores = score(signals)
+            chosen = signals.survivors[select_top(scores, signals.keep)]
+            kept.setdefault(signals.layer, []).append(chosen.tolist())
+            return scores
+
+        staged.scorer = recording
+        try:
+            yield kept
+        finally:
+            staged.scorer = score
+
+
+def _answer(output: Any) -> Answer:
+    completion = output.outputs[0]
+    steps = completion.logprobs or []
+    logits = torch.tensor([[step[token].logprob for token in range(len(step))] for step in steps])
+    report = (output.kv_transfer_params or {}).get("hidrop", {})
+    return Answer(list(completion.token_ids), logits, report, str(completion.finish_reason))
+
+
+@contextmanager
+def engine(model: Path, hidrop: dict[str, Any] | None, **settings: Any) -> Iterator[Engine]:
+    """Start an engine with this pruning choice; None is stock vLLM with its own model class."""
+    ours: dict[str, Any] = {}
+    if hidrop is not None:
+        ours = {"hf_overrides": {"architectures": [ARCHITECTURE]}, "additional_config": {"hidrop": hidrop}}
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 1024,
+        "max_num_batched_tokens": 2048,
+        "block_size": 32,
+        "limit_mm_per_prompt": {"image": 8},
+        "distributed_executor_backend": "uni",
+        "logprobs_mode": "raw_logits",
+        "max_logprobs": -1,
+        "kv_cache_memory_bytes": 1 << 26,
+        "seed": 0,
+    }
+    llm = LLM(str(model), **(defaults | ours | settings))
+    try:
+        running = Engine(llm)
+        yield running
+        running.check_pool_is_whole()
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()

@@ -1,0 +1,306 @@
+"""The scenes, the recipe in small, and the checkpoint that ships."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from vllm_hidrop.embedded import MODEL_DIR
+from vllm_hidrop.training import embedded
+from vllm_hidrop.training.batches import exact_matches, pack_questions
+from vllm_hidrop.training.evaluate import COUNT, Checkpoint, evaluate, make_example
+from vllm_hidrop.training.language import Vision, answer_logits
+from vllm_hidrop.training.model import build_model
+from vllm_hidrop.training.prefix_llm import LateRead
+from vllm_hidrop.training.probes import Cut
+from vllm_hidrop.training.questions import QUESTION_TYPES, Question, ask, draw_questions
+from vllm_hidrop.training.scenes import (
+    COLOURS,
+    GAP,
+    IMAGE_SIDE,
+    NUM_PATCHES,
+    PATCH_SIDE,
+    PATCHES_PER_SIDE,
+    Scene,
+    Thing,
+    held_out_seed,
+    make_crowded_scene,
+    make_scene,
+    patch_owners,
+    render,
+)
+from vllm_hidrop.training.vocabulary import TOKEN_IDS, VOCABULARY, build_tokenizer
+
+NUM_HELD_OUT_SCENES = 40
+MakeScene = Callable[[int], Scene]
+Figures = dict[str, Any]
+
+HAND_MADE = Scene(
+    7,
+    (
+        Thing("star", "red", 8, 8, 20, 20),
+        Thing("heart", "blue", 160, 80, 28, 28),
+        Thing("ring", "red", 80, 160, 20, 20),
+        Thing("word", "white", 60, 40, 56, 16, "hotel"),
+    ),
+)
+
+
+def all_questions(scene: Scene, question_type: str) -> dict[str, str]:
+    """What 200 draws ask of a scene, with the answers."""
+    rng = np.random.default_rng(0)
+    drawn = [ask(scene, question_type, rng) for _ in range(200)]
+    return {one.text: one.answer for one in drawn if one is not None}
+
+
+# --- Scenes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [make_scene, make_crowded_scene])
+def test_a_seed_gives_the_same_scene_and_pixels_every_time(make: MakeScene) -> None:
+    assert make(11) == make(11)
+    assert np.array_equal(render(make(11)), render(make(11)))
+    assert make(11) != make(12)
+
+
+@pytest.mark.parametrize("make", [make_scene, make_crowded_scene])
+def test_things_lie_inside_the_image_and_apart_from_each_other(make: MakeScene) -> None:
+    for seed in range(40):
+        boxes = np.zeros((IMAGE_SIDE, IMAGE_SIDE), int)
+        for thing in make(seed).things:
+            top, left = max(0, thing.top - GAP + 1), max(0, thing.left - GAP + 1)
+            assert boxes[top : thing.top + thing.height + GAP, left : thing.left + thing.width + GAP].sum() == 0
+            boxes[thing.top : thing.top + thing.height, thing.left : thing.left + thing.width] = 1
+            assert thing.left + thing.width <= IMAGE_SIDE
+            assert thing.top + thing.height <= IMAGE_SIDE
+
+
+def test_scenes_hold_three_to_seven_different_objects_and_often_a_word() -> None:
+    scenes = [make_scene(seed) for seed in range(300)]
+    assert {len(scene.objects) for scene in scenes} == {3, 4, 5, 6, 7}
+    assert all(len({thing.kind for thing in scene.objects}) == len(scene.objects) for scene in scenes)
+    assert 0.6 < np.mean([scene.word is not None for scene in scenes]) < 0.8
+
+
+def test_held_out_seeds_are_no_training_seeds() -> None:
+    assert held_out_seed(0) > embedded.FIRST_FEATURE_SEED + embedded.FULL_RECIPE.num_feature_scenes
+
+
+def test_a_things_patches_are_where_it_is_drawn() -> None:
+    owners, is_clear = patch_owners(HAND_MADE)
+    assert owners.shape == is_clear.shape == (NUM_PATCHES,)
+    grid = owners.reshape(PATCHES_PER_SIDE, PATCHES_PER_SIDE)
+    rows, columns = np.nonzero(grid == 1)
+    assert (rows.min(), rows.max() + 1) == (80 // PATCH_SIDE, -(-108 // PATCH_SIDE))
+    assert (columns.min(), columns.max() + 1) == (160 // PATCH_SIDE, -(-188 // PATCH_SIDE))
+
+
+def test_an_object_is_painted_in_its_colour() -> None:
+    centre = render(HAND_MADE)[94, 174].astype(int)
+    assert np.abs(centre - COLOURS["blue"]).max() < 40
+
+
+# --- Questions -----------------------------------------------------------------------------
+
+
+def test_colours_are_asked_of_every_object() -> None:
+    assert all_questions(HAND_MADE, "colour") == {
+        "what colour is the star ?": "red",
+        "what colour is the heart ?": "blue",
+        "what colour is the ring ?": "red",
+    }
+
+
+def test_an_object_is_asked_for_only_by_a_colour_no_other_has() -> None:
+    assert all_questions(HAND_MADE, "object") == {"which object is blue ?": "heart"}
+
+
+def test_counting_counts_objects_but_not_the_word() -> None:
+    answers = all_questions(HAND_MADE, "count")
+    assert answers["how many objects are there ?"] == "3"
+    assert answers["how many red objects are there ?"] == "2"
+    assert answers["how many white objects are there ?"] == "0"
+
+
+def test_places_are_cells_of_a_grid_of_three_by_three() -> None:
+    assert all_questions(HAND_MADE, "where") == {
+        "where is the star ?": "top left",
+        "where is the heart ?": "middle right",
+        "where is the ring ?": "bottom center",
+    }
+
+
+def test_existence_is_asked_of_shown_and_of_absent_objects() -> None:
+    answers = all_questions(HAND_MADE, "exist")
+    assert answers["is there a star ?"] == "yes"
+    assert answers["is there a moon ?"] == "no"
+    assert sum(answer == "yes" for answer in answers.values()) == 3
+
+
+def test_relations_compare_centres() -> None:
+    answers = all_questions(HAND_MADE, "relation")
+    assert answers["is the star left of the heart ?"] == "yes"
+    assert answers["is the heart left of the star ?"] == "no"
+    assert answers["is the star above the ring ?"] == "yes"
+    assert answers["is the ring above the heart ?"] == "no"
+
+
+def test_a_word_is_read_where_there_is_one() -> None:
+    assert all_questions(HAND_MADE, "read") == {"what does the text say ?": "hotel"}
+    assert all_questions(replace(HAND_MADE, things=HAND_MADE.things[:3]), "read") == {}
+
+
+def test_every_word_that_is_asked_or_answered_is_known() -> None:
+    rng = np.random.default_rng(0)
+    for seed in range(50):
+        for question in draw_questions(make_scene(seed), rng, 10, tuple(QUESTION_TYPES)):
+            assert set(question.text.split()) | set(question.answer.split()) <= set(VOCABULARY)
+
+
+# --- Tokenizer and batches -----------------------------------------------------------------
+
+
+def test_users_may_type_capitals_other_spellings_and_unknown_words() -> None:
+    tokenizer = build_tokenizer()
+    plain = tokenizer("what colour is the star ?").input_ids
+    assert tokenizer("What color is the STAR?").input_ids == plain
+    assert tokenizer("what zeppelin").input_ids == [TOKEN_IDS["what"], TOKEN_IDS["<unk>"]]
+
+
+def test_targets_of_a_block_are_its_answer_and_end() -> None:
+    rng = np.random.default_rng(1)
+    batch = pack_questions([[Question("where", "where is the star ?", "top left")]], rng, 0.0)
+    targets = batch.targets[batch.targets >= 0].tolist()
+    assert [VOCABULARY[token] for token in targets] == ["top", "left", "<eos>"]
+    assert exact_matches(batch, batch.targets) == {"where": [True]}
+    assert exact_matches(batch, torch.zeros_like(batch.targets)) == {"where": [False]}
+
+
+def test_the_shared_prefix_pass_computes_what_the_plain_model_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_hidrop.training.language.SYSTEM_FRACTION", 0.0)
+    model, rng = build_model(0), np.random.default_rng(0)
+    vision = Vision(torch.randn(2, NUM_PATCHES, 128), torch.arange(NUM_PATCHES).expand(2, -1))
+    scenes = [make_scene(1), make_scene(2)]
+    text = pack_questions([draw_questions(scene, rng, 3, ("colour", "where")) for scene in scenes], rng)
+    embed = model.get_input_embeddings()
+    head = embed(torch.tensor([TOKEN_IDS["<bos>"], TOKEN_IDS["<user>"]]))
+    with torch.no_grad():
+        shared = answer_logits(model, vision, text, rng, None)
+        in_block = text.blocks[1] == 1
+        rows = torch.cat([head, vision.embeddings[1], embed(text.ids[1][in_block])])
+        plain = model.model.language_model(inputs_embeds=rows[None]).last_hidden_state
+        expected = model.lm_head(plain)[0, len(head) + NUM_PATCHES :]
+        late = answer_logits(model, vision, text, rng, LateRead(6, 1))
+    assert (shared[1][in_block] - expected).abs().max() < 0.1 * expected.abs().max()
+    assert not torch.allclose(late[1][in_block], shared[1][in_block], atol=1e-3)
+
+
+# --- Training in small ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smoke_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("smoke")
+    embedded.main(["--out", str(directory), "--smoke"])
+    return directory
+
+
+def test_smoke_training_leaves_a_checkpoint_that_loads(smoke_directory: Path) -> None:
+    model, report = LlavaForConditionalGeneration.from_pretrained(
+        smoke_directory / "model", dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert model.config.text_config.max_position_embeddings >= 16384
+    assert AutoProcessor.from_pretrained(smoke_directory / "model").patch_size == PATCH_SIDE
+
+
+def test_training_resumes_from_the_stages_it_finds(smoke_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "train_tower", None)
+    training = embedded.Training(embedded.SMOKE_RECIPE, smoke_directory)
+    embedded.run_stages(training)
+    finished = torch.load(smoke_directory / "stage_full.pt", weights_only=True)["model"]
+    assert all(torch.equal(finished[name], tensor) for name, tensor in training.model.state_dict().items())
+
+
+def test_an_unknown_stage_is_named(tmp_path: Path) -> None:
+    training = embedded.Training(embedded.SMOKE_RECIPE, tmp_path)
+    with pytest.raises(ValueError, match=r"unknown stages \['towel'\]; known: tower, symbols_12"):
+        embedded.run_stages(training, ["towel"])
+
+
+# --- The checkpoint that ships ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return Checkpoint(MODEL_DIR)
+
+
+@pytest.fixture(scope="module")
+def figures(checkpoint: Checkpoint) -> Figures:
+    return evaluate(checkpoint, NUM_HELD_OUT_SCENES, first_layers=[2], num_kept=[16])
+
+
+def cut_figure(figures: Figures, selector: str) -> float:
+    values = (cut["without_count"] for cut in figures["cuts"] if cut["selector"] == selector)
+    return float(next(values))
+
+
+def test_the_shipped_checkpoint_answers_held_out_questions(figures: Figures) -> None:
+    assert figures["full"]["without_count"] >= 0.9
+
+
+def test_the_shipped_checkpoint_fails_on_another_scenes_image(figures: Figures) -> None:
+    assert figures["wrong_image"]["without_count"] < 0.5
+
+
+def test_keeping_the_worst_tokens_is_clearly_worse_than_keeping_all(figures: Figures) -> None:
+    assert cut_figure(figures, "inverted") < figures["full"]["without_count"] - 0.25
+
+
+def test_keeping_the_best_tokens_beats_keeping_the_worst(figures: Figures) -> None:
+    assert cut_figure(figures, "attention") > cut_figure(figures, "inverted") + 0.25
+
+
+def test_generate_stops_at_the_end_of_an_answer_of_one_or_two_words(checkpoint: Checkpoint) -> None:
+    example = make_example(0)
+    asked = [question for question in example.questions if question.type != COUNT]
+    answers = [checkpoint.generate(example.image, question.text) for question in asked]
+    expected = checkpoint.is_right(example.image, asked)
+    assert [answer == one.answer for answer, one in zip(answers, asked, strict=True)] == expected
+
+
+def test_a_cut_that_keeps_every_token_changes_nothing(checkpoint: Checkpoint) -> None:
+    example = make_example(1)
+    whole = checkpoint.is_right(example.image, example.questions)
+    assert checkpoint.is_right(example.image, example.questions, Cut(2, NUM_PATCHES, "attention")) == whole
+
+
+def test_the_chat_template_puts_images_first_and_tolerates_all_roles(checkpoint: Checkpoint) -> None:
+    text, image = {"type": "text", "text": "What colour is the star?"}, {"type": "image"}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [text, image]},
+        {"role": "assistant", "content": "red"},
+        {"role": "user", "content": "Where is it?"},
+    ]
+    rendered = checkpoint.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert rendered == (
+        "<bos><system>Be brief.<user><image>What colour is the star?<assistant>red<eos><user>Where is it?<assistant>"
+    )
+
+
+def test_the_checkpoint_is_small_and_in_the_hubs_naming() -> None:
+    weights = Path(MODEL_DIR) / "model.safetensors"
+    assert weights.stat().st_size < 5e6
+    with safe_open(weights, framework="pt") as stored:
+        names = set(stored.keys())
+    assert "vision_tower.vision_model.embeddings.patch_embedding.weight" in names
+    assert "language_model.lm_head.weight" in names

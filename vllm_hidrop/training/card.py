@@ -1,0 +1,110 @@
+"""Writes the model card from measured figures.
+
+``python -m vllm_hidrop.training.card FIGURES.json MODEL_DIR``; the figures come from
+``vllm_hidrop.training.evaluate --json``.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+TYPES = ("colour", "object", "where", "exist", "relation", "read", "without_count", "count")
+HEADINGS = {"without_count": "six types together", "count": "count (apart)"}
+
+TEXT = """\
+---
+license: apache-2.0
+pipeline_tag: image-text-to-text
+library_name: transformers
+---
+
+# The embedded model
+
+A small real LLaVA, trained from nothing by this repository, that answers short questions about
+synthetic scenes. It exists so that tests, examples and load tests of `vllm_hidrop` run a model whose
+answers depend on the image, on any machine and without a download. It is no general assistant.
+
+* **Architecture**: `LlavaForConditionalGeneration`. CLIP tower of width 128, 4 layers (3 used,
+  `vision_feature_layer` -2), patch 8, 192x192 pixels: 576 vision tokens. Two-layer projector. Llama of
+  width 128, 6 layers, 4 heads of 32, FFN 384, RoPE theta 1e6, 16384 positions, 89 words. 2.1 M
+  parameters, 4.2 MB in bfloat16.
+* **Scenes**: 3 to 7 objects of 20 kinds in 8 colours, on a 4-pixel lattice in sizes 20 and 28; in 70 % of
+  scenes one of 16 words; a noisy gradient behind. Other sizes, fonts and photographs are outside what it knows.
+* **Questions**: "What colour is the star?", "Which object is red?", "Where is the moon?", "Is there a heart?",
+  "Is the star left of the ring?" (or "above"), "How many red objects are there?", "What does the text say?".
+  Lower-cased, split at punctuation; unknown words become `<unk>`. The image comes before the question;
+  the chat template sees to it.
+* **Late read**: in training, text read another scene's image in layers 0 and 1, so the model reads the image in
+  layers 2 to 5 only. Without this such a model copies the answer into the text in layer 0, and a cut
+  after that costs nothing, whatever is kept. Cut at layer 2 or deeper: below it, attention is untrained.
+* **Fonts**: words and glyphs in the training images are DejaVu (from matplotlib); no font is in the weights.
+
+## Training
+
+`python -m vllm_hidrop.training.embedded --out DIR`: about {minutes} minutes on one thread of
+{hardware} with torch {torch}, transformers {transformers}. Stages and resumption: the module's docstring. All data
+are made on the fly from seeds below 1,000,000,000; figures are from seeds above.
+
+## Figures
+
+`python -m vllm_hidrop.training.evaluate MODEL_DIR --scenes {num_scenes}`: exact match on {num_questions} questions
+about {num_scenes} held-out scenes, one of each type per scene; Hugging Face, float32, torch {torch}, transformers
+{transformers}, {hardware}, {date}.
+
+{table}
+"Cut at layer l": layers below l see all 576 vision tokens, layers l and deeper see the {num_kept} kept.
+"best" keeps the highest head-mean attention of the last prompt row under layer l's queries and keys,
+"worst" the lowest, "random" any.
+"""
+
+
+def _row(name: str, figures: dict[str, Any]) -> str:
+    values = " | ".join(f"{figures[kind]:.3f}" for kind in TYPES)
+    return f"| {name} | {values} |\n"
+
+
+def figure_table(figures: dict[str, Any]) -> str:
+    """One Markdown row per probe, one column per question type."""
+    names = {"attention": "best", "random": "random", "inverted": "worst"}
+    columns = " | ".join(HEADINGS.get(kind, kind) for kind in TYPES)
+    table = f"| probe | {columns} |\n|---|{'---|' * len(TYPES)}\n"
+    table += _row("all 576 tokens", figures["full"])
+    table += _row("another scene's image", figures["wrong_image"])
+    for cut in figures["cuts"]:
+        table += _row(f"cut at layer {cut['first_layer']}, {names[cut['selector']]} {cut['num_kept']}", cut)
+    return table
+
+
+def write_card(figures: dict[str, Any], directory: Path, minutes: int, hardware: str, date: str) -> None:
+    """Write ``README.md`` into a checkpoint directory."""
+    card = TEXT.format(
+        minutes=minutes,
+        hardware=hardware,
+        date=date,
+        torch=figures["versions"]["torch"],
+        transformers=figures["versions"]["transformers"],
+        num_scenes=figures["num_scenes"],
+        num_questions=figures["num_questions"],
+        num_kept=figures["cuts"][0]["num_kept"],
+        table=figure_table(figures),
+    )
+    (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Write the model card from measured figures.")
+    parser.add_argument("figures", type=Path)
+    parser.add_argument("model_dir", type=Path)
+    parser.add_argument("--minutes", type=int, required=True, help="how long training took")
+    parser.add_argument("--hardware", required=True, help="what it was trained and measured on")
+    parser.add_argument("--date", required=True, help="of the measurement, ISO")
+    options = parser.parse_args(arguments)
+    figures = json.loads(options.figures.read_text(encoding="utf-8"))
+    write_card(figures, options.model_dir, options.minutes, options.hardware, options.date)
+
+
+if __name__ == "__main__":
+    main()

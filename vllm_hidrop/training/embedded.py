@@ -1,0 +1,204 @@
+"""Trains the embedded model from nothing: ``python -m vllm_hidrop.training.embedded --out DIR``.
+
+Stages run in order, each leaves ``stage_<name>.pt`` in DIR, and a stage whose file exists is
+loaded instead of run again:
+
+==========  ==========================================================================
+tower       the vision tower labels the patches of crowded scenes (stage A)
+symbols_N   the language model answers about scenes of N symbols (stage S, each phase)
+align       the projector maps patches to the symbols' embeddings
+part        language model and projector on 80 of 576 real patches (stage B)
+full        the same on all 576 (stage C)
+==========  ==========================================================================
+
+The checkpoint directory is ``DIR/model``.
+
+From stage S on, text reads the image in layers 2 and deeper only (late-read training), so that
+cuts after the shallow layers have something to lose.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from vllm_hidrop.training.images import ImagePhase, SceneFeatures, align_projector, train_on_images
+from vllm_hidrop.training.initial import initialise_language_model
+from vllm_hidrop.training.language import ALL_TYPES, FIRST_READING_LAYER, ONE_HOP_TYPES
+from vllm_hidrop.training.model import build_model, save_checkpoint
+from vllm_hidrop.training.optimiser import LearningRates
+from vllm_hidrop.training.scenes import NUM_PATCHES, held_out_seed
+from vllm_hidrop.training.symbols import SymbolEmbedding, SymbolPhase, train_on_symbols
+from vllm_hidrop.training.tower import train_tower
+
+FIRST_FEATURE_SEED = 2**29
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long every stage trains; steps, scenes and peak learning rates."""
+
+    tower_steps: int
+    tower_scenes_per_step: int
+    symbol_phases: tuple[SymbolPhase, ...]
+    symbol_scenes_per_step: int
+    num_feature_scenes: int
+    num_held_out_scenes: int
+    align_steps: int
+    part: ImagePhase
+    full: ImagePhase
+    seed: int = 0
+
+
+FULL_RECIPE = Recipe(
+    tower_steps=850,
+    tower_scenes_per_step=16,
+    symbol_phases=(
+        SymbolPhase(200, 12, ONE_HOP_TYPES, LearningRates(2e-3, 1e-3)),
+        SymbolPhase(900, 28, ALL_TYPES, LearningRates(3e-3, 1e-3)),
+        SymbolPhase(300, 56, ALL_TYPES, LearningRates(2e-3, 7e-4)),
+    ),
+    symbol_scenes_per_step=32,
+    num_feature_scenes=4000,
+    num_held_out_scenes=64,
+    align_steps=600,
+    part=ImagePhase(600, 80, 16, LearningRates(2e-3, 1e-3)),
+    full=ImagePhase(600, NUM_PATCHES, 8, LearningRates(1.5e-3, 7e-4)),
+)
+SMOKE_RECIPE = Recipe(
+    tower_steps=3,
+    tower_scenes_per_step=4,
+    symbol_phases=(SymbolPhase(3, 12, ALL_TYPES, LearningRates(5e-3, 4e-3)),),
+    symbol_scenes_per_step=4,
+    num_feature_scenes=16,
+    num_held_out_scenes=4,
+    align_steps=3,
+    part=ImagePhase(2, 80, 4, LearningRates(2e-3, 1e-3)),
+    full=ImagePhase(2, NUM_PATCHES, 4, LearningRates(1.5e-3, 7e-4)),
+)
+
+
+class Training:
+    """A model on its way through the stages, and the directory that remembers them."""
+
+    def __init__(self, recipe: Recipe, directory: Path) -> None:
+        self.recipe = recipe
+        self.directory = directory
+        self.model: LlavaForConditionalGeneration = build_model(recipe.seed)
+        initialise_language_model(self.model, FIRST_READING_LAYER)
+        self.symbols = SymbolEmbedding()
+
+    @cached_property
+    def features(self) -> SceneFeatures:
+        """Training scenes seen by the finished tower."""
+        return SceneFeatures(self.model, FIRST_FEATURE_SEED, self.recipe.num_feature_scenes)
+
+    @cached_property
+    def held_out(self) -> SceneFeatures:
+        """Held-out scenes seen by the finished tower."""
+        return SceneFeatures(self.model, held_out_seed(0), self.recipe.num_held_out_scenes)
+
+    def tower(self) -> Figures:
+        """Stage A."""
+        recipe = self.recipe
+        return train_tower(self.model, recipe.tower_steps, recipe.tower_scenes_per_step, recipe.seed)
+
+    def on_symbols(self, phase: SymbolPhase) -> Figures:
+        """One phase of stage S."""
+        recipe = self.recipe
+        return train_on_symbols(self.model, self.symbols, phase, recipe.symbol_scenes_per_step, recipe.seed)
+
+    def align(self) -> Figures:
+        """The projector alone."""
+        recipe = self.recipe
+        return align_projector(self.model, self.symbols, self.features, recipe.align_steps, recipe.seed)
+
+    def on_images(self, phase: ImagePhase) -> Figures:
+        """Stage B or C."""
+        return train_on_images(self.model, self.features, self.held_out, phase, self.recipe.seed)
+
+    def stages(self) -> dict[str, Callable[[], Figures]]:
+        """All stages in their order."""
+        symbol_stages = {
+            f"symbols_{phase.num_tokens}": partial(self.on_symbols, phase) for phase in self.recipe.symbol_phases
+        }
+        return {
+            "tower": self.tower,
+            **symbol_stages,
+            "align": self.align,
+            "part": partial(self.on_images, self.recipe.part),
+            "full": partial(self.on_images, self.recipe.full),
+        }
+
+    def _path(self, stage: str) -> Path:
+        return self.directory / f"stage_{stage}.pt"
+
+    def can_resume(self, stage: str) -> bool:
+        """Whether ``stage`` has been finished before."""
+        return self._path(stage).exists()
+
+    def resume(self, stage: str) -> None:
+        """Take the weights a finished stage left."""
+        state = torch.load(self._path(stage), weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.symbols.load_state_dict(state["symbols"])
+
+    def remember(self, stage: str) -> None:
+        """Leave the weights after ``stage``; an interrupted write leaves nothing."""
+        state = {"model": self.model.state_dict(), "symbols": self.symbols.state_dict()}
+        unfinished = self._path(stage).with_suffix(".tmp")
+        torch.save(state, unfinished)
+        unfinished.replace(self._path(stage))
+
+
+def report(what: str, figures: Figures) -> None:
+    """Print one line of figures."""
+    rounded = {name: round(value, 4) for name, value in figures.items()}
+    print(f"{what}: {json.dumps(rounded)}", flush=True)
+
+
+def run_stages(training: Training, names: Sequence[str] | None = None) -> None:
+    """Run the stages called ``names`` (all, when ``None``); finished stages are loaded.
+
+    Raises:
+        ValueError: a name is not a stage.
+    """
+    stages = training.stages()
+    unknown = set(names or ()) - set(stages)
+    if unknown:
+        raise ValueError(f"unknown stages {sorted(unknown)}; known: {', '.join(stages)}")
+    training.directory.mkdir(parents=True, exist_ok=True)
+    for name, run in stages.items():
+        if training.can_resume(name):
+            training.resume(name)
+        elif names is None or name in names:
+            torch.manual_seed(training.recipe.seed + 1)
+            started = time.perf_counter()
+            figures = run()
+            training.remember(name)
+            report(f"{name} ({time.perf_counter() - started:.0f} s)", figures)
+    save_checkpoint(training.model, training.directory / "model")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Train the embedded model from nothing.")
+    parser.add_argument("--out", type=Path, required=True, help="directory for stages and model")
+    parser.add_argument("--stages", nargs="+", help="only these (default: all)")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of every stage")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    recipe = SMOKE_RECIPE if options.smoke else FULL_RECIPE
+    run_stages(Training(recipe, options.out), options.stages)
+
+
+if __name__ == "__main__":
+    main()
