@@ -31,6 +31,8 @@ class HidropLLM(AsyncLLM):
     processor; the two are extended, nothing else.
     """
 
+    output_processor: OutputProcessor
+
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self.planner = Planner.from_vllm_config(vllm_config)
         self.metrics = HidropMetrics(

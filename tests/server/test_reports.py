@@ -1,0 +1,84 @@
+"""The report's way from the last output into a stream."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
+from typing import Any
+
+from hidrop_server.reports import DONE, ReportSeen, with_report
+
+REPORT = {"mode": "pruned"}
+
+
+def output(report: dict[str, Any] | None, index: int = 0, finished: bool = False, **more: Any) -> Any:
+    params = {"hidrop": report, **more} if report else None
+    choices = [SimpleNamespace(index=index)]
+    return SimpleNamespace(kv_transfer_params=params, outputs=choices, finished=finished)
+
+
+def chunk(**data: Any) -> str:
+    return f"data: {json.dumps(data)}\n\n"
+
+
+def collect(chunks: list[str], finished_after: int, seen: ReportSeen) -> list[str]:
+    """Send the chunks through; the last output passes before chunk number ``finished_after``."""
+
+    async def send() -> AsyncGenerator[str, None]:
+        for index, each in enumerate(chunks):
+            if index == finished_after:
+                seen.see(output(REPORT, finished=True))
+            yield each
+
+    async def run() -> list[str]:
+        return [each async for each in with_report(send(), seen)]
+
+    return asyncio.run(run())
+
+
+def test_only_the_last_chunk_before_done_gets_the_report() -> None:
+    chunks = [chunk(choices=[1]), chunk(choices=[2]), chunk(choices=[], usage={}), DONE]
+    sent = collect(chunks, finished_after=1, seen=ReportSeen())
+    assert sent[:2] == chunks[:2]
+    assert json.loads(sent[2].removeprefix("data: ")) == {"choices": [], "usage": {}, "hidrop": REPORT}
+    assert sent[3:] == [DONE]
+
+
+def test_nothing_is_held_back_before_the_last_output() -> None:
+    seen = ReportSeen()
+
+    async def endless() -> AsyncGenerator[str, None]:
+        yield "first"
+        raise AssertionError("the first chunk was held back")
+
+    async def first() -> str:
+        stream = with_report(endless(), seen)
+        try:
+            return await anext(stream)
+        finally:
+            await stream.aclose()
+
+    assert asyncio.run(first()) == "first"
+
+
+def test_an_error_at_the_end_stays_as_it_is() -> None:
+    chunks = [chunk(choices=[1]), chunk(error={"message": "no"}), DONE]
+    assert collect(chunks, finished_after=1, seen=ReportSeen()) == chunks
+
+
+def test_a_stream_that_ends_early_loses_no_chunk() -> None:
+    chunks = [chunk(choices=[1]), chunk(choices=[2])]
+    assert collect(chunks, finished_after=1, seen=ReportSeen()) == chunks
+
+
+def test_the_first_choice_wins_and_the_rest_of_the_parameters_stays() -> None:
+    seen = ReportSeen()
+    other = output({"mode": "off"}, index=1, remote="x")
+    seen.see(other)
+    assert seen.report == {"mode": "off"}
+    assert other.kv_transfer_params == {"remote": "x"}
+    first = output(REPORT, index=0, finished=True)
+    seen.see(first)
+    assert seen.report == REPORT
+    assert first.kv_transfer_params is None
+    assert seen.finished

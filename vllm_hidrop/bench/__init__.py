@@ -1,0 +1,1 @@
+"""Paired measurements against stock vLLM on the same weights, in one run."""

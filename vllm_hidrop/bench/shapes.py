@@ -1,0 +1,135 @@
+"""Random-weight LLaVA checkpoints of a given shape, written once and loaded by both engines.
+
+Weights are seeded noise of the initialiser's usual width: speed does not depend on them, and both engines read one file.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+IMAGE_TOKEN = 32000
+
+
+@dataclass(frozen=True)
+class BenchShape:
+    """Sizes of a LLaVA with a CLIP tower at 336 pixels in patches of 14: 576 tokens per image."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    intermediate_size: int
+    vision_layers: int
+    vision_hidden_size: int
+    vision_heads: int
+
+
+SHAPES = {
+    "bench": BenchShape(16, 1024, 16, 2816, 6, 256, 4),
+    "2.7b": BenchShape(32, 2560, 32, 6912, 24, 1024, 16),
+    "7b": BenchShape(32, 4096, 32, 11008, 24, 1024, 16),
+}
+
+
+def make_checkpoint(shape: BenchShape, directory: Path, dtype: str = "bfloat16") -> Path:
+    """Write configuration, tokenizer, processor and random weights; reuse them when they are there.
+
+    Returns:
+        ``directory``, loadable by vLLM and by Hugging Face.
+    """
+    if (directory / "complete").exists():
+        return directory
+    directory.mkdir(parents=True, exist_ok=True)
+    config = _config(shape, dtype)
+    config.save_pretrained(directory)
+    _save_tokenizer(directory)
+    _save_processor(directory)
+    _save_weights(config, directory, dtype)
+    (directory / "complete").touch()
+    return directory
+
+
+def _config(shape: BenchShape, dtype: str) -> Any:
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    vision = CLIPVisionConfig(
+        hidden_size=shape.vision_hidden_size,
+        intermediate_size=4 * shape.vision_hidden_size,
+        num_hidden_layers=shape.vision_layers,
+        num_attention_heads=shape.vision_heads,
+        image_size=336,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        vocab_size=IMAGE_TOKEN + 64,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_heads,
+        max_position_embeddings=16384,
+        tie_word_embeddings=False,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, vision_feature_layer=-2)
+    config.architectures = ["LlavaForConditionalGeneration"]
+    config.dtype = getattr(torch, dtype)
+    return config
+
+
+def _save_tokenizer(directory: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"t{i}": i for i in range(IMAGE_TOKEN)} | {"<image>": IMAGE_TOKEN}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<image>"])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="t1", eos_token="t2", pad_token="t0", unk_token="t3"
+    )
+    fast.save_pretrained(directory)
+
+
+def _save_processor(directory: Path) -> None:
+    size = {"height": 336, "width": 336}
+    image = {
+        "image_processor_type": "CLIPImageProcessor",
+        "processor_class": "LlavaProcessor",
+        "size": size,
+        "crop_size": size,
+        "do_center_crop": False,
+    }
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": "<image>",
+        "patch_size": 14,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+    }
+    (directory / "preprocessor_config.json").write_text(json.dumps(image))
+    (directory / "processor_config.json").write_text(json.dumps(processor))
+
+
+def _save_weights(config: Any, directory: Path, dtype: str) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlavaForConditionalGeneration
+
+    hub_names = {
+        "model.vision_tower.": "vision_tower.vision_model.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+    }
+    torch.manual_seed(0)
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        model = LlavaForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    weights = {}
+    for name, value in model.state_dict().items():
+        old = next(prefix for prefix in hub_names if name.startswith(prefix))
+        weights[hub_names[old] + name.removeprefix(old)] = value.contiguous()
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
