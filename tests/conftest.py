@@ -6,7 +6,7 @@ ENVIRONMENT = {
     # The engine core runs in the test's own process: its scheduler and runner are at hand.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "OMP_NUM_THREADS": "2",
     # Loopback only: nothing is downloaded, nothing is reported.
     "HF_HUB_OFFLINE": "1",

@@ -26,23 +26,27 @@ class Planner:
         preset: name, for reports; None when there is none.
         schedule: the server's stages.
         signal: what the method's scorer needs; None when the method cannot score (no selection possible).
+        max_prompt_tokens: longest prompt that can be pruned, the step's token budget.
     """
 
     method: str
     preset: str | None
     schedule: Schedule
     signal: Signal | None
+    max_prompt_tokens: int
 
     @classmethod
     def from_vllm_config(cls, vllm_config: Any) -> "Planner":
         """Read what the model's configuration hook resolved at start."""
         resolved = vllm_config.additional_config["hidrop"]["resolved"]
         signal = resolved["signal"]
+        limits = vllm_config.scheduler_config
         return cls(
             method=resolved["method"],
             preset=resolved["preset"],
             schedule=Schedule.load(resolved["schedule"]),
             signal=None if signal is None else Signal(signal),
+            max_prompt_tokens=limits.max_num_scheduled_tokens or limits.max_num_batched_tokens,
         )
 
     @property
@@ -67,8 +71,8 @@ class Planner:
             wants_prompt_logprobs: whether the request asks for log-probabilities of its prompt.
 
         Raises:
-            ValueError: unknown key, bad value, keeps that break an invariant or do not fit the stages, or
-                prompt log-probabilities of a pruned prompt; one line.
+            ValueError: unknown key, bad value, keeps that break an invariant or do not fit the stages, prompt
+                log-probabilities of a pruned prompt, or a pruned prompt longer than a step; one line.
         """
         wishes = {k: v for k, v in (extra_args or {}).items() if k.startswith("hidrop")}
         for key in wishes:
@@ -84,7 +88,28 @@ class Planner:
                 "prompt_logprobs and echo need every prompt row, and pruning drops some: "
                 'send vllm_xargs {"hidrop": "off"} with this request'
             )
+        if plan.is_pruned and num_prompt_tokens > self.max_prompt_tokens:
+            raise ValueError(
+                f"a pruned prompt is prefilled in one step: {num_prompt_tokens} tokens exceed "
+                f"--max-num-batched-tokens {self.max_prompt_tokens}"
+            )
         return plan
+
+    def plan_or_refuse(self, request: Any) -> tuple[Plan, str | None]:
+        """Plan vLLM's request, the same in scheduler and worker; a refused one runs dense until it is ended.
+
+        Returns:
+            The plan, and why the request is refused (None when it is not).
+        """
+        params = request.sampling_params
+        spans = spans_of(request.mm_features)
+        num_prompt_tokens = request.num_prompt_tokens
+        try:
+            extra_args = params.extra_args if params else None
+            wants_prompt_logprobs = params is not None and params.prompt_logprobs is not None
+            return self.plan(num_prompt_tokens, spans, extra_args, wants_prompt_logprobs), None
+        except ValueError as error:
+            return make_plan(self.schedule, num_prompt_tokens, spans, keep_all=True), str(error)
 
     def _wished(self, keeps: Sequence[KeepValue] | None, mode: str) -> Schedule:
         if keeps is None:

@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from vllm_hidrop.engine.batch import StageBatch, StagedStep, make_step
 from vllm_hidrop.engine.kv_cache import StageSpec
-from vllm_hidrop.engine.planner import Planner, spans_of
+from vllm_hidrop.engine.planner import Planner
 from vllm_hidrop.pruning import Plan
 
 
@@ -53,9 +53,7 @@ class StagedRunnerMixin:
     def _plan(self, request_id: str) -> Plan:
         plan = self.plans.get(request_id)
         if plan is None:
-            request = self.requests[request_id]
-            extra_args = request.sampling_params.extra_args if request.sampling_params else None
-            plan = self.planner.plan(request.num_prompt_tokens, spans_of(request.mm_features), extra_args)
+            plan, _ = self.planner.plan_or_refuse(self.requests[request_id])
             self.plans[request_id] = plan
         return plan
 

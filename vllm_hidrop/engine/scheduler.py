@@ -22,9 +22,9 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_hidrop.engine.kv_cache import StageManager
-from vllm_hidrop.engine.planner import Planner, spans_of
+from vllm_hidrop.engine.planner import Planner
 from vllm_hidrop.engine.report import make_report
-from vllm_hidrop.pruning import Plan, make_plan
+from vllm_hidrop.pruning import Plan
 
 logger = init_logger(__name__)
 
@@ -37,7 +37,6 @@ class _StagedScheduling:
         self.planner = Planner.from_vllm_config(self.vllm_config)
         self.plans: dict[str, Plan] = {}
         self.rows_run: dict[str, tuple[int, ...]] = {}
-        self.max_prompt_tokens = self.max_num_scheduled_tokens
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if isinstance(manager, StageManager):
                 manager.follow(self.plans)
@@ -45,30 +44,12 @@ class _StagedScheduling:
     def add_request(self, request: Request) -> None:
         """Plan the request, then vLLM's admission (rules 1 and 5)."""
         if request.request_id not in self.requests:
-            self.plans[request.request_id] = self._plan(request)
+            self.plans[request.request_id], refusal = self.planner.plan_or_refuse(request)
+            if refusal is not None:
+                logger.error("request %s refused: %s", request.request_id, refusal)
+                # vLLM ends the requests of this set with an error at its next update.
+                self.grammar_compile_error_reqs.add(request.request_id)
         super().add_request(request)
-
-    def _plan(self, request: Request) -> Plan:
-        params = request.sampling_params
-        spans = spans_of(request.mm_features)
-        try:
-            plan = self.planner.plan(
-                request.num_prompt_tokens,
-                spans,
-                params.extra_args if params else None,
-                wants_prompt_logprobs=params is not None and params.prompt_logprobs is not None,
-            )
-            if plan.is_pruned and plan.num_prompt_tokens > self.max_prompt_tokens:
-                raise ValueError(
-                    f"a pruned prompt is prefilled in one step: {plan.num_prompt_tokens} tokens exceed "
-                    f"--max-num-batched-tokens {self.max_prompt_tokens}"
-                )
-            return plan
-        except ValueError as error:
-            logger.error("request %s refused: %s", request.request_id, error)
-            # vLLM ends the requests of this set with an error at its next update.
-            self.grammar_compile_error_reqs.add(request.request_id)
-            return make_plan(self.planner.schedule, request.num_prompt_tokens, spans, keep_all=True)
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """vLLM's last word on a prefill chunk's length: all of a pruned prompt or nothing (rule 2)."""

@@ -1,6 +1,6 @@
 """Words, tokenizer and chat template of the embedded model."""
 
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from vllm_hidrop.training.questions import COLUMN_NAMES, ROW_NAMES
@@ -9,7 +9,8 @@ from vllm_hidrop.training.sprites import KINDS
 
 PAD, UNK, BOS, EOS = "<pad>", "<unk>", "<bos>", "<eos>"
 IMAGE, USER, ASSISTANT, SYSTEM = "<image>", "<user>", "<assistant>", "<system>"
-SPECIAL_TOKENS = (PAD, UNK, BOS, EOS, IMAGE, USER, ASSISTANT, SYSTEM)
+ROLE_MARKERS = (USER, ASSISTANT, SYSTEM)
+SPECIAL_TOKENS = (PAD, UNK, BOS, EOS, IMAGE)
 QUESTION_WORDS = (
     *("what", "colour", "is", "the", "which", "object", "objects", "how", "many", "are"),
     *("there", "where", "a", "of", "above", "does", "text", "say", "yes", "no", "?", ".", ","),
@@ -17,6 +18,7 @@ QUESTION_WORDS = (
 NUMBERS = tuple(str(number) for number in range(8))
 VOCABULARY: tuple[str, ...] = (
     *SPECIAL_TOKENS,
+    *ROLE_MARKERS,
     *KINDS,
     *COLOUR_NAMES,
     *WORDS,
@@ -64,13 +66,24 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    # Role markers are no special tokens: a streaming decoder must see them to know that no space
+    # belongs before the first word of an answer.
+    tokenizer.add_tokens([AddedToken(marker, normalized=False) for marker in ROLE_MARKERS])
+    no_space_after = "|".join(ROLE_MARKERS)
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.WordPiece(prefix="##", cleanup=True),
+            decoders.Fuse(),
+            decoders.Replace(Regex(f"(?<={no_space_after}) | (?={no_space_after})"), ""),
+        ]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         unk_token=UNK,
         bos_token=BOS,
         eos_token=EOS,
-        additional_special_tokens=[IMAGE, USER, ASSISTANT, SYSTEM],
+        additional_special_tokens=[IMAGE],
         clean_up_tokenization_spaces=False,
         model_max_length=16384,
         chat_template=CHAT_TEMPLATE,

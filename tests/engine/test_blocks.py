@@ -1,0 +1,208 @@
+"""Blocks held per stage at every step, and that every block comes back: finish, abort, preemption, error."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.engine.harness import Ask, Engine, engine, prompt
+from tests.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
+
+pytestmark = pytest.mark.engine
+
+BLOCK = 32
+KEEPS = {0: 0, 2: "all", 3: 20, 5: 3, 6: 0}
+HIDROP = {
+    "method": "hidrop",
+    "options": {
+        "shape": [NUM_LAYERS, TOKENS_PER_IMAGE],
+        "inject_layer": 3,
+        "filter_layers": [3, 5],
+        "keeps": [20, 3],
+        "exit_layer": 7,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture
+def running(model: Path) -> Iterator[Engine]:
+    with engine(model, HIDROP) as started:
+        yield started
+
+
+def blocks_held(running: Engine, request_id: str) -> dict[int, set[int]]:
+    """Blocks of one layer's cache per stage; all groups of a stage hold the same number."""
+    held: dict[int, set[int]] = {}
+    for manager in running.scheduler.kv_cache_manager.coordinator.single_type_managers:
+        blocks = manager.req_to_blocks.get(request_id, ())
+        held.setdefault(manager.kv_cache_spec.stage, set()).add(len(blocks))
+    return held
+
+
+def internal_id(running: Engine, name: str) -> str:
+    return next(key for key in running.scheduler.requests if key.startswith(name))
+
+
+def test_blocks_equal_the_plan_at_every_step(running: Engine) -> None:
+    # 1 + 9 + 9 text tokens and 128 vision tokens; text 19, then one more token a step.
+    running.add("a", Ask(prompt(np.random.default_rng(0), "9ii9"), (1, 2), max_tokens=30))
+    text, vision = 19, 2 * TOKENS_PER_IMAGE
+    request = None
+    for step in range(30):
+        running.step()
+        if not running.scheduler.requests:
+            break
+        request = request or internal_id(running, "a")
+        tokens = [text + step + kept for kept in (0, vision, 40, 6, 0)]
+        expected = {stage: {-(-n // BLOCK)} for stage, n in enumerate(tokens)}
+        assert blocks_held(running, request) == expected, f"step {step}"
+    assert step == 29
+    running.check_pool_is_whole()
+
+
+def test_groups_are_stages(running: Engine) -> None:
+    groups = running.scheduler.kv_cache_config.kv_cache_groups
+    layers = {0: 2, 1: 1, 2: 2, 3: 1, 4: 2}
+    found: dict[int, int] = {}
+    for group in groups:
+        stage = group.kv_cache_spec.stage
+        found[stage] = found.get(stage, 0) + len(group.layer_names)
+    assert found == layers
+
+
+def test_abort_in_every_state_gives_all_blocks_back(running: Engine) -> None:
+    rng = np.random.default_rng(1)
+    llm_engine = running.llm.llm_engine
+    for num_steps in (0, 1, 3):
+        running.add(f"x{num_steps}", Ask(prompt(rng, "3i5"), (1,), max_tokens=50))
+        running.add(f"y{num_steps}", Ask(prompt(rng, "9"), (), max_tokens=50))
+        for _ in range(num_steps):
+            running.step()
+        llm_engine.abort_request([f"x{num_steps}", f"y{num_steps}"])
+        while llm_engine.has_unfinished_requests():
+            running.step()
+        running.step()
+        running.check_pool_is_whole()
+
+
+def test_a_request_with_bad_options_ends_with_an_error_and_harms_nobody(running: Engine) -> None:
+    rng = np.random.default_rng(2)
+    good = Ask(prompt(rng, "3i5"), (1,))
+    alone = running.ask([good])[0]
+    bad: list[dict[str, Any]] = [{"hidrop": "maybe"}, {"hidrop_keep": [0, 1]}, {"hidrop_kep": [1]}, {"hidrop_keep": 3}]
+    answers = running.ask([good, *[Ask(good.tokens, good.images, options) for options in bad], good])
+    assert [answer.finish_reason for answer in answers[1:-1]] == ["error"] * len(bad)
+    assert answers[0].token_ids == answers[-1].token_ids == alone.token_ids
+    running.check_pool_is_whole()
+
+
+def test_requests_may_keep_other_counts_over_the_same_stages(running: Engine) -> None:
+    rng = np.random.default_rng(4)
+    tokens = prompt(rng, "3ii5")
+    keeps = [0, "all", 0.5, 7, 1]
+    own, default = running.ask([Ask(tokens, (1, 2), {"hidrop_keep": keeps}), Ask(tokens, (1, 2))])
+    assert [stage["kept"] for stage in own.report["stages"]] == [0, 128, 64, 14, 2]
+    assert [stage["kept"] for stage in default.report["stages"]] == [0, 128, 40, 6, 0]
+    alone = running.ask([Ask(tokens, (1, 2), {"hidrop_keep": keeps})])[0]
+    assert alone.token_ids == own.token_ids
+
+
+def test_a_prompt_that_ends_with_an_image_runs_dense_and_says_so(running: Engine) -> None:
+    answer = running.ask([Ask(prompt(np.random.default_rng(5), "3i"), (1,))])[0]
+    assert answer.report["mode"] == "fallback"
+    assert "ends with an image" in answer.report["fallback"]
+    assert answer.report["kv_blocks"] == answer.report["kv_blocks_dense"]
+
+
+def test_preempted_requests_resume_with_the_same_tokens(model: Path) -> None:
+    rng = np.random.default_rng(6)
+    asks = [Ask(prompt(rng, "5i5"), (i,), max_tokens=90) for i in range(4)]
+    asks += [Ask(prompt(rng, "5i5"), (i,), {"hidrop": "off"}, max_tokens=90) for i in range(2)]
+    asks += [Ask(prompt(rng, "99"), (), max_tokens=90)]
+    with engine(model, HIDROP) as roomy:
+        expected = [roomy.ask([ask])[0].token_ids for ask in asks]
+    with engine(model, HIDROP, num_gpu_blocks_override=90, max_model_len=256, max_num_batched_tokens=1024) as tight:
+        preemptions = count_preemptions(tight)
+        answers = tight.ask(asks)
+        assert preemptions, "the pool was large enough: nothing was tested"
+        tight.check_pool_is_whole()
+    assert [answer.token_ids for answer in answers] == expected
+
+
+def count_preemptions(running: Engine) -> list[str]:
+    preempted: list[str] = []
+    preempt = running.scheduler._preempt_request
+
+    def counting(request: Any, *args: Any, **kwargs: Any) -> None:
+        preempted.append(request.request_id)
+        preempt(request, *args, **kwargs)
+
+    running.scheduler._preempt_request = counting
+    return preempted
+
+
+def test_a_pruned_prompt_is_never_split(model: Path) -> None:
+    rng = np.random.default_rng(7)
+    asks = [Ask(prompt(rng, "9i9"), (i,)) for i in range(6)] + [Ask(prompt(rng, "9" * 20), ())]
+    with engine(model, HIDROP, max_model_len=200, max_num_batched_tokens=200) as running:
+        chunks = record_chunks(running)
+        answers = running.ask(asks)
+    assert len(answers) == len(asks)
+    pruned = [first for name, first, length in chunks if length == 83 and first == 0]
+    assert len(pruned) == 6, chunks
+    assert not [c for c in chunks if c[2] not in (1, 83) and not c[0].startswith("6")], "an image prompt was split"
+
+
+def record_chunks(running: Engine) -> list[tuple[str, int, int]]:
+    """(request, first token, tokens) of everything scheduled."""
+    chunks: list[tuple[str, int, int]] = []
+    schedule = running.scheduler.schedule
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        before = {key: request.num_computed_tokens for key, request in running.scheduler.requests.items()}
+        output = schedule(*args, **kwargs)
+        chunks.extend((key, before[key], n) for key, n in output.num_scheduled_tokens.items())
+        return output
+
+    running.scheduler.schedule = recording
+    return chunks
+
+
+def cached_keys(running: Engine, name: str, layer: int, num_tokens: int) -> torch.Tensor:
+    """[num_tokens, heads, 2 * head size]: what the paged cache of ``layer`` holds of a running request."""
+    request = internal_id(running, name)
+    for index, group in enumerate(running.scheduler.kv_cache_config.kv_cache_groups):
+        names = [n for n in group.layer_names if f".layers.{layer}." in n]
+        if names:
+            manager = running.scheduler.kv_cache_manager.coordinator.single_type_managers[index]
+            blocks = [block.block_id for block in manager.req_to_blocks[request]]
+            cache = running.runner.compilation_config.static_forward_context[names[0]].kv_cache
+            # [blocks, heads, K then V, slots, head size]
+            pages = cache[blocks].view(len(blocks), cache.shape[1], 2, BLOCK, -1)
+            return pages.permute(0, 3, 1, 2, 4).flatten(0, 1)[:num_tokens].flatten(2).clone()
+    raise AssertionError(f"no layer {layer}")
+
+
+def test_kv_of_text_only_stages_before_injection_does_not_depend_on_the_image(running: Engine) -> None:
+    tokens = prompt(np.random.default_rng(8), "5i6")
+    held = {}
+    for image in (1, 2):
+        name = f"image{image}-"
+        running.add(name, Ask(tokens, (image,), max_tokens=9))
+        running.step()
+        held[image] = {layer: cached_keys(running, name, layer, 12) for layer in range(NUM_LAYERS)}
+    for layer in (0, 1):
+        assert torch.equal(held[1][layer], held[2][layer])
+        assert held[1][layer].abs().sum() > 0
+    for layer in range(2, NUM_LAYERS):
+        assert not torch.equal(held[1][layer], held[2][layer])
+    while running.llm.llm_engine.has_unfinished_requests():
+        running.step()
