@@ -142,9 +142,7 @@ def additive_mask(visible: torch.Tensor) -> torch.Tensor:
     return torch.zeros(num_rows, num_rows, device=visible.device).masked_fill(~allowed, -torch.inf)
 
 
-def run_layer(
-    layer: Any, hidden: torch.Tensor, heads: _Heads, visible: torch.Tensor
-) -> torch.Tensor:
+def run_layer(layer: Any, hidden: torch.Tensor, heads: _Heads, visible: torch.Tensor) -> torch.Tensor:
     """One decoder layer on the residual stream [T, C], dense over all T rows."""
     weights = attention_weights(heads.query, heads.key, additive_mask(visible))
     value = heads.value.repeat_interleave(weights.shape[0] // heads.value.shape[0], dim=0)
@@ -193,9 +191,7 @@ class _Selector:
         self.selections: dict[int, Kept] = {}
         self.scores: dict[int, dict[int, torch.Tensor]] = {}
 
-    def kept_at(
-        self, stage: OracleStage, kept: Kept, entering: list[torch.Tensor], visible: torch.Tensor
-    ) -> Kept:
+    def kept_at(self, stage: OracleStage, kept: Kept, entering: list[torch.Tensor], visible: torch.Tensor) -> Kept:
         """What ``stage`` keeps, given what was ``kept`` and ``visible`` [T] until now.
 
         ``entering`` holds the hidden states entering the layers 0 .. ``stage.first_layer``.
@@ -243,10 +239,8 @@ class _Selector:
         for image, rows in enumerate(self._image_rows):
             if not is_cut[image]:
                 continue
-            if self._rule == "random":
-                of_all = random_scores(self._seed, layer, len(rows))
-            else:
-                of_all = row_scores[rows].cpu()
+            is_random = self._rule == "random"
+            of_all = random_scores(self._seed, layer, len(rows)) if is_random else row_scores[rows].cpu()
             scores[image] = torch.full_like(of_all, torch.nan)
             scores[image][kept[image]] = of_all[kept[image]]
         return scores
@@ -357,9 +351,7 @@ class Oracle:
         for index, layer in enumerate(self._layers):
             if index in stage_at:
                 before = kept
-                kept = selector.kept_at(
-                    stage_at[index], before, [*result.entering, hidden], visible
-                )
+                kept = selector.kept_at(stage_at[index], before, [*result.entering, hidden], visible)
                 hidden = _inject(hidden, prompt, before, kept)
                 visible = _show(visible, prompt, kept)
             heads = project_heads(layer, hidden, rope)
@@ -375,9 +367,7 @@ class Oracle:
         cos, sin = self._text.rotary_emb(hidden[None], position_ids=positions[None])
         return _Rope(cos[0], sin[0])
 
-    def _last_row_attention(
-        self, layer: int, hidden: torch.Tensor, visible: torch.Tensor
-    ) -> torch.Tensor:
+    def _last_row_attention(self, layer: int, hidden: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """[T]: what the last row of ``hidden`` [T, C] pays to each visible row, mean over heads."""
         heads = project_heads(self._layers[layer], hidden, self._rope(hidden))
         mask = torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, -torch.inf)

@@ -75,9 +75,7 @@ def build_model(family: str) -> LlavaForConditionalGeneration:
         image_size=56,
         patch_size=14,
     )
-    config = LlavaConfig(
-        vision_config=vision, text_config=text_config(family), image_token_index=IMAGE_TOKEN
-    )
+    config = LlavaConfig(vision_config=vision, text_config=text_config(family), image_token_index=IMAGE_TOKEN)
     model: LlavaForConditionalGeneration = LlavaForConditionalGeneration(config).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -127,9 +125,7 @@ class Shortened:
         self.selections: dict[int, list[int]] = {}
         self.scores: dict[int, torch.Tensor] = {}  # of the survivors
 
-    def layer(
-        self, index: int, hidden: torch.Tensor, positions: list[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def layer(self, index: int, hidden: torch.Tensor, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Output rows, and the attention [rows] of the last row, mean over heads."""
         rope = self.text.rotary_emb(hidden[None], torch.tensor([positions]))
         causal = torch.full((len(positions),) * 2, -torch.inf).triu(1)[None, None]
@@ -165,9 +161,7 @@ class Shortened:
             hidden, last_row = self.layer(index, hidden, positions)
         return self.model.lm_head(self.text.norm(hidden[-1]))
 
-    def select(
-        self, index: int, keep: int, kept: list[int], positions: list[int], last_row: torch.Tensor
-    ) -> None:
+    def select(self, index: int, keep: int, kept: list[int], positions: list[int], last_row: torch.Tensor) -> None:
         scores = last_row[[positions.index(self.start + j) for j in kept]]
         self.scores[index] = scores
         self.selections[index] = sorted(kept[rank] for rank in scores.topk(keep).indices)
@@ -190,9 +184,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(
-    ("token_ids", "num_images"), [(PROMPT, 1), (TWO_IMAGES, 2), (ADJACENT_IMAGES, 2)]
-)
+@pytest.mark.parametrize(("token_ids", "num_images"), [(PROMPT, 1), (TWO_IMAGES, 2), (ADJACENT_IMAGES, 2)])
 def test_keeping_all_equals_the_dense_model(
     model: LlavaForConditionalGeneration, token_ids: list[int], num_images: int
 ) -> None:
@@ -241,10 +233,7 @@ def test_masked_rows_equal_rows_that_are_physically_gone(
 def test_layers_without_vision_do_not_depend_on_the_image(
     llama: LlavaForConditionalGeneration,
 ) -> None:
-    one, other = (
-        Oracle(llama).generate(PROMPT, pixels(1, seed), HIDROP, "attention_next", 1)
-        for seed in (0, 1)
-    )
+    one, other = (Oracle(llama).generate(PROMPT, pixels(1, seed), HIDROP, "attention_next", 1) for seed in (0, 1))
     text = torch.tensor(PROMPT) != IMAGE_TOKEN
     for layer in (0, 1):  # the text keys of layer 1 come from rows that layer 0 computed
         assert torch.equal(one.keys[layer][text], other.keys[layer][text])
@@ -379,9 +368,7 @@ def test_random_scores_are_the_documented_numbers() -> None:
     ("num_survivors", "keep", "expected"),
     [(4, 2, [1, 3]), (5, 2, [1, 3]), (7, 3, [1, 3, 5]), (3, 3, [0, 1, 2]), (9, 1, [4])],
 )
-def test_uniform_indices_are_hand_checked(
-    num_survivors: int, keep: int, expected: list[int]
-) -> None:
+def test_uniform_indices_are_hand_checked(num_survivors: int, keep: int, expected: list[int]) -> None:
     assert uniform_indices(num_survivors, keep) == expected
 
 
@@ -441,9 +428,7 @@ def test_prompts_without_a_meaning_are_refused(llama: LlavaForConditionalGenerat
         oracle.generate(PROMPT, pixels(1), [OracleStage(0, (3,))], "attention_previous", 1)
 
 
-def test_a_saved_checkpoint_gives_the_same_result(
-    llama: LlavaForConditionalGeneration, tmp_path: Any
-) -> None:
+def test_a_saved_checkpoint_gives_the_same_result(llama: LlavaForConditionalGeneration, tmp_path: Any) -> None:
     llama.save_pretrained(tmp_path)
     loaded = Oracle(tmp_path).generate(PROMPT, pixels(1), HIDROP, "attention_next", 2)
     expected = Oracle(llama).generate(PROMPT, pixels(1), HIDROP, "attention_next", 2)

@@ -77,7 +77,9 @@ def save_tokenizer(directory: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="t3"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<image>"])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="t1", eos_token="t2", pad_token="t0", unk_token="t3")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="t1", eos_token="t2", pad_token="t0", unk_token="t3"
+    )
     fast.save_pretrained(directory)
 
 
@@ -128,7 +130,11 @@ def make_llava(directory: Path, text: str = "llama", tower: str = "clip", seed: 
         for name, parameter in model.named_parameters():
             mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
             parameter.normal_(mean, 0.15, generator=generator)
-    save_file({_hub_name(k): v.contiguous() for k, v in model.state_dict().items()}, directory / "model.safetensors", {"format": "pt"})
+    save_file(
+        {_hub_name(k): v.contiguous() for k, v in model.state_dict().items()},
+        directory / "model.safetensors",
+        {"format": "pt"},
+    )
     config.save_pretrained(directory)
     save_tokenizer(directory)
     save_processor(directory, tower)

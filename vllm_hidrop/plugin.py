@@ -17,7 +17,7 @@ def register() -> None:
     check_vllm_version()
     register_stage_spec()
 
-    class HidropModelConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
+    class HidropModelConfig(VerifyAndUpdateConfig):
         @staticmethod
         def verify_and_update_config(vllm_config: object) -> None:
             from vllm_hidrop.models.staged import configure

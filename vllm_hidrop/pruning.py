@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Self
 
 KeepValue = str | int | float
@@ -105,7 +106,7 @@ class Schedule:
         if not self.stages or self.stages[0].first_layer != 0:
             raise ValueError("a schedule must start at layer 0")
         firsts = [stage.first_layer for stage in self.stages]
-        if any(b <= a for a, b in zip(firsts, firsts[1:], strict=False)):
+        if any(b <= a for a, b in pairwise(firsts)):
             raise ValueError(f"first layers must rise, got {firsts}")
         if firsts[-1] >= self.num_layers:
             raise ValueError(f"a stage starts at layer {firsts[-1]}, the model has {self.num_layers}")
@@ -153,9 +154,7 @@ class Schedule:
         if len(keeps) != len(self.stages):
             raise ValueError(f"this server has {len(self.stages)} stages, got {len(keeps)} keeps")
         stages = zip(self.stages, keeps, strict=True)
-        return Schedule(
-            tuple(Stage(s.first_layer, Keep.parse(keep)) for s, keep in stages), self.num_layers
-        )
+        return Schedule(tuple(Stage(s.first_layer, Keep.parse(keep)) for s, keep in stages), self.num_layers)
 
     def kept(self, num_tokens: int) -> tuple[int, ...]:
         """Tokens of one image of ``num_tokens`` tokens held in every stage."""
@@ -172,16 +171,16 @@ def check_keeps(keeps: Sequence[Keep]) -> None:
 
     Counts and fractions are not comparable until an image's size is known; :class:`Plan` checks the numbers.
     """
-    for before, after in zip(keeps, keeps[1:], strict=False):
+    for before, after in pairwise(keeps):
         if before.is_none and not after.is_none and not after.is_all:
             raise ValueError(
                 f"late injection brings in every vision token: keep after 0 must be all or 0, got {after.dump()}"
             )
     first_kept = next((i for i, keep in enumerate(keeps) if not keep.is_none), len(keeps))
     held = keeps[first_kept:]
-    for before, after in zip(held, held[1:], strict=False):
+    for before, after in pairwise(held):
         same_kind = (before.count is None) == (after.count is None)
-        rises = after.is_all and not before.is_all or before.is_none and not after.is_none
+        rises = (after.is_all and not before.is_all) or (before.is_none and not after.is_none)
         if rises or (same_kind and _amount(after) > _amount(before)):
             raise ValueError(f"keep must not rise after injection, got {before.dump()} then {after.dump()}")
 

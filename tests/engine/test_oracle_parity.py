@@ -72,7 +72,8 @@ def asks() -> list[Ask]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: make_llava(tmp_path_factory.mktemp(name), *name.split("-")) for name in MODELS}
+    parts = {name: name.split("-") for name in MODELS}
+    return {name: make_llava(tmp_path_factory.mktemp(name), text, tower) for name, (text, tower) in parts.items()}
 
 
 @cache
@@ -83,9 +84,7 @@ def oracle(model: Path) -> Oracle:
 def rule_of(choice: dict[str, Any]) -> Rule:
     rules: dict[str, Rule] = {"random": "random", "uniform": "uniform"}
     attention: Rule = (
-        "attention_previous"
-        if METHODS[choice["method"]].signal is Signal.PREVIOUS_ATTENTION
-        else "attention_next"
+        "attention_previous" if METHODS[choice["method"]].signal is Signal.PREVIOUS_ATTENTION else "attention_next"
     )
     return rules.get(choice["method"], attention)
 

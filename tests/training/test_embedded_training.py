@@ -1,5 +1,6 @@
 """The scenes, the recipe in small, and the checkpoint that ships."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -37,6 +39,7 @@ from vllm_hidrop.training.scenes import (
 )
 from vllm_hidrop.training.vocabulary import TOKEN_IDS, VOCABULARY, build_tokenizer
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 NUM_HELD_OUT_SCENES = 40
 MakeScene = Callable[[int], Scene]
 Figures = dict[str, Any]
@@ -47,7 +50,7 @@ HAND_MADE = Scene(
         Thing("star", "red", 8, 8, 20, 20),
         Thing("heart", "blue", 160, 80, 28, 28),
         Thing("ring", "red", 80, 160, 20, 20),
-        Thing("word", "white", 60, 40, 56, 16, "hotel"),
+        Thing("word", "white", 60, 40, 68, 16, "hotel"),
     ),
 )
 
@@ -170,7 +173,15 @@ def test_users_may_type_capitals_other_spellings_and_unknown_words() -> None:
     tokenizer = build_tokenizer()
     plain = tokenizer("what colour is the star ?").input_ids
     assert tokenizer("What color is the STAR?").input_ids == plain
+    assert tokenizer("Is there an arrow?").input_ids == tokenizer("is there a arrow ?").input_ids
     assert tokenizer("what zeppelin").input_ids == [TOKEN_IDS["what"], TOKEN_IDS["<unk>"]]
+
+
+def test_an_answer_decodes_without_a_leading_space_after_its_prompt() -> None:
+    tokenizer = build_tokenizer()
+    prompt = tokenizer("<bos><user><image>where is the star ?<assistant>").input_ids
+    whole = tokenizer.decode([*prompt, *tokenizer("top left<eos>").input_ids], skip_special_tokens=True)
+    assert whole == "<user>where is the star?<assistant>top left"
 
 
 def test_targets_of_a_block_are_its_answer_and_end() -> None:
@@ -275,6 +286,14 @@ def test_generate_stops_at_the_end_of_an_answer_of_one_or_two_words(checkpoint: 
     answers = [checkpoint.generate(example.image, question.text) for question in asked]
     expected = checkpoint.is_right(example.image, asked)
     assert [answer == one.answer for answer, one in zip(answers, asked, strict=True)] == expected
+
+
+def test_the_sample_images_are_answered_as_their_file_says(checkpoint: Checkpoint) -> None:
+    lines = [json.loads(line) for line in (EXAMPLES / "questions.jsonl").read_text("utf-8").splitlines()]
+    assert len(lines) == 10
+    for line in lines:
+        with Image.open(EXAMPLES / line["image"]) as image:
+            assert checkpoint.generate(np.asarray(image), line["question"]) == line["answer"]
 
 
 def test_a_cut_that_keeps_every_token_changes_nothing(checkpoint: Checkpoint) -> None:

@@ -1,6 +1,7 @@
 """Random-weight LLaVA checkpoints of a given shape, written once and loaded by both engines.
 
-Weights are seeded noise of the initialiser's usual width: speed does not depend on them, and both engines read one file.
+Weights are seeded noise of the initialiser's usual width: speed does not depend on them, and both engines read one
+file.
 """
 
 import json

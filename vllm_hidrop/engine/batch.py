@@ -79,8 +79,7 @@ class StagedStep:
     def rows_run(self) -> dict[str, tuple[int, ...]]:
         """Rows of every stage, by request id, for the prompts pruned in this step."""
         return {
-            p.request_id: tuple(p.plan.num_prompt_tokens - dropped for dropped in p.plan.dropped)
-            for p in self.prefills
+            p.request_id: tuple(p.plan.num_prompt_tokens - dropped for dropped in p.plan.dropped) for p in self.prefills
         }
 
 
@@ -110,8 +109,6 @@ def make_step(
             shared[key] = StageBatch(num_scheduled_tokens - column * starts_here, totals - column)
         stages.append(shared[key])
     prefills = tuple(
-        PrunedPrefill(request_ids[i], int(i), plans[i])
-        for i in np.flatnonzero(starts_here)
-        if plans[i].is_pruned
+        PrunedPrefill(request_ids[i], int(i), plans[i]) for i in np.flatnonzero(starts_here) if plans[i].is_pruned
     )
     return StagedStep(full, tuple(stages), prefills)

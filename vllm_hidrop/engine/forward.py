@@ -39,8 +39,8 @@ class _Rows:
 class StagedForward:
     """Runs a step that prefills pruned prompts.
 
-    At a cut the first layer of the new stage computes Q, K and V of all current rows once, the scorer reads Q and K, and
-    the layer goes on with the gathered Q, K, V and residual: nothing is projected twice. An injected row is the
+    At a cut the first layer of the new stage computes Q, K and V of all current rows once, the scorer reads Q and K,
+    and the layer goes on with the gathered Q, K, V and residual: nothing is projected twice. An injected row is the
     projector's output with residual 0. Rows keep the positions of the full prompt throughout.
 
     Args:
@@ -162,7 +162,7 @@ class StagedForward:
 
 
 class _Observed:
-    """While entered, ``observer`` sees an attention module's Q and K after RoPE, and may name the rows to go on with."""
+    """While entered, ``observer`` sees an attention module's Q and K after RoPE and may name the rows to go on with."""
 
     def __init__(self, attention: nn.Module, observer: Observer | Callable[..., None] | None) -> None:
         self.attention = attention

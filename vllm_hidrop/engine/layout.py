@@ -104,9 +104,7 @@ def after_injection(runs: list[ImageRun]) -> list[ImageRun]:
     return left
 
 
-def gather_index(
-    runs: list[ImageRun], num_rows: int, selections: Selections, device: torch.device
-) -> torch.Tensor:
+def gather_index(runs: list[ImageRun], num_rows: int, selections: Selections, device: torch.device) -> torch.Tensor:
     """Index of the next rows into the current rows followed by the step's full rows.
 
     Runs that inject take their rows from the full rows, which start at index ``num_rows``; the others keep their

@@ -1,7 +1,7 @@
 """Adapter to vLLM's V1 model runner (CPU; CUDA with ``VLLM_USE_V2_MODEL_RUNNER=0``).
 
-The runner stays vLLM's own: :func:`adopt` turns a constructed one into its staged subclass, which overrides the few hooks
-below. Everything they call is in ``batch``, ``kv_cache`` and ``forward``.
+The runner stays vLLM's own: :func:`adopt` turns a constructed one into its staged subclass, which overrides the few
+hooks below. Everything they call is in ``batch``, ``kv_cache`` and ``forward``.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import torch
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_hidrop.engine.batch import StageBatch, StagedStep, make_step
 from vllm_hidrop.engine.kv_cache import StageSpec
@@ -20,15 +21,15 @@ from vllm_hidrop.engine.planner import Planner
 from vllm_hidrop.pruning import Plan
 
 
-class StagedRunnerMixin:
-    """Overrides of a V1 model runner; state is set by :func:`adopt`."""
+class StagedRunner(GPUModelRunner):
+    """Overrides of a V1 model runner (the CPU runner derives from the GPU one); state is set by :func:`adopt`."""
 
     planner: Planner
     plans: dict[str, Plan]
     step: StagedStep | None
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """vLLM's specs, each with its layer's stage."""
+        """VLLM's specs, each with its layer's stage."""
         return {name: self._stage_spec(name, spec) for name, spec in super().get_kv_cache_spec().items()}
 
     def _stage_spec(self, layer_name: str, spec: KVCacheSpec) -> KVCacheSpec:
@@ -37,7 +38,7 @@ class StagedRunnerMixin:
         return StageSpec.of(spec, self.planner.schedule.stage_of_layer(extract_layer_index(layer_name)))
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: npt.NDArray[np.int32]) -> Any:
-        """vLLM's inputs, then this step's layout."""
+        """VLLM's inputs, then this step's layout."""
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         for request_id in scheduler_output.finished_req_ids:
             self.plans.pop(request_id, None)
@@ -96,9 +97,7 @@ class StagedRunnerMixin:
             by_layer.update(dict.fromkeys(group.layer_names, metadata))
         return by_layer, None
 
-    def _common_metadata(
-        self, batch: StageBatch, tables: torch.Tensor, slots: torch.Tensor
-    ) -> CommonAttentionMetadata:
+    def _common_metadata(self, batch: StageBatch, tables: torch.Tensor, slots: torch.Tensor) -> CommonAttentionMetadata:
         row_starts = torch.from_numpy(batch.row_starts)
         seq_lens = torch.from_numpy(batch.seq_lens)
         num_requests = len(batch.num_rows)
@@ -130,11 +129,12 @@ class StagedRunnerMixin:
         if self.step is None or self.step.is_uniform:
             return super()._model_forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         num_tokens = self.step.full.num_tokens
-        assert inputs_embeds is not None and positions is not None
+        assert inputs_embeds is not None
+        assert positions is not None
         return self.model.forward_staged(self.step, inputs_embeds[:num_tokens], positions[:num_tokens])
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """vLLM's sampling, with the rows this step ran attached to its output."""
+        """VLLM's sampling, with the rows this step ran attached to its output."""
         output = super().sample_tokens(grammar_output)
         step, self.step = self.step, None
         if step is not None and step.prefills:
@@ -151,10 +151,10 @@ class StagedRunnerMixin:
 def adopt(runner: Any, planner: Planner) -> None:
     """Make a freshly constructed V1 model runner staged.
 
-    Its class becomes a subclass of itself with :class:`StagedRunnerMixin` in front. vLLM's workers name their runner
+    Its class becomes a subclass of itself with :class:`StagedRunner` in front. vLLM's workers name their runner
     class inside ``init_device``, so there is no constructor to pass a class to.
     """
-    runner.__class__ = type(f"Staged{type(runner).__name__}", (StagedRunnerMixin, type(runner)), {})
+    runner.__class__ = type(f"Staged{type(runner).__name__}", (StagedRunner, type(runner)), {})
     runner.planner = planner
     runner.plans = {}
     runner.step = None

@@ -3,8 +3,8 @@
 Rules, on top of vLLM's own:
 
 1. A request is planned once, when it arrives; its stages' managers count by that plan until it is freed.
-2. A pruned prompt is prefilled whole, in one step: scoring needs its last row beside every vision row. Until the step has
-   room (token budget, encoder budget, blocks) it waits at the head of the queue, so it cannot starve.
+2. A pruned prompt is prefilled whole, in one step: scoring needs its last row beside every vision row. Until the step
+has room (token budget, encoder budget, blocks) it waits at the head of the queue, so it cannot starve.
 3. Text-only and ``off`` requests are scheduled, chunked and preempted as in vLLM.
 4. A preempted request is prefilled again under the same plan; tokens it had generated may follow in the same step.
 5. A request whose options are invalid (the server refuses those with a 400 before they get here) ends with an error;
@@ -29,8 +29,8 @@ from vllm_hidrop.pruning import Plan
 logger = init_logger(__name__)
 
 
-class _StagedScheduling:
-    """The rules, for either of vLLM's schedulers."""
+class StagedScheduler(Scheduler):
+    """vLLM's scheduler with the rules above."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -52,7 +52,7 @@ class _StagedScheduling:
         super().add_request(request)
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """vLLM's last word on a prefill chunk's length: all of a pruned prompt or nothing (rule 2)."""
+        """VLLM's last word on a prefill chunk's length: all of a pruned prompt or nothing (rule 2)."""
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         plan = self.plans[request.request_id]
         if plan.is_pruned and 0 < num_computed_tokens + num_new_tokens < plan.num_prompt_tokens:
@@ -76,9 +76,5 @@ class _StagedScheduling:
         return {**(kv_transfer_params or {}), "hidrop": report}, ec_transfer_params
 
 
-class StagedScheduler(_StagedScheduling, Scheduler):
-    """vLLM's scheduler with the rules above."""
-
-
-class StagedAsyncScheduler(_StagedScheduling, AsyncScheduler):
+class StagedAsyncScheduler(StagedScheduler, AsyncScheduler):
     """vLLM's asynchronous scheduler with the rules above."""

@@ -6,10 +6,10 @@ from vllm_hidrop.engine.planner import Planner
 from vllm_hidrop.engine.runner import adopt
 
 
-def staged_worker(base: type) -> type:
+def staged_worker(base: Any) -> type:
     """A worker class like ``base`` that adopts its runner once it is constructed."""
 
-    class StagedWorker(base):  # type: ignore[misc, valid-type]
+    class StagedWorker(base):
         def init_device(self) -> None:
             super().init_device()
             planner = Planner.from_vllm_config(self.vllm_config)

@@ -16,7 +16,8 @@ class Random(Method):
     **Source** the control of arXiv 2502.11501. **Differs** the subset depends on the seed, the layer and the token's
     place only, so a request always keeps the same tokens.
 
-    **Options** ``layer`` (zero-based first pruned layer, default 2), ``keep`` (fraction or count, default 0.5), ``seed``.
+    **Options** ``layer`` (zero-based first pruned layer, default 2), ``keep`` (fraction or count, default 0.5),
+    ``seed``.
     """
 
     name = "random"

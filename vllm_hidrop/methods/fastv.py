@@ -13,8 +13,8 @@ from vllm_hidrop.scoring import Signal, Signals, attention_score
 class FastV(Method):
     """Rank vision tokens by the attention the last prompt row pays them and drop the lowest.
 
-    **Source** arXiv 2403.06764 section 4; ranking as in the released code: attention of layer ``layer - 1`` (zero-based),
-    last row, mean over heads.
+    **Source** arXiv 2403.06764 section 4; ranking as in the released code: attention of layer ``layer - 1``
+    (zero-based), last row, mean over heads.
 
     **Differs** the paper's text says the average attention received; the code, and we, use the last row. With several
     images each keeps its own share. Positions are never renumbered.

@@ -19,8 +19,8 @@ class HiDrop(Method):
     """No vision tokens in the shallow layers, all where fusion begins, few in the middle, none in the deep layers.
 
     At every filter layer the survivors are scored anew by the head-mean attention of the last prompt row under the
-    *next* layer's Q and K, softmax over all current rows in float32; the best ``keep`` stay, in ascending order, with the
-    positions of the full prompt. Checkpoints are trained with their schedule on: pair preset and checkpoint.
+    *next* layer's Q and K, softmax over all current rows in float32; the best ``keep`` stay, in ascending order, with
+    the positions of the full prompt. Checkpoints are trained with their schedule on: pair preset and checkpoint.
 
     **Source** arXiv 2602.23699 sections 3.1 to 3.3; presets from the released scripts. Layer numbers here are the
     paper's one-based ones: ``inject_layer`` 9 is zero-based layer 8, the first with vision; ``filter_layers`` r scores
@@ -29,8 +29,8 @@ class HiDrop(Method):
     **Differs** exactly ``keep`` tokens stay at ties (the code keeps every tied one) and scores are float32. Several
     images and other token counts than 576, undefined in the paper, keep the counts per image.
 
-    **Options** ``inject_layer`` (one-based, 1 = no late injection), ``filter_layers`` (one-based), ``keeps`` (tokens per
-    image after each filter, a count or a fraction), ``exit_layer`` (one-based; None = no early exit), ``shape`` the
+    **Options** ``inject_layer`` (one-based, 1 = no late injection), ``filter_layers`` (one-based), ``keeps`` (tokens
+    per image after each filter, a count or a fraction), ``exit_layer`` (one-based; None = no early exit), ``shape`` the
     (layers, tokens per image) the numbers are written for, ``scale`` (resize them to the served model, see
     :meth:`scaled`; off: another shape is refused).
     """

@@ -15,8 +15,8 @@ class PyramidDrop(Method):
 
     **Source** arXiv 2410.17247 section 3; released defaults: cuts 8, 16, 24 of 32 layers, keeps 0.5, 0.25, 0.125.
 
-    **Differs** the row that scores is the last prompt row, which is the last instruction row at inference. Positions are
-    never renumbered. Each image keeps its own share.
+    **Differs** the row that scores is the last prompt row, which is the last instruction row at inference. Positions
+    are never renumbered. Each image keeps its own share.
 
     **Options** ``cuts`` (depth of every cut as a fraction of the layers), ``keeps`` (fraction or count per image after
     each cut).

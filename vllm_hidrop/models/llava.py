@@ -16,8 +16,6 @@ class HidropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         text = self.language_model.model
         self._staged = staged_forward(vllm_config, text.layers, text.norm)
 
-    def forward_staged(
-        self, step: StagedStep, inputs_embeds: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
+    def forward_staged(self, step: StagedStep, inputs_embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Final hidden states [T, C] of a step that prefills pruned prompts; see ``engine.forward.StagedForward``."""
         return self._staged(step, inputs_embeds, positions)

@@ -68,7 +68,7 @@ class Checkpoint:
     def generate(self, image: Pixels, question: str) -> str:
         """The answer text, decoded greedily by ``generate``."""
         inputs = self.processor(images=Image.fromarray(image), text=self._prompt(question), return_tensors="pt")
-        output = self.model.generate(**inputs, do_sample=False, max_new_tokens=8)
+        output = self.model.generate(**inputs, max_new_tokens=8)
         answer = output[0, inputs["input_ids"].shape[1] :]
         return str(self.processor.decode(answer, skip_special_tokens=True))
 

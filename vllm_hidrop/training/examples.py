@@ -5,6 +5,7 @@ Takes held-out scenes that are rich but not crowded and that the checkpoint answ
 
 import argparse
 import json
+import re
 from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
@@ -15,19 +16,30 @@ from PIL import Image
 
 from vllm_hidrop.training.evaluate import COUNT, Checkpoint
 from vllm_hidrop.training.questions import QUESTION_TYPES, Question, ask
-from vllm_hidrop.training.scenes import Scene, held_out_seed, make_scene, render
+from vllm_hidrop.training.scenes import IMAGE_SIDE, SIZES, Scene, Thing, held_out_seed, make_scene, render
 
 FIRST_EXAMPLE_SCENE = 50_000
 NUM_EXAMPLES = 5
 MIN_OBJECTS = 5
+MIN_LARGE_OBJECTS = 4
+MIN_COLOURS = 5
+MIN_BORDER_PIXELS = 8
 TYPES = ("read", "relation", "colour", "where", "object", "exist")
 
 
+def _is_off_border(thing: Thing) -> bool:
+    right, bottom = thing.left + thing.width, thing.top + thing.height
+    return min(thing.left, thing.top, IMAGE_SIDE - right, IMAGE_SIDE - bottom) >= MIN_BORDER_PIXELS
+
+
 def _is_attractive(scene: Scene) -> bool:
-    """A word, many colours, and objects on all sides."""
+    """A word, many colours, most objects large, objects on all sides but off the border."""
     colours = {thing.colour for thing in scene.things}
-    halves = {(thing.centre[0] > 96, thing.centre[1] > 96) for thing in scene.objects}
-    return scene.word is not None and len(scene.objects) >= MIN_OBJECTS and len(colours) >= 5 and len(halves) == 4
+    quarters = {(thing.centre[0] > IMAGE_SIDE / 2, thing.centre[1] > IMAGE_SIDE / 2) for thing in scene.objects}
+    num_large = sum(thing.width == max(SIZES) for thing in scene.objects)
+    is_varied = scene.word is not None and len(colours) >= MIN_COLOURS and len(quarters) == 4
+    is_clear = all(_is_off_border(thing) for thing in scene.things) and num_large >= MIN_LARGE_OBJECTS
+    return is_varied and is_clear and len(scene.objects) >= MIN_OBJECTS
 
 
 def _questions(scene: Scene) -> dict[str, Question]:
@@ -38,7 +50,7 @@ def _questions(scene: Scene) -> dict[str, Question]:
 
 def _as_typed(question: Question) -> str:
     """The question as a person would type it."""
-    text = question.text.replace(" ?", "?")
+    text = re.sub(r"\ba (?=[aeiou])", "an ", question.text.replace(" ?", "?"))
     return text[0].upper() + text[1:]
 
 

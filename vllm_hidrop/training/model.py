@@ -151,12 +151,14 @@ def save_checkpoint(model: LlavaForConditionalGeneration, directory: Path) -> No
     config["dtype"] = "bfloat16"
     config["text_config"]["rope_theta"] = ROPE_THETA
     _write_json(directory / "config.json", config)
+    # Greedy for clients that set no temperature: vLLM reads top_k from here, but not do_sample, and
+    # would make max_new_tokens a limit for all requests.
     GenerationConfig(
         bos_token_id=TOKEN_IDS[BOS],
         eos_token_id=TOKEN_IDS[EOS],
         pad_token_id=TOKEN_IDS[PAD],
-        do_sample=False,
-        max_new_tokens=16,
+        do_sample=True,
+        top_k=1,
     ).save_pretrained(directory)
     _save_tokenizer(directory)
     _save_processor(directory)

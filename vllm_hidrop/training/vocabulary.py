@@ -63,6 +63,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
             normalizers.Lowercase(),
             normalizers.Replace(Regex(r"\bcolor\b"), "colour"),
             normalizers.Replace(Regex(r"\bcentre\b"), "center"),
+            normalizers.Replace(Regex(r"\ban\b"), "a"),
         ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
