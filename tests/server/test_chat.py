@@ -34,11 +34,9 @@ def test_a_pruned_answer_reports_what_the_schedule_promised(server: Server) -> N
 @pytest.mark.parametrize("include_usage", [False, True])
 def test_a_stream_says_the_same_and_reports_once_at_its_end(server: Server, include_usage: bool) -> None:
     whole = server.chat([image_url()])
-    options = {"stream_options": {"include_usage": True}} if include_usage else {}
-    chunks = [
-        chunk.model_dump()
-        for chunk in server.openai.chat.completions.create(**server.body([image_url()], stream=True, **options))
-    ]
+    options: dict[str, Any] = {"stream_options": {"include_usage": True}} if include_usage else {}
+    stream: Any = server.openai.chat.completions.create(**server.body([image_url()], stream=True, **options))
+    chunks = [chunk.model_dump() for chunk in stream]
     text = "".join(choice["delta"]["content"] or "" for chunk in chunks for choice in chunk["choices"])
     assert text == content(whole)
     assert [bool(chunk.get("hidrop")) for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
@@ -97,7 +95,7 @@ def test_keeps_of_the_request_win_over_the_servers(server: Server) -> None:
 
 def test_keeping_all_by_request_answers_like_off(server: Server) -> None:
     keep_all = {"hidrop_keep": ["all"] * len(server.schedule.stages)}
-    more = {"logprobs": True, "top_logprobs": 5}
+    more: dict[str, Any] = {"logprobs": True, "top_logprobs": 5}
     by_keep = server.chat([image_url(3)], vllm_xargs=keep_all, **more)
     off = server.chat([image_url(3)], vllm_xargs={"hidrop": "off"}, **more)
     assert by_keep["choices"][0]["message"] == off["choices"][0]["message"]
@@ -143,7 +141,7 @@ def with_extra(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_completions_report_too(server: Server) -> None:
-    body = {"model": server.model, "prompt": "what colour", "max_tokens": 3, "temperature": 0}
+    body: dict[str, Any] = {"model": server.model, "prompt": "what colour", "max_tokens": 3, "temperature": 0}
     whole = server.openai.completions.create(**body).model_dump()
     assert whole["hidrop"]["mode"] == "text"
     assert whole["kv_transfer_params"] is None

@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from vllm_hidrop.commands.local_server import local_server
 
@@ -209,9 +210,10 @@ def _table(rows: list[Row]) -> Table:
     headings = ("Question", "Expected", "Dense", "Pruned", "Kept per stage", "KV blocks", "First token, s")
     table = Table(*headings, title="Every question with all vision tokens (dense) and pruned", show_footer=True)
     for row in rows:
-        expected = row.question.answer
+        question, expected = row.question.question, row.question.answer
         answers = (_marked(answer, expected) for answer in (row.dense, row.pruned))
-        table.add_row(row.question.question, expected, *answers, _kept(row.pruned), _blocks([row]), _seconds([row]))
+        cells = (Text(question), Text(expected), *answers, Text(_kept(row.pruned)))
+        table.add_row(*cells, _blocks([row]), _seconds([row]))
     footers = (
         f"{len(rows)} questions",
         "",
@@ -230,11 +232,10 @@ def _by_mode(rows: list[Row]) -> tuple[list[tuple[Row, Answer]], list[tuple[Row,
     return [(row, row.dense) for row in rows], [(row, row.pruned) for row in rows]
 
 
-def _marked(answer: Answer, expected: str) -> str:
+def _marked(answer: Answer, expected: str) -> Text:
     if answer.error:
-        return "[red]failed[/red]"
-    colour = "green" if answer.is_right(expected) else "yellow"
-    return f"[{colour}]{answer.text}[/{colour}]"
+        return Text("failed", style="red")
+    return Text(answer.text, style="green" if answer.is_right(expected) else "yellow")
 
 
 def _kept(answer: Answer) -> str:
@@ -250,7 +251,7 @@ def _blocks(rows: list[Row]) -> str:
 def _seconds(rows: list[Row]) -> str:
     good = [row for row in rows if not row.dense.error and not row.pruned.error]
     pruned, dense = (sum(answer.seconds_to_first_token for _, answer in pairs) for pairs in _by_mode(good))
-    return f"{pruned:.2f} / {dense:.2f}" if good else "-"
+    return f"{pruned:.3f} / {dense:.3f}" if good else "-"
 
 
 def _as_json(row: Row) -> dict[str, Any]:

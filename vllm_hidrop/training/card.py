@@ -37,15 +37,17 @@ answers depend on the image, on any machine and without a download. It is no gen
   Lower-cased, split at punctuation; unknown words become `<unk>`. The image comes before the question;
   the chat template sees to it.
 * **Late read**: in training, text read another scene's image in layers 0 and 1, so the model reads the image in
-  layers 2 to 5 only. Without this such a model copies the answer into the text in layer 0, and a cut
-  after that costs nothing, whatever is kept. Cut at layer 2 or deeper: below it, attention is untrained.
+  layers 2 to 5 only. A model of this size trained without it had copied the answer into the text after
+  layer 0, so that no cut cost anything, whatever was kept. Cut at layer 2 or deeper: below it, attention to
+  the image is untrained (see the figures). From layer 4 on the answer is read, and any cut passes.
 * **Fonts**: words and glyphs in the training images are DejaVu (from matplotlib); no font is in the weights.
 
 ## Training
 
 `python -m vllm_hidrop.training.embedded --out DIR`: about {minutes} minutes on one thread of
 {hardware} with torch {torch}, transformers {transformers}. Stages and resumption: the module's docstring. All data
-are made on the fly from seeds below 1,000,000,000; figures are from seeds above.
+are made on the fly from seeds below 1,000,000,000; figures are from seeds above, and from none of the scenes looked at
+while training. These weights were trained once, stage by stage; another run gives other weights.
 
 ## Figures
 

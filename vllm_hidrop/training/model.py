@@ -36,6 +36,8 @@ FEATURE_LAYER = -2
 """The last tower layer is a spare: vLLM post-normalises the output of a tower used in full."""
 ROPE_THETA = 1e6
 MAX_POSITIONS = 16384
+SCHEDULE = {"method": "hidrop", "preset": "embedded"}
+"""What ``hidrop serve`` prunes with unless told otherwise; the weights are trained dense."""
 
 
 def build_config() -> LlavaConfig:
@@ -72,6 +74,7 @@ def build_config() -> LlavaConfig:
         vision_feature_layer=FEATURE_LAYER,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
+        hidrop=SCHEDULE,
     )
 
 

@@ -1,0 +1,63 @@
+"""Reports that reach the API process before a sequence ends there."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+REPORT = {"mode": "pruned"}
+
+
+class Counted:
+    """Remembers what was counted."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, bool]] = []
+
+    def ended(self, report: Any, aborted: bool = False) -> None:
+        self.calls.append((report, aborted))
+
+
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch) -> Any:
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    from hidrop_server.adopt import adopt
+    from hidrop_server.engine import HidropOutputProcessor
+
+    monkeypatch.setattr(OutputProcessor, "process_outputs", lambda self, outputs: outputs)
+    extended = adopt(HidropOutputProcessor, OutputProcessor(None, log_stats=False))
+    extended.reports, extended.metrics = {}, Counted()  # type: ignore[assignment]
+    extended.request_states = {
+        "r": SimpleNamespace(request_id="r", external_req_id="x", parent_req=None, lora_name=None, queue=None)
+    }
+    extended.external_req_ids["x"].append("r")
+    return extended
+
+
+def output(request_id: str, params: dict[str, Any] | None) -> Any:
+    return SimpleNamespace(request_id=request_id, kv_transfer_params=params)
+
+
+def test_an_early_report_is_handed_on_and_counted_once_when_a_stop_string_ends_the_sequence(processor: Any) -> None:
+    first, later = output("r", {"hidrop": REPORT, "other": 1}), output("r", None)
+    processor.process_outputs([first])
+    processor.process_outputs([later])
+    assert first.kv_transfer_params == {"hidrop": REPORT, "other": 1}
+    assert later.kv_transfer_params == {"hidrop": REPORT}
+    processor._finish_request(processor.request_states["r"])
+    assert processor.metrics.calls == [(REPORT, False)]
+    assert processor.reports == {}
+
+
+def test_outputs_of_a_request_that_is_gone_are_left_alone(processor: Any) -> None:
+    late = output("gone", {"hidrop": REPORT})
+    processor.process_outputs([late])
+    assert processor.reports == {}
+
+
+def test_a_class_that_vllm_no_longer_builds_is_not_adopted() -> None:
+    from hidrop_server.adopt import adopt
+
+    with pytest.raises(TypeError, match="extends another class"):
+        adopt(dict, object.__new__(type("Other", (), {})))
