@@ -206,3 +206,15 @@ def test_kv_of_text_only_stages_before_injection_does_not_depend_on_the_image(ru
         assert not torch.equal(held[1][layer], held[2][layer])
     while running.llm.llm_engine.has_unfinished_requests():
         running.step()
+
+
+def test_a_request_is_reported_with_its_first_token_and_again_at_its_end(running: Engine) -> None:
+    running.add("a", Ask(prompt(np.random.default_rng(9), "5i6"), (1,), max_tokens=40))
+    reports = []
+    while running.llm.llm_engine.has_unfinished_requests():
+        reports += [output.kv_transfer_params for output in running.step()]
+    told = [report["hidrop"] for report in reports if report]
+    assert len(reports) == 40
+    assert [step for step, report in enumerate(reports) if report] == [0, 39]
+    assert [stage["rows"] for stage in told[0]["stages"]] == [stage["rows"] for stage in told[1]["stages"]]
+    assert told[0]["kv_blocks"] < told[1]["kv_blocks"]

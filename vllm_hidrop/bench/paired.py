@@ -49,8 +49,9 @@ class EngineProcess:
         os.close(handle)
         self.kv_bytes_per_block = int(self._ask(settings)["kv_bytes_per_block"])
 
-    def measure(self, workload: Workload, seed: int) -> dict[str, Any]:
-        """Run one request; see ``MeasuredEngine.measure``."""
+    def measure_warm(self, workload: Workload, seed: int) -> dict[str, Any]:
+        """Run a request that is thrown away, then one that counts; see ``MeasuredEngine.measure``."""
+        self._ask(vars(workload) | {"seed": seed + 1_000_000})
         return self._ask(vars(workload) | {"seed": seed})
 
     def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -94,12 +95,16 @@ class Pair:
     ours: EngineProcess
 
     def measure(self, workload: Workload, num_runs: int, progress: Progress, title: str) -> "Measured":
-        """Ask both in turn ``num_runs`` times, after two warm-ups that are thrown away."""
+        """Ask both in turn ``num_runs`` times, after two warm-up turns.
+
+        In its turn an engine runs two requests and the second counts: the first brings its weights back into the
+        caches that the other engine has just used, as they are in a server that is not sharing its cores.
+        """
         bar = progress.add_task(title, total=num_runs + 2)
         runs: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for turn in range(num_runs + 2):
             engines = (self.stock, self.ours) if turn % 2 else (self.ours, self.stock)
-            replies = {id(engine): engine.measure(workload, seed=turn) for engine in engines}
+            replies = {id(engine): engine.measure_warm(workload, seed=turn) for engine in engines}
             runs.append((replies[id(self.stock)], replies[id(self.ours)]))
             progress.advance(bar)
         return Measured(runs[2:], self.stock.kv_bytes_per_block, self.ours.kv_bytes_per_block)

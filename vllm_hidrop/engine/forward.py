@@ -1,6 +1,6 @@
 """The staged layer loop: each stage's layers on that stage's rows, cuts between them.
 
-Knows a decoder layer's standard form (positions, hidden, residual) and where its attention is; not which model it is.
+Knows a decoder layer's standard form (norm, attention, norm, MLP on a residual pair); not which model it is.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,12 +12,13 @@ from torch import nn
 
 from vllm_hidrop.engine.batch import StagedStep
 from vllm_hidrop.engine.layout import ImageRun, after_injection, gather_index, image_runs
+from vllm_hidrop.engine.norm import add_norm, can_fuse, fused_add_norm
 from vllm_hidrop.engine.signals import row_attention
 from vllm_hidrop.pruning import Schedule
 from vllm_hidrop.scoring import Scorer, Signal, Signals, select_top
 
 AttentionInputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Observer = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor | None]
+Observer = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor | None] | Callable[..., None]
 """(attention module, query [T, H * D], key [T, G * D]) -> int64 rows to attend with, or None for all."""
 
 
@@ -59,6 +60,7 @@ class StagedForward:
         self.schedule = schedule
         self.signal = signal
         self.scorer = scorer
+        self.add_norm = fused_add_norm if can_fuse(norm) else add_norm
 
     def __call__(self, step: StagedStep, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Run all layers.
@@ -83,7 +85,7 @@ class StagedForward:
                 rows.gather(self._select(rows, runs, first, scores))
             assert rows.hidden.shape[0] == batch.num_tokens, "rows differ from the plan"
             scores = self._run_layers(first, end, rows, positions, self._upcoming(step, stage))
-        hidden, _ = self.norm(rows.hidden, rows.residual)
+        hidden, _ = self.add_norm(self.norm, rows.hidden, rows.residual)
         return _scatter(hidden, rows.full, embeds.shape[0])
 
     def _cuts_inside(self, runs: list[ImageRun]) -> bool:
@@ -111,41 +113,38 @@ class StagedForward:
     def _run_layers(
         self, first: int, end: int, rows: _Rows, positions: torch.Tensor, upcoming: list[ImageRun]
     ) -> dict[tuple[int, int], torch.Tensor]:
-        """Run whole layers; return the attention of the last one to the images named in ``upcoming``."""
+        """Run layers on unchanging rows; return the attention of the last one to the images named in ``upcoming``."""
         scores: dict[tuple[int, int], torch.Tensor] = {}
         if first == end:
             assert not upcoming, "a stage of one layer is its own cut layer"
             return scores
         here = positions[rows.full]
-        for layer in self.layers[first : end - 1]:
-            rows.hidden, rows.residual = layer(here, rows.hidden, rows.residual)
 
         def observe(attention: Any, query: torch.Tensor, key: torch.Tensor) -> None:
             scores.update(_attention_to(upcoming, attention, query, key))
 
-        last: Any = self.layers[end - 1]
-        with _Observed(last.self_attn.attn, observe if upcoming else None):
-            rows.hidden, rows.residual = last(here, rows.hidden, rows.residual)
+        for index in range(first, end - 1):
+            self._run_layer(index, rows, here, None)
+        self._run_layer(end - 1, rows, here, observe if upcoming else None)
         return scores
 
-    def _run_cut_layer(self, layer_index: int, rows: _Rows, runs: list[ImageRun], positions: torch.Tensor) -> None:
-        layer: Any = self.layers[layer_index]
-        if rows.residual is None:
-            rows.residual = rows.hidden
-            normed = layer.input_layernorm(rows.hidden)
-        else:
-            normed, rows.residual = layer.input_layernorm(rows.hidden, rows.residual)
-        here = positions[rows.full]
-
+    def _run_cut_layer(self, index: int, rows: _Rows, runs: list[ImageRun], positions: torch.Tensor) -> None:
         def select(attention: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            index = self._select(rows, runs, layer_index, _attention_to(runs, attention, query, key))
-            rows.gather(index)
-            return index
+            kept = self._select(rows, runs, index, _attention_to(runs, attention, query, key))
+            rows.gather(kept)
+            return kept
 
-        with _Observed(layer.self_attn.attn, select):
+        self._run_layer(index, rows, positions[rows.full], select)
+
+    def _run_layer(self, index: int, rows: _Rows, here: torch.Tensor, observer: Observer | None) -> None:
+        """One decoder layer in the standard form; ``observer`` may shorten ``rows`` at its attention."""
+        layer: Any = self.layers[index]
+        normed, rows.residual = self.add_norm(layer.input_layernorm, rows.hidden, rows.residual)
+        rows.hidden = normed
+        with _Observed(layer.self_attn.attn, observer):
             attended = layer.self_attn(positions=here, hidden_states=normed)
-        hidden, rows.residual = layer.post_attention_layernorm(attended, rows.residual)
-        rows.hidden = layer.mlp(hidden)
+        normed, rows.residual = self.add_norm(layer.post_attention_layernorm, attended, rows.residual)
+        rows.hidden = layer.mlp(normed)
 
     def _select(
         self, rows: _Rows, runs: list[ImageRun], layer: int, attention: dict[tuple[int, int], torch.Tensor]
@@ -164,7 +163,7 @@ class StagedForward:
 class _Observed:
     """While entered, ``observer`` sees an attention module's Q and K after RoPE and may name the rows to go on with."""
 
-    def __init__(self, attention: nn.Module, observer: Observer | Callable[..., None] | None) -> None:
+    def __init__(self, attention: nn.Module, observer: Observer | None) -> None:
         self.attention = attention
         self.observer = observer
 

@@ -13,6 +13,7 @@ import torch
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.worker.block_table import SlotMappingMode
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_hidrop.engine.batch import StageBatch, StagedStep, make_step
@@ -36,6 +37,12 @@ class StagedRunner(GPUModelRunner):
         if type(spec) is not FullAttentionSpec:
             raise ValueError(f"staged layers need full attention, {layer_name} has {type(spec).__name__}")
         return StageSpec.of(spec, self.planner.schedule.stage_of_layer(extract_layer_index(layer_name)))
+
+    def may_reinitialize_input_batch(self, kv_cache_config: Any) -> None:
+        """The batch, whose block tables need not map slots: :meth:`_get_slot_mappings` does, per stage."""
+        super().may_reinitialize_input_batch(kv_cache_config)
+        for table in self.input_batch.block_table.block_tables:
+            table.slot_mapping_mode = SlotMappingMode.NONE
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: npt.NDArray[np.int32]) -> Any:
         """VLLM's inputs, then this step's layout."""

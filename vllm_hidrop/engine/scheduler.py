@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
@@ -37,6 +37,7 @@ class StagedScheduler(Scheduler):
         self.planner = Planner.from_vllm_config(self.vllm_config)
         self.plans: dict[str, Plan] = {}
         self.rows_run: dict[str, tuple[int, ...]] = {}
+        self.unreported: set[str] = set()
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if isinstance(manager, StageManager):
                 manager.follow(self.plans)
@@ -44,6 +45,7 @@ class StagedScheduler(Scheduler):
     def add_request(self, request: Request) -> None:
         """Plan the request, then vLLM's admission (rules 1 and 5)."""
         if request.request_id not in self.requests:
+            self.unreported.add(request.request_id)
             self.plans[request.request_id], refusal = self.planner.plan_or_refuse(request)
             if refusal is not None:
                 logger.error("request %s refused: %s", request.request_id, refusal)
@@ -62,17 +64,32 @@ class StagedScheduler(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """Take the worker's word on the rows it ran, then vLLM's update."""
+        """Take the worker's word on the rows it ran, then vLLM's update, then the first reports."""
         self.rows_run.update(getattr(model_runner_output, "rows_run", {}))
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for of_client in outputs.values():
+            for output in of_client.outputs:
+                self._report_early(output)
+        return outputs
+
+    def _report_early(self, output: EngineCoreOutput) -> None:
+        """Report with a request's first token too: one that the client ends (stop string, abort) has no last output."""
+        if output.request_id in self.unreported and not output.finished:
+            self.unreported.remove(output.request_id)
+            output.kv_transfer_params = {"hidrop": self._report(self.requests[output.request_id])}
+
+    def _report(self, request: Request) -> dict[str, Any]:
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        name = request.request_id
+        return make_report(self.planner, self.plans[name], self.rows_run.get(name), managers, request)
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
         """Report what the request held, free it as vLLM does, forget its plan."""
-        plan = self.plans.pop(request.request_id)
-        rows_run = self.rows_run.pop(request.request_id, None)
-        managers = self.kv_cache_manager.coordinator.single_type_managers
-        report = make_report(self.planner, plan, rows_run, managers, request)
+        report = self._report(request)
+        self.unreported.discard(request.request_id)
+        self.rows_run.pop(request.request_id, None)
         kv_transfer_params, ec_transfer_params = super()._free_request(request, delay_free_blocks)
+        del self.plans[request.request_id]
         return {**(kv_transfer_params or {}), "hidrop": report}, ec_transfer_params
 
 
