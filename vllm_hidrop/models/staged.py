@@ -40,7 +40,9 @@ def configure(vllm_config: Any) -> None:
     }
     check_gate(vllm_config)
     _set_engine_classes(vllm_config)
-    _set_limits(vllm_config)
+    if Planner.from_vllm_config(vllm_config).is_staged:
+        _set_limits(vllm_config)
+        _set_kernels(vllm_config)
 
 
 def _set_engine_classes(vllm_config: Any) -> None:
@@ -55,8 +57,6 @@ def _set_engine_classes(vllm_config: Any) -> None:
 
 def _set_limits(vllm_config: Any) -> None:
     """A pruned prompt is one step, so a step must hold the longest prompt; prefix caching is not exact yet."""
-    if not Planner.from_vllm_config(vllm_config).is_staged:
-        return
     if vllm_config.cache_config.enable_prefix_caching:
         logger.info("Prefix caching is off: after a cut, KV depends on the whole prompt.")
         vllm_config.cache_config.enable_prefix_caching = False
@@ -71,6 +71,13 @@ def _set_limits(vllm_config: Any) -> None:
         scheduler_config.max_num_batched_tokens = longest
         scheduler_config.max_num_encoder_input_tokens = longest
         scheduler_config.encoder_cache_size = longest
+
+
+def _set_kernels(vllm_config: Any) -> None:
+    """Where vLLM compiles, it leaves RoPE to the compiler; the staged loop runs uncompiled and needs the kernel."""
+    custom_ops = vllm_config.compilation_config.custom_ops
+    if not any(op.endswith("rotary_embedding") for op in custom_ops):
+        custom_ops.append("+rotary_embedding")
 
 
 def staged_forward(vllm_config: Any, layers: Sequence[nn.Module], norm: nn.Module) -> StagedForward:
