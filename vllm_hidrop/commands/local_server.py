@@ -24,12 +24,15 @@ STOP_SECONDS = 15.0
 
 
 @contextmanager
-def local_server(arguments: Sequence[str], on_wait: Callable[[], None]) -> Iterator[str]:
+def local_server(
+    arguments: Sequence[str], on_wait: Callable[[], None], command: Sequence[str] = COMMAND
+) -> Iterator[str]:
     """Start the server on a free loopback port, yield its address, end its whole process group.
 
     Args:
-        arguments: of ``hidrop serve``.
+        arguments: of ``command``.
         on_wait: called a few times a second until the server answers.
+        command: ``hidrop serve``, or another server that takes ``--host`` and ``--port`` and has ``/health``.
 
     Raises:
         ValueError: the server ended, or did not answer in time; says why and where its log is.
@@ -37,7 +40,7 @@ def local_server(arguments: Sequence[str], on_wait: Callable[[], None]) -> Itera
     port = free_port()
     with tempfile.NamedTemporaryFile("w+b", prefix="hidrop-server-", suffix=".log", delete=False) as log:
         process = subprocess.Popen(
-            [*COMMAND, *arguments, "--host", LOOPBACK, "--port", str(port)],
+            [*command, *arguments, "--host", LOOPBACK, "--port", str(port)],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
