@@ -70,8 +70,8 @@ def run_python(python: Path | str, code: str, directory: Path) -> list[str]:
 DESCRIBE = """
 import sys
 print(*(type(f).__name__ for f in sys.meta_path if type(f).__name__ == "TorchvisionFinder"))
-import hidrop_loadtests, hidrop_server, vllm_hidrop
-print(hidrop_loadtests.__file__, hidrop_server.__file__, vllm_hidrop.__file__)
+from importlib.util import find_spec
+print(*(find_spec(name).origin for name in ("hidrop_loadtests", "hidrop_server", "vllm_hidrop")))
 """
 
 

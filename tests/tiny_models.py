@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     SiglipVisionConfig,
 )
+
+from vllm_hidrop.bench.shapes import save_hub_weights, save_word_tokenizer
 
 IMAGE_SIZE = 64
 TOKENS_PER_IMAGE = 64
@@ -27,13 +26,6 @@ NUM_LAYERS = 8
 VOCABULARY = 128
 IMAGE_TOKEN = 127
 EOS_TOKEN = 2
-
-HUB_NAMES = {
-    "model.vision_tower.": "vision_tower.vision_model.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
-    "model.language_model.": "language_model.model.",
-    "lm_head.": "language_model.lm_head.",
-}
 
 
 def text_config(name: str) -> Any:
@@ -69,18 +61,6 @@ def vision_config(name: str) -> Any:
         patch_size=8,
         **({} if name == "clip" else {"vision_use_head": False}),
     )
-
-
-def save_tokenizer(directory: Path) -> None:
-    """Word ``t17`` is token 17; 127 is the image token."""
-    words = {f"t{i}": i for i in range(IMAGE_TOKEN)} | {"<image>": IMAGE_TOKEN}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t3"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["<image>"])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="t1", eos_token="t2", pad_token="t0", unk_token="t3"
-    )
-    fast.save_pretrained(directory)
 
 
 def save_processor(directory: Path, tower: str) -> None:
@@ -130,19 +110,8 @@ def make_llava(directory: Path, text: str = "llama", tower: str = "clip", seed: 
         for name, parameter in model.named_parameters():
             mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
             parameter.normal_(mean, 0.15, generator=generator)
-    save_file(
-        {_hub_name(k): v.contiguous() for k, v in model.state_dict().items()},
-        directory / "model.safetensors",
-        {"format": "pt"},
-    )
+    save_hub_weights(model, directory)
     config.save_pretrained(directory)
-    save_tokenizer(directory)
+    save_word_tokenizer(directory, IMAGE_TOKEN)
     save_processor(directory, tower)
     return directory
-
-
-def _hub_name(name: str) -> str:
-    for old, new in HUB_NAMES.items():
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    raise KeyError(name)

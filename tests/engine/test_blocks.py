@@ -218,3 +218,11 @@ def test_a_request_is_reported_with_its_first_token_and_again_at_its_end(running
     assert [step for step, report in enumerate(reports) if report] == [0, 39]
     assert [stage["rows"] for stage in told[0]["stages"]] == [stage["rows"] for stage in told[1]["stages"]]
     assert told[0]["kv_blocks"] < told[1]["kv_blocks"]
+
+
+def test_the_worker_forgets_finished_requests(running: Engine) -> None:
+    rng = np.random.default_rng(10)
+    running.ask([Ask(prompt(rng, "3i5"), (i,)) for i in range(5)])
+    running.ask([Ask(prompt(rng, "9"))])
+    running.step()
+    assert len(running.runner.plans) <= 1, "plans of finished requests stay in the worker"

@@ -10,6 +10,12 @@ from pathlib import Path
 from typing import Any
 
 IMAGE_TOKEN = 32000
+HUB_NAMES = {
+    "model.vision_tower.": "vision_tower.vision_model.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+}
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,9 @@ def make_checkpoint(shape: BenchShape, directory: Path, dtype: str = "bfloat16")
     directory.mkdir(parents=True, exist_ok=True)
     config = _config(shape, dtype)
     config.save_pretrained(directory)
-    _save_tokenizer(directory)
+    save_word_tokenizer(directory, IMAGE_TOKEN)
     _save_processor(directory)
-    _save_weights(config, directory, dtype)
+    save_hub_weights(_random_model(config, dtype), directory)
     (directory / "complete").touch()
     return directory
 
@@ -78,11 +84,12 @@ def _config(shape: BenchShape, dtype: str) -> Any:
     return config
 
 
-def _save_tokenizer(directory: Path) -> None:
+def save_word_tokenizer(directory: Path, image_token: int) -> None:
+    """A tokenizer whose word ``t17`` is token 17, up to the image token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"t{i}": i for i in range(IMAGE_TOKEN)} | {"<image>": IMAGE_TOKEN}
+    words = {f"t{i}": i for i in range(image_token)} | {"<image>": image_token}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="t3"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<image>"])
@@ -90,6 +97,19 @@ def _save_tokenizer(directory: Path) -> None:
         tokenizer_object=tokenizer, bos_token="t1", eos_token="t2", pad_token="t0", unk_token="t3"
     )
     fast.save_pretrained(directory)
+
+
+def save_hub_weights(model: Any, directory: Path) -> None:
+    """Weights of a Hugging Face LLaVA under the names vLLM and the hub use."""
+    from safetensors.torch import save_file
+
+    weights = {_hub_name(name): value.contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+
+
+def _hub_name(name: str) -> str:
+    old = next(prefix for prefix in HUB_NAMES if name.startswith(prefix))
+    return HUB_NAMES[old] + name.removeprefix(old)
 
 
 def _save_processor(directory: Path) -> None:
@@ -112,25 +132,13 @@ def _save_processor(directory: Path) -> None:
     (directory / "processor_config.json").write_text(json.dumps(processor))
 
 
-def _save_weights(config: Any, directory: Path, dtype: str) -> None:
+def _random_model(config: Any, dtype: str) -> Any:
     import torch
-    from safetensors.torch import save_file
     from transformers import LlavaForConditionalGeneration
 
-    hub_names = {
-        "model.vision_tower.": "vision_tower.vision_model.",
-        "model.multi_modal_projector.": "multi_modal_projector.",
-        "model.language_model.": "language_model.model.",
-        "lm_head.": "language_model.lm_head.",
-    }
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, dtype))
     try:
-        model = LlavaForConditionalGeneration(config)
+        return LlavaForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(torch.float32)
-    weights = {}
-    for name, value in model.state_dict().items():
-        old = next(prefix for prefix in hub_names if name.startswith(prefix))
-        weights[hub_names[old] + name.removeprefix(old)] = value.contiguous()
-    save_file(weights, directory / "model.safetensors", {"format": "pt"})

@@ -44,11 +44,15 @@ class StagedRunner(GPUModelRunner):
         for table in self.input_batch.block_table.block_tables:
             table.slot_mapping_mode = SlotMappingMode.NONE
 
+    def _update_states(self, scheduler_output: Any) -> Any:
+        """Forget the plans of finished requests, then vLLM's update; also in steps that run nothing."""
+        for request_id in scheduler_output.finished_req_ids:
+            self.plans.pop(request_id, None)
+        return super()._update_states(scheduler_output)
+
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: npt.NDArray[np.int32]) -> Any:
         """VLLM's inputs, then this step's layout."""
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        for request_id in scheduler_output.finished_req_ids:
-            self.plans.pop(request_id, None)
         batch = self.input_batch
         self.step = make_step(
             batch.req_ids,
