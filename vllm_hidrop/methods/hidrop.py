@@ -47,7 +47,7 @@ class HiDrop(Method):
         "tok48-c1": _CONCAVE_C1 | {"keeps": (112, 10, 5, 1)},
         "embedded": {
             "inject_layer": 1,
-            "filter_layers": (2, 4),
+            "filter_layers": (3, 4),
             "keeps": (58, 16),
             "exit_layer": 6,
             "shape": (6, 576),
