@@ -226,3 +226,25 @@ def test_the_worker_forgets_finished_requests(running: Engine) -> None:
     running.ask([Ask(prompt(rng, "9"))])
     running.step()
     assert len(running.runner.plans) <= 1, "plans of finished requests stay in the worker"
+
+
+def test_one_request_may_inject_where_another_cuts(running: Engine) -> None:
+    rng = np.random.default_rng(11)
+    wishes: list[dict[str, Any]] = [
+        {},
+        {"hidrop_keep": ["all", 30, 10, 3, 0]},
+        {"hidrop_keep": ["all", "all", 5, 0, 0]},
+        {"hidrop_keep": [20, 20, 20, 2, 1]},
+        {"hidrop_keep": [0, 0, "all", 9, 9]},
+        {"hidrop": "off"},
+        {},
+    ]
+    asks = [Ask(prompt(rng, "3ii5"), (2 * i, 2 * i + 1), wish, max_tokens=8) for i, wish in enumerate(wishes)]
+    alone = [running.ask([ask])[0] for ask in asks]
+    together = running.ask(asks)
+    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one.logits, other.logits, atol=1e-4, rtol=1e-4)
+    kept = [[stage["kept"] for stage in answer.report["stages"]] for answer in together]
+    assert kept[1] == [128, 60, 20, 6, 0]
+    assert kept[4] == [0, 0, 128, 18, 18]
