@@ -47,7 +47,11 @@ class EngineProcess:
             env=os.environ | ENVIRONMENT,
         )
         os.close(handle)
-        self.kv_bytes_per_block = int(self._ask(settings)["kv_bytes_per_block"])
+        try:
+            self.kv_bytes_per_block = int(self._ask(settings)["kv_bytes_per_block"])
+        except ValueError:
+            self._end()
+            raise
 
     def measure_warm(self, workload: Workload, seed: int) -> dict[str, Any]:
         """Run a request that is thrown away, then one that counts; see ``MeasuredEngine.measure``."""
@@ -72,17 +76,18 @@ class EngineProcess:
         lines = self.log.read_text().strip().splitlines() or ["no output"]
         return f"the engine ended: {lines[-1]} (log: {self.log})"
 
+    def _end(self) -> None:
+        try:
+            self.process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        try:
-            self.process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self._end()
         if self.process.returncode == 0:
             self.log.unlink()
 

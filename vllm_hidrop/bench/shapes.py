@@ -32,6 +32,7 @@ class BenchShape:
 
 
 SHAPES = {
+    "tiny": BenchShape(8, 128, 4, 256, 2, 64, 2),
     "bench": BenchShape(16, 1024, 16, 2816, 6, 256, 4),
     "2.7b": BenchShape(32, 2560, 32, 6912, 24, 1024, 16),
     "7b": BenchShape(32, 4096, 32, 11008, 24, 1024, 16),

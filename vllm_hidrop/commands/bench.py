@@ -37,6 +37,10 @@ class Bench:
     runs: int
     eager: bool
 
+    def __post_init__(self) -> None:
+        if self.shape not in SHAPES:
+            raise ValueError(f"unknown shape {self.shape!r}; known: {', '.join(SHAPES)}")
+
     def model(self) -> Path:
         """The checkpoint, made when it is missing."""
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vllm_hidrop"
@@ -70,13 +74,13 @@ def _cpu() -> str:
 def measure_prefill(bench: Bench, hidrop: dict[str, Any], images: int, text: int, progress: Progress) -> dict[str, Any]:
     """One prompt of ``images`` images and ``text`` text tokens, vision tower included, in both engines."""
     model = bench.model()
+    costs = _costs(model, hidrop, images, text)
     length = _model_len(images, text)
     stock = engine_settings(model, None, bench.eager, length)
     ours = engine_settings(model, hidrop, bench.eager, length)
     title = f"prefill, {images} images"
     with running_pair(stock, ours, progress) as pair:
         measured = pair.measure(Workload(images, text, max_tokens=2), bench.runs, progress, title)
-    costs = _costs(model, hidrop, images, text)
     return _row(f"prefill {hidrop['method']} {images} image(s) + {text} text", measured, bench) | {
         "ideal_speedup": costs.ideal_speedup_with_encoder,
         "ideal_speedup_text_model": costs.ideal_speedup,
