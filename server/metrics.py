@@ -25,8 +25,8 @@ REFUSALS = ("options", "media")
 COUNTERS = (
     CounterSpec(
         "vllm_hidrop_requests",
-        "Sequences that ended, by what pruning did. aborted: the client went away; unreported: a stop string ended it "
-        "in the API process, so that the engine's report was not seen.",
+        "Sequences that ended, by what pruning did. aborted: the client went away; unreported: it ended before the "
+        "engine had reported.",
         ("mode",),
     ),
     CounterSpec("vllm_hidrop_vision_tokens_in", "Vision tokens in the prompts of reported sequences."),

@@ -266,12 +266,9 @@ def make_plan(schedule: Schedule, num_prompt_tokens: int, spans: Iterable[Span],
         ValueError: the keeps rise after injection for an image of this size.
     """
     ordered = tuple(sorted(spans, key=lambda span: span.offset))
+    kept = tuple(tuple(stage.keep.resolve(span.length) for span in ordered) for stage in schedule.stages)
+    whole = tuple(tuple(span.length for span in ordered) for _ in schedule.stages)
     fallback = None
-    if not keep_all and ordered and ordered[-1].end == num_prompt_tokens:
+    if kept != whole and not keep_all and ordered[-1].end == num_prompt_tokens:
         fallback = "the prompt ends with an image: no text row is left to score from"
-    dense = keep_all or fallback is not None
-    kept = tuple(
-        tuple(span.length if dense else stage.keep.resolve(span.length) for span in ordered)
-        for stage in schedule.stages
-    )
-    return Plan(num_prompt_tokens, ordered, kept, fallback)
+    return Plan(num_prompt_tokens, ordered, whole if keep_all or fallback else kept, fallback)

@@ -216,3 +216,11 @@ def test_hidrop_tok48_plans_the_papers_cache_lengths() -> None:
 def test_a_plan_built_by_hand_obeys_the_invariant_too() -> None:
     with pytest.raises(ValueError, match="must not rise"):
         Plan(20, (Span(0, 10),), ((0,), (5,)))
+
+
+def test_a_prompt_that_ends_with_an_image_falls_back_only_where_something_would_be_dropped() -> None:
+    last = [Span(3, 4)]
+    assert make_plan(Schedule.of({0: "all", 1: 1}, 2), 7, last).fallback is not None
+    assert make_plan(Schedule.of({0: "all"}, 2), 7, last).fallback is None
+    assert make_plan(Schedule.of({0: "all", 1: 9}, 2), 7, last).fallback is None
+    assert make_plan(Schedule.of({0: "all", 1: 1}, 2), 8, last).fallback is None

@@ -60,12 +60,12 @@ class StageManager(FullAttentionManager):
         return num_tokens if plan is None else plan.stage_tokens(self.kv_cache_spec.stage, num_tokens)
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
-        """VLLM's count, for this stage's share of ``num_tokens``."""
+        """The count of vLLM, for this stage's share of ``num_tokens``."""
         stage_tokens = self._stage_tokens(request_id, num_tokens)
         return super().get_num_blocks_to_allocate(request_id, stage_tokens, *args, **kwargs)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        """VLLM's allocation, for this stage's share of ``num_tokens``."""
+        """The allocation of vLLM, for this stage's share of ``num_tokens``."""
         stage_tokens = self._stage_tokens(request_id, num_tokens)
         return super().allocate_new_blocks(request_id, stage_tokens, stage_tokens)
 

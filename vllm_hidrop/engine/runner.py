@@ -30,7 +30,7 @@ class StagedRunner(GPUModelRunner):
     step: StagedStep | None
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """VLLM's specs, each with its layer's stage."""
+        """The specs vLLM finds, each with its layer's stage."""
         return {name: self._stage_spec(name, spec) for name, spec in super().get_kv_cache_spec().items()}
 
     def _stage_spec(self, layer_name: str, spec: KVCacheSpec) -> KVCacheSpec:
@@ -51,7 +51,7 @@ class StagedRunner(GPUModelRunner):
         return super()._update_states(scheduler_output)
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: npt.NDArray[np.int32]) -> Any:
-        """VLLM's inputs, then this step's layout."""
+        """The inputs vLLM prepares, then this step's layout."""
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         batch = self.input_batch
         self.step = make_step(
@@ -145,7 +145,7 @@ class StagedRunner(GPUModelRunner):
         return self.model.forward_staged(self.step, inputs_embeds[:num_tokens], positions[:num_tokens])
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """VLLM's sampling, with the rows this step ran attached to its output."""
+        """Sampling by vLLM, with the rows this step ran attached to its output."""
         output = super().sample_tokens(grammar_output)
         step, self.step = self.step, None
         if step is not None and step.prefills:

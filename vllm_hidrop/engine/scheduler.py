@@ -54,7 +54,7 @@ class StagedScheduler(Scheduler):
         super().add_request(request)
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """VLLM's last word on a prefill chunk's length: all of a pruned prompt or nothing (rule 2)."""
+        """The last word of vLLM on a prefill chunk's length: all of a pruned prompt or nothing (rule 2)."""
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         plan = self.plans[request.request_id]
         if plan.is_pruned and 0 < num_computed_tokens + num_new_tokens < plan.num_prompt_tokens:
