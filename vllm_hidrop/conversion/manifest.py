@@ -1,0 +1,74 @@
+"""``hidrop_convert.json``: what a conversion read, how, and which shards it has written. Knows no weights."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+MANIFEST_FILE = "hidrop_convert.json"
+
+
+class FileRecord(BaseModel):
+    """Content of one file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sha256: str
+    size_bytes: int
+
+
+class Manifest(BaseModel):
+    """The record of one conversion.
+
+    Attributes:
+        preset: HiDrop's preset, or "none".
+        shard_bytes: the limit that decides which tensors share a written shard.
+        sources: files read, as ``model/NAME`` or ``tower/NAME``.
+        written: finished shards.
+        complete: everything is written, the configuration last.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    preset: str
+    shard_bytes: int
+    sources: dict[str, FileRecord]
+    written: dict[str, FileRecord] = {}
+    complete: bool = False
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """The manifest of an earlier run into this directory, or None for a new or empty one.
+
+    Raises:
+        ValueError: the directory holds something else.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory")
+    path = directory / MANIFEST_FILE
+    if path.is_file():
+        try:
+            return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        except (ValidationError, UnicodeDecodeError):
+            raise ValueError(f"{path} is damaged; delete {directory} and convert again") from None
+    if directory.is_dir() and any(directory.iterdir()):
+        raise ValueError(f"{directory} is not empty and no conversion of ours; choose another directory")
+    return None
+
+
+def check_same(earlier: Manifest, now: Manifest, directory: Path) -> None:
+    """Refuse to go on with a conversion of something else.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    if earlier.preset != now.preset:
+        raise ValueError(
+            f"{directory} holds a conversion with preset {earlier.preset}, not {now.preset}; choose another directory"
+        )
+    names = sorted(earlier.sources.keys() | now.sources.keys())
+    changed = [name for name in names if earlier.sources.get(name) != now.sources.get(name)]
+    if changed or earlier.shard_bytes != now.shard_bytes:
+        what = ", ".join(changed) or "the shard size"
+        raise ValueError(
+            f"the source changed since the conversion into {directory} began: {what}; delete it to start over"
+        )

@@ -1,0 +1,122 @@
+"""The tokenizer with LLaVA's two extra tokens, and the chat template. Knows no weights."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+IMAGE_TOKEN = "<image>"
+PAD_TOKEN = "<pad>"
+SENTENCEPIECE = "tokenizer.model"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    SENTENCEPIECE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+SYSTEM_PROMPT = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+"""Of LLaVA's conversation ``vicuna_v1``; a system message of the request takes its place."""
+CHAT_TEMPLATE = f"""\
+{{#- LLaVA's vicuna_v1. Images of a message come before its text, each with a line break, as LLaVA was trained. -#}}
+{{%- macro words(content) -%}}
+{{%- if content is string -%}}{{{{ content }}}}
+{{%- elif content -%}}
+{{%- for part in content if part.type in ('image', 'image_url') -%}}{{{{ '{IMAGE_TOKEN}\\n' }}}}{{%- endfor -%}}
+{{%- for part in content if part.type == 'text' -%}}
+{{{{ part.text }}}}{{{{ '' if loop.last else ' ' }}}}
+{{%- endfor -%}}
+{{%- endif -%}}
+{{%- endmacro -%}}
+{{{{- bos_token -}}}}
+{{%- if not messages or messages[0].role not in ('system', 'developer') -%}}
+{{{{- "{SYSTEM_PROMPT} " -}}}}
+{{%- endif -%}}
+{{%- for message in messages -%}}
+{{%- if message.role == 'assistant' -%}}
+{{{{- 'ASSISTANT: ' + words(message.content) + eos_token -}}}}
+{{%- elif message.role in ('system', 'developer') -%}}
+{{{{- words(message.content) + ' ' -}}}}
+{{%- else -%}}
+{{{{- 'USER: ' + words(message.content) + ' ' -}}}}
+{{%- endif -%}}
+{{%- endfor -%}}
+{{%- if add_generation_prompt -%}}{{{{- 'ASSISTANT:' -}}}}{{%- endif -%}}
+"""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A Hugging Face tokenizer that knows ``<image>`` and ``<pad>``, and their ids."""
+
+    tokenizer: Any
+    image_id: int
+    pad_id: int
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The tokenizer files of a directory."""
+    return [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+
+
+def read_tokens(directory: Path, vocab_size: int) -> Tokens:
+    """Read a tokenizer and add the tokens it lacks.
+
+    Only its own files are shown to transformers, which does not know the ``config.json`` beside them.
+
+    Args:
+        directory: with ``tokenizer.json`` or ``tokenizer.model``.
+        vocab_size: embedding rows of the checkpoint.
+
+    Raises:
+        ValueError: no tokenizer, an unreadable one, or one with more tokens than rows.
+    """
+    from transformers import AddedToken, AutoTokenizer
+
+    files = tokenizer_files(directory)
+    if not any(file.name in TOKENIZER_FILES[:2] for file in files):
+        raise ValueError(f"no tokenizer in {directory}; looked for {', '.join(TOKENIZER_FILES[:2])}")
+    with TemporaryDirectory() as staging:
+        for file in files:
+            shutil.copy(file, staging)
+        _name_class(Path(staging))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(staging)
+        except Exception as error:  # transformers raises whatever its parsers raise
+            first_line = str(error).strip().partition("\n")[0]
+            raise ValueError(f"cannot read the tokenizer in {directory}: {first_line}") from error
+    if len(tokenizer) > vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {vocab_size} rows")
+    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    tokenizer.chat_template = None
+    image_id, pad_id = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, PAD_TOKEN])
+    return Tokens(tokenizer, image_id, pad_id)
+
+
+def save_tokens(tokens: Tokens, original: Path, directory: Path) -> None:
+    """Write the tokenizer, the original's SentencePiece file if it has one, and the chat template."""
+    tokens.tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("tokenizer_class") == "TokenizersBackend":  # the name transformers before 5 knows it by
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if (original / SENTENCEPIECE).is_file():
+        shutil.copy(original / SENTENCEPIECE, directory)
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+def _name_class(directory: Path) -> None:
+    """Say LlamaTokenizer, LLaVA-1.5's, where the files name no class."""
+    path = directory / "tokenizer_config.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "tokenizer_class" not in content:
+        has_json = (directory / "tokenizer.json").is_file()
+        content["tokenizer_class"] = "PreTrainedTokenizerFast" if has_json else "LlamaTokenizer"
+        path.write_text(json.dumps(content), encoding="utf-8")
