@@ -1,0 +1,211 @@
+"""From curves to a schedule, as arithmetic on plain numbers. Knows neither models nor tensors.
+
+Layers are the paper's one-based numbers throughout, as in the options of `vllm_hidrop.methods.hidrop`: ``inject``
+is the first layer with vision, a filter r stands after layer r, ``exit`` is the first layer without vision (one more
+than the number of layers: no early exit). A curve is a list whose entry 0 belongs to layer 1.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+PAPER_TAIL = (10, 5, 1)
+"""Tokens kept after the second filter and later ones, in every released schedule."""
+PAPER_TOKENS_PER_IMAGE = 576
+FUSION_FALL = 0.1
+"""Text counts as fused from the layer where cross-image similarity has made this share of its whole fall."""
+MIN_FALL = 1e-4
+"""A cross-image fall below this is none: the image does not reach the text."""
+
+
+@dataclass(frozen=True)
+class Boundaries:
+    """Where vision enters and leaves, and what had to be decided without a clear sign in the curves."""
+
+    inject_layer: int
+    exit_layer: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A schedule in the words of `vllm_hidrop.methods.hidrop.HiDrop`."""
+
+    boundaries: Boundaries
+    filter_layers: tuple[int, ...]
+    keeps: tuple[int, ...]
+    shape: tuple[int, int]
+
+    @property
+    def mean_kept(self) -> float:
+        """Vision tokens of one image, mean over all layers, zeros included."""
+        num_layers, num_tokens = self.shape
+        held = (num_tokens, *self.keeps)
+        return sum(k * n for k, n in zip(held, stage_layers(self.boundaries, self.filter_layers), strict=True)) / (
+            num_layers
+        )
+
+    def options(self) -> dict[str, Any]:
+        """The method's options, JSON-able."""
+        exit_layer = self.boundaries.exit_layer
+        return {
+            "inject_layer": self.boundaries.inject_layer,
+            "filter_layers": list(self.filter_layers),
+            "keeps": list(self.keeps),
+            "exit_layer": None if exit_layer > self.shape[0] else exit_layer,
+            "shape": list(self.shape),
+        }
+
+
+def local_maxima(curve: Sequence[float]) -> list[int]:
+    """One-based layers whose value is above the one before and not below the one after; an end has one neighbour."""
+    padded = (-math.inf, *curve, -math.inf)
+    return [i for i in range(1, len(padded) - 1) if padded[i - 1] < padded[i] >= padded[i + 1]]
+
+
+def fusion_layer(cross: Sequence[float]) -> int | None:
+    """First layer after which text differs with the image, or None when it never does.
+
+    Differs: `FUSION_FALL` of the largest fall of the cross-image similarity below 1 has happened.
+    """
+    falls = [1 - value for value in cross]
+    if max(falls) < MIN_FALL:
+        return None
+    return next(layer for layer, fall in enumerate(falls, 1) if fall >= FUSION_FALL * max(falls))
+
+
+def injection_layer(vision_intra: Sequence[float], cross: Sequence[float]) -> tuple[int, str | None]:
+    """The injection layer, and a note where it is not the paper's local minimum.
+
+    It is the last local minimum of the vision curve (ends excluded) not behind the layer where text fuses: a later one
+    would take the image from layers that read it. Without one, it is the layer where text fuses; without that, 1.
+    """
+    fused = fusion_layer(cross)
+    if fused is None:
+        return 1, "no layer's text depends on the image: inject at layer 1"
+    inner = [-value for value in vision_intra]
+    minima = [layer for layer in local_maxima(inner) if 1 < layer < len(inner)]
+    safe = [layer for layer in minima if layer <= fused]
+    if safe:
+        return safe[-1], None
+    return fused, f"no local minimum of vision similarity up to layer {fused}, where text fuses: inject there"
+
+
+def exit_layer(agreement: Sequence[float], tolerance: float) -> int:
+    """Smallest exit such that it and every later one lose at most ``tolerance`` of agreement.
+
+    ``agreement[x - 1]`` belongs to exit x; no early exit, ``len(agreement) + 1``, agrees by definition.
+    """
+    chosen = len(agreement) + 1
+    while chosen > 1 and agreement[chosen - 2] >= 1 - tolerance - 1e-9:
+        chosen -= 1
+    return chosen
+
+
+def boundaries(
+    vision_intra: Sequence[float], cross: Sequence[float], agreement: Sequence[float], tolerance: float
+) -> Boundaries:
+    """Injection and exit with room for one filter between them; only ever moved to the side that loses nothing."""
+    num_layers = len(vision_intra)
+    inject, note = injection_layer(vision_intra, cross)
+    notes = [note] if note else []
+    if inject > num_layers - 1:
+        inject = num_layers - 1
+        notes.append(f"injection moved up to layer {inject} to leave room for a filter")
+    leave = exit_layer(agreement, tolerance)
+    if leave > num_layers:
+        notes.append("every early exit changes more answers than the tolerance allows: no early exit")
+    if leave < inject + 2:
+        notes.append(f"exit {leave} moved down to {inject + 2} to leave room for a filter")
+        leave = inject + 2
+    return Boundaries(inject, leave, tuple(notes))
+
+
+def filter_layers(ilvas: Sequence[float], where: Boundaries, num_filters: int) -> tuple[int, ...]:
+    """Filters before the layers whose attention lasts: local maxima of ILVAS between injection and exit.
+
+    Filter r scores with layer r + 1, so a peak at layer l means filter l - 1. With more peaks than filters the highest
+    stay; with fewer, the other layers with the highest ILVAS fill up. Layers without ILVAS are not chosen.
+    """
+    last = min(where.exit_layer - 1, len(ilvas))
+    between = range(where.inject_layer + 1, last + 1)
+    peaks = set(local_maxima(ilvas))
+    ranked = sorted(between, key=lambda layer: (layer not in peaks, -ilvas[layer - 1], layer))
+    return tuple(sorted(layer - 1 for layer in ranked[:num_filters]))
+
+
+def stage_layers(where: Boundaries, filters: Sequence[int]) -> tuple[int, ...]:
+    """Number of layers of every stage with vision: the whole image first, then one per filter."""
+    return tuple(b - a for a, b in pairwise([where.inject_layer - 1, *filters, where.exit_layer - 1]))
+
+
+def tail_keeps(num_filters: int, tokens_per_image: int) -> tuple[int, ...]:
+    """Keeps after all filters but the first: the paper's 10, 5, 1 stretched to the number of filters and the image.
+
+    Linear between the paper's three points, rounded half up, at least 1.
+    """
+    num_tail = num_filters - 1
+    ends = len(PAPER_TAIL) - 1
+    found = []
+    for index in range(num_tail):
+        at = ends * index / max(1, num_tail - 1)
+        low = min(int(at), ends - 1)
+        value = PAPER_TAIL[low] + (at - low) * (PAPER_TAIL[low + 1] - PAPER_TAIL[low])
+        found.append(max(1, math.floor(value * tokens_per_image / PAPER_TOKENS_PER_IMAGE + 0.5)))
+    return tuple(found)
+
+
+def keep_counts(where: Boundaries, filters: Sequence[int], shape: tuple[int, int], budget: float) -> tuple[int, ...]:
+    """The concave pyramid: a fixed tail, and a first keep that makes the mean over all layers the budget.
+
+    The first keep is rounded up, as in the released schedules, so the mean is above the budget by less than one token
+    in the layers of the first filter's stage.
+
+    Raises:
+        ValueError: no first keep reaches the budget; the message says what can be reached.
+    """
+    num_layers, num_tokens = shape
+    if not filters:
+        raise ValueError(f"no layer to filter at between injection {where.inject_layer} and exit {where.exit_layer}")
+    full, first, *rest = stage_layers(where, filters)
+    tail = tail_keeps(len(filters), num_tokens)
+    fixed = full * num_tokens + sum(k * n for k, n in zip(tail, rest, strict=True))
+    least_keep = max(tail, default=1)
+    least, most = (fixed + keep * first for keep in (least_keep, num_tokens))
+    wanted = budget * num_layers
+    if wanted < least:
+        raise ValueError(
+            f"budget {budget:g} cannot be met: layers {where.inject_layer} to {filters[0]} hold all {num_tokens} "
+            f"tokens and alone cost a mean of {full * num_tokens / num_layers:.1f} over {num_layers} layers; "
+            f"the least this schedule reaches is {math.ceil(10 * least / num_layers) / 10:.1f}"
+        )
+    if wanted > most:
+        raise ValueError(
+            f"budget {budget:g} cannot be used up: the most this schedule reaches is "
+            f"{math.floor(10 * most / num_layers) / 10:.1f} of {num_tokens} tokens"
+        )
+    return (max(least_keep, math.ceil((wanted - fixed) / first - 1e-9)), *tail)
+
+
+def propose(
+    curves: Mapping[str, Sequence[float]], tokens_per_image: int, budget: float, tolerance: float, num_filters: int
+) -> Proposal:
+    """A whole schedule.
+
+    Args:
+        curves: ``vision_intra``, ``cross`` and ``agreement`` by layer; ``ilvas`` of the window that decides, which is
+            shorter by the window.
+        tokens_per_image: vision tokens of the image the counts are written for.
+        budget: vision tokens, mean over all layers.
+        tolerance: share of agreement an exit may lose.
+        num_filters: filters at most, >= 1.
+
+    Raises:
+        ValueError: no schedule of this form meets the budget.
+    """
+    where = boundaries(curves["vision_intra"], curves["cross"], curves["agreement"], tolerance)
+    filters = filter_layers(curves["ilvas"], where, num_filters)
+    shape = (len(curves["vision_intra"]), tokens_per_image)
+    return Proposal(where, filters, keep_counts(where, filters, shape, budget), shape)
