@@ -1,0 +1,200 @@
+"""``hidrop eval``: ask, score, show.
+
+Knows the terminal and the result files; the work is in `vllm_hidrop.evaluation`.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vllm_hidrop.commands.local_server import local_server
+from vllm_hidrop.evaluation.arms import Arm, embedded_arms
+from vllm_hidrop.evaluation.asking import Endpoint
+from vllm_hidrop.evaluation.plot import draw
+from vllm_hidrop.evaluation.run import Exam, Outcome, provenance, take
+from vllm_hidrop.evaluation.samples import Source
+from vllm_hidrop.evaluation.scoring import compare, mean_tokens, summarise
+
+OFF = {"hidrop": "off"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the command line says about the questions and the files, the same for both ways to run."""
+
+    task: str
+    source: Source
+    concurrency: int
+    json_file: Path | None
+    out: Path | None
+
+    def exam(self) -> Exam:
+        """The questions.
+
+        Raises:
+            ValueError: unknown task or unreadable data.
+        """
+        return Exam.load(self.task, self.source, self.concurrency)
+
+
+def xargs(off: bool, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``--off`` and ``--xargs`` ask for together.
+
+    Raises:
+        ValueError: both name ``hidrop``.
+    """
+    if off and "hidrop" in given:
+        raise ValueError('give --off or "hidrop" in --xargs, not both')
+    return {**given, **(OFF if off else {})}
+
+
+def run_url(choice: Choice, endpoint: Endpoint) -> int:
+    """Evaluate one endpoint; returns the exit code, 1 if a request failed.
+
+    Raises:
+        ValueError: data, settings or endpoint that cannot be used.
+    """
+    exam, console = choice.exam(), Console()
+    with _progress() as progress:
+        outcome = _take(exam, endpoint, choice.out, progress, exam.name)
+    result = {
+        **exam.settings(endpoint),
+        "url": endpoint.url,
+        "limit": exam.source.limit,
+        **summarise(exam.task, outcome.scored, outcome.answers, exam.source.seed),
+        **provenance(),
+    }
+    console.print(_table(result))
+    _write(choice.json_file, result)
+    return _report_failures(console, [outcome])
+
+
+def run_embedded(choice: Choice) -> int:
+    """Serve the arms' checkpoints and compare them on the same questions; returns the exit code.
+
+    Raises:
+        ValueError: data or settings that cannot be used, or a server that does not start.
+    """
+    exam, console, arms = choice.exam(), Console(), embedded_arms()
+    outcomes: list[Outcome] = []
+    with _progress() as progress, ExitStack() as servers:
+        urls: dict[tuple[str, ...], str] = {}
+        for arm in arms:
+            if arm.serve not in urls:
+                servers.close()  # one server at a time
+                urls = {arm.serve: servers.enter_context(_serving(arm, progress))}
+            directory = choice.out / arm.name if choice.out else None
+            endpoint = Endpoint(urls[arm.serve], xargs=arm.xargs)
+            outcomes.append(_take(exam, endpoint, directory, progress, arm.name))
+    result = _comparison(exam, outcomes)
+    console.print(_comparison_table(result))
+    _write(choice.json_file, result)
+    return _report_failures(console, outcomes)
+
+
+def run_plot(results: Sequence[Path], png: Path) -> None:
+    """Plot result files.
+
+    Raises:
+        ValueError: a file that is no result.
+    """
+    draw(results, png)
+    Console().print(f"{png}: accuracy against vision tokens of {len(results)} result(s)", markup=False)
+
+
+@contextmanager
+def _serving(arm: Arm, progress: Progress) -> Iterator[str]:
+    waiting = progress.add_task("starting the server", total=None)
+    with local_server(arm.serve, on_wait=progress.refresh) as url:
+        progress.remove_task(waiting)
+        yield url
+
+
+def _take(exam: Exam, endpoint: Endpoint, directory: Path | None, progress: Progress, title: str) -> Outcome:
+    bar = progress.add_task(title, total=len(exam.samples))
+    return take(
+        exam,
+        endpoint,
+        directory,
+        on_start=lambda num_answered: progress.update(bar, completed=num_answered),
+        on_answer=lambda: progress.advance(bar),
+    )
+
+
+def _comparison(exam: Exam, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    dense, pruned = outcomes
+    return {
+        "task": exam.name,
+        **compare(dense.scored, pruned.scored, exam.source.seed),
+        "mean_vision_tokens": mean_tokens(pruned.answers.values()),
+        "mean_vision_tokens_dense": mean_tokens(dense.answers.values()),
+        "questions": len(exam.samples),
+        "failed": {"dense": len(dense.failures), "hidrop": len(pruned.failures)},
+        "seed": exam.source.seed,
+        **provenance(),
+    }
+
+
+def _table(result: Mapping[str, Any]) -> Table:
+    table = Table("Type", "Questions", "Accuracy", "95 % interval", title=f"{result['task']}: {result['model']}")
+    for name, figures in (*result["by_type"].items(), ("all", result)):
+        table.add_row(name, str(figures["questions"]), _percent(figures["accuracy"]), _between(figures["interval"]))
+    tokens = result["mean_vision_tokens"]
+    told = [f"vision tokens per layer: {'not reported' if tokens is None else f'{tokens:.1f}'}"]
+    told += [f"{name} {value:.4g}" for name, value in result["figures"].items()]
+    table.caption = ", ".join(told)
+    return table
+
+
+def _comparison_table(result: Mapping[str, Any]) -> Table:
+    headings = ("Type", "Questions", "Dense", "HiDrop", "Retention", "95 % interval of retention")
+    table = Table(*headings, title=f"{result['task']}: all vision tokens against the schedule's")
+    for name, figures in (*result["by_type"].items(), ("all", result)):
+        retention, interval = figures["retention"], figures["intervals"]["retention"]
+        cells = (_percent(figures["dense"]), _percent(figures["hidrop"]), _percent(retention), _between(interval))
+        table.add_row(name, str(figures["questions"]), *cells)
+    tokens = (result["mean_vision_tokens_dense"], result["mean_vision_tokens"])
+    shown = ["not reported" if one is None else f"{one:.1f}" for one in tokens]
+    table.caption = f"vision tokens per layer: dense {shown[0]}, hidrop {shown[1]}"
+    return table
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _between(interval: Sequence[float] | None) -> str:
+    return "-" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f} %"
+
+
+def _progress() -> Progress:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _write(file: Path | None, result: Mapping[str, Any]) -> None:
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _report_failures(console: Console, outcomes: Sequence[Outcome]) -> int:
+    failures = [failure for outcome in outcomes for failure in outcome.failures]
+    if failures:
+        num_asked = sum(len(outcome.scored) for outcome in outcomes)
+        text = f"{len(failures)} of {num_asked} requests failed and count as wrong: {failures[0]}"
+        console.print(text, style="red", markup=False)
+    return 1 if failures else 0

@@ -1,0 +1,136 @@
+"""What a task is made of: samples in, scored samples out. Knows neither files nor servers."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."
+"""The two prompt endings LLaVA-1.5 was evaluated with."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a task's questions come from: files of the user, a limit, a seed."""
+
+    data: Path | None = None
+    images: Path | None = None
+    limit: int | None = None
+    seed: int = 0
+
+    def data_path(self) -> Path:
+        """The file or folder of ``--data``.
+
+        Raises:
+            ValueError: not given.
+        """
+        if self.data is None:
+            raise ValueError("this task needs --data")
+        return self.data
+
+    def image_path(self, name: str) -> Path:
+        """A file in the folder of ``--images``.
+
+        Raises:
+            ValueError: the folder was not given.
+        """
+        if self.images is None:
+            raise ValueError("this task needs --images")
+        return self.images / name
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question. ``image`` is read when asked; ``group`` names samples that a limit must not part."""
+
+    id: str
+    question: str
+    image: Callable[[], bytes]
+    expected: tuple[str, ...]
+    type: str
+    options: tuple[str, ...] = ()
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A sample and its score in [0, 1]; a failed request scores 0."""
+
+    sample: Sample
+    score: float
+    failed: bool = False
+
+
+def _no_figures(scored: Sequence[Scored]) -> dict[str, float]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a benchmark is read, asked and scored.
+
+    Attributes:
+        load: reads samples; raises ValueError that names file, line and what was expected.
+        score: a sample and the model's text to a score in [0, 1].
+        max_tokens: longest answer.
+        figures: what the benchmark reports besides the mean score.
+    """
+
+    load: Callable[[Source], list[Sample]]
+    score: Callable[[Sample, str], float]
+    max_tokens: int
+    figures: Callable[[Sequence[Scored]], dict[str, float]] = _no_figures
+
+
+def choose(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Sample]:
+    """At most ``limit`` samples drawn by ``seed``, in file order; a larger limit draws a superset.
+
+    Groups stay whole, so the last one may exceed the limit.
+    """
+    if limit is None or limit >= len(samples):
+        return list(samples)
+    groups = list(dict.fromkeys(_group(sample) for sample in samples))
+    sizes = dict.fromkeys(groups, 0)
+    for sample in samples:
+        sizes[_group(sample)] += 1
+    chosen, size = set(), 0
+    for index in np.random.default_rng(seed).permutation(len(groups)):
+        if size >= limit:
+            break
+        chosen.add(groups[index])
+        size += sizes[groups[index]]
+    return [sample for sample in samples if _group(sample) in chosen]
+
+
+def _group(sample: Sample) -> str:
+    return sample.group or sample.id
+
+
+def file_image(path: Path) -> Callable[[], bytes]:
+    """Reads ``path`` when called.
+
+    Raises:
+        ValueError: when called and it cannot be read.
+    """
+
+    def read() -> bytes:
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from None
+
+    return read
+
+
+def checked_images(paths: Iterable[Path]) -> None:
+    """Fail before the first question rather than in the middle.
+
+    Raises:
+        ValueError: an image is missing; names the first and says how many.
+    """
+    unique = set(paths)
+    missing = sorted(path for path in unique if not path.is_file())
+    if missing:
+        raise ValueError(f"{missing[0]}: no such image ({len(missing)} of {len(unique)} missing)")
