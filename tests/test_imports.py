@@ -51,10 +51,17 @@ RULES = {
     "vllm_hidrop.plugin": Rule(lazily=(*MODELS, "torch", "vllm")),
     "vllm_hidrop.torchvision_compat": Rule(lazily=("torch",)),
     "vllm_hidrop.costs": Rule(SCORING),
-    "vllm_hidrop.commands": Rule(("vllm_hidrop.costs", "vllm_hidrop.bench", *CONFIG), lazily=EVERYTHING),
+    "vllm_hidrop.commands": Rule(
+        ("vllm_hidrop.costs", "vllm_hidrop.bench", "vllm_hidrop.evaluation", *CONFIG), lazily=EVERYTHING
+    ),
     "vllm_hidrop.cli": Rule(("vllm_hidrop.commands", *CONFIG), lazily=EVERYTHING),
     "vllm_hidrop.embedded": Rule((*MODELS, "torch", "vllm")),
     "vllm_hidrop.training": Rule((*MODELS, "vllm_hidrop.embedded", "torch", "vllm")),
+    "vllm_hidrop.conversion": Rule((*CONFIG, "torch")),
+    "vllm_hidrop.evaluation": Rule(
+        ("vllm_hidrop.embedded", "vllm_hidrop.training.scenes", "vllm_hidrop.training.questions")
+    ),
+    "vllm_hidrop.calibration": Rule(("torch",), lazily=("vllm_hidrop.training",)),
     "vllm_hidrop.bench": Rule(lazily=("vllm_hidrop.bench", "torch", "vllm")),
     "hidrop_server": Rule((*MODELS, "vllm_hidrop.plugin", "vllm_hidrop.embedded", "torch", "vllm")),
     "hidrop_loadtests": Rule(),

@@ -49,8 +49,9 @@ def test_the_lock_file_pins_the_versions_that_are_required() -> None:
 def test_the_wheel_contains_every_tracked_kind_of_file_once(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert len(names) == len(set(names))
-    model = ROOT / "vllm_hidrop" / "embedded" / "model"
-    data = {p.relative_to(ROOT).as_posix() for p in model.rglob("*") if p.is_file()}
+    models = ROOT / "vllm_hidrop" / "embedded"
+    data = {p.relative_to(ROOT).as_posix() for form in ("dense", "hidrop") for p in (models / form).iterdir()}
+    assert len(data) > 10
     packages = {f"{p}/__init__.py" for p in ("vllm_hidrop", "hidrop_server", "hidrop_loadtests")}
     assert {HOOK, "vllm_hidrop/py.typed", *packages, *data} <= set(names)
     top_level = {name.split("/")[0] for name in names}

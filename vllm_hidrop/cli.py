@@ -101,6 +101,17 @@ def serve(
         raise typer.Exit(command.run(method, preset, hidrop_config, context.args))
 
 
+@app.command("train")
+def train_model(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to train; see docs/train.md.")],
+) -> None:
+    """Train a LLaVA with a pruning schedule on; the same command again resumes an interrupted run."""
+    from vllm_hidrop.commands import train as command
+
+    with one_line_errors():
+        raise typer.Exit(command.run(config))
+
+
 @app.command()
 def demo(
     examples: Annotated[
@@ -116,6 +127,118 @@ def demo(
 
     with one_line_errors():
         raise typer.Exit(command.run(examples, url, json_file))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Directory of an original LLaVA-1.5 or HiDrop.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="New directory, or one of an interrupted run.")],
+    preset: Annotated[
+        str | None, typer.Option(help="Schedule it was trained with: tok48, tok64, tok80, tok48-c1 (C1) or none.")
+    ] = None,
+    vision_tower: Annotated[
+        Path | None, typer.Option(help="Directory of the CLIP tower (default: mm_vision_tower, if it is one).")
+    ] = None,
+) -> None:
+    """Turn an original LLaVA-1.5 or HiDrop checkpoint into the Hugging Face format that vLLM loads."""
+    from vllm_hidrop.commands import convert as command
+
+    with one_line_errors():
+        command.run(source, destination, preset, vision_tower)
+
+
+eval_app = typer.Typer(
+    help="Accuracy of a server over HTTP, on synthetic scenes or a benchmark you have.", invoke_without_command=True
+)
+app.add_typer(eval_app, name="eval")
+
+
+@eval_app.callback()
+def evaluate(  # noqa: PLR0913, PLR0917 (one argument is one option)
+    context: typer.Context,
+    url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server, for example http://HOST:8000.")] = None,
+    embedded: Annotated[
+        bool, typer.Option("--embedded", help="Serve the embedded model, and compare dense with HiDrop.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="Name of the model (default: the first served).")] = None,
+    task: Annotated[str, typer.Option(help="synthetic, pope, scienceqa, gqa, textvqa, mme or mmbench.")] = "synthetic",
+    data: Annotated[Path | None, typer.Option(help="The benchmark's file or folder; see docs/eval.md.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the benchmark's images.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions to ask (default: all; synthetic: 140).")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Picks scenes, the questions of a limit, and resamples.")] = 0,
+    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Requests at once.")] = 4,
+    off: Annotated[bool, typer.Option("--off", help="Ask a HiDrop server to keep every vision token.")] = False,
+    xargs: Annotated[str, typer.Option(help="vllm_xargs of every request, a JSON object.")] = "{}",
+    api_key: Annotated[str, typer.Option(help="Key of the server.", envvar="OPENAI_API_KEY")] = "none",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Keep answers here; a second run asks only what is missing.")] = None,
+) -> None:
+    """Accuracy of a server over HTTP: give --url or --embedded, or plot results with `hidrop eval plot`."""
+    if context.invoked_subcommand is not None:
+        return
+    with one_line_errors():
+        if embedded and (url or model or off or xargs != "{}"):
+            raise ValueError("--embedded chooses server, model and vllm_xargs itself")
+        if not embedded and url is None:
+            raise ValueError("give --url or --embedded")
+        from vllm_hidrop.commands import evaluate as command
+        from vllm_hidrop.evaluation.asking import Endpoint
+        from vllm_hidrop.evaluation.samples import Source
+
+        choice = command.Choice(task, Source(data, images, limit, seed), concurrency, json_file, out)
+        if url is None:
+            raise typer.Exit(command.run_embedded(choice))
+        extra = command.xargs(off, parse_object(xargs, "--xargs"))
+        raise typer.Exit(command.run_url(choice, Endpoint(url, api_key, model, extra)))
+
+
+@eval_app.command("plot")
+def eval_plot(
+    results: Annotated[list[Path], typer.Argument(metavar="RESULT.json...", help="What --json wrote.")],
+    png: Annotated[Path, typer.Option(help="File of the plot.")],
+) -> None:
+    """Draw accuracy against mean vision tokens per layer, with intervals, from one or several results."""
+    with one_line_errors():
+        from vllm_hidrop.commands import evaluate as command
+
+        command.run_plot(results, png)
+
+
+@app.command()
+def calibrate(  # noqa: PLR0913, PLR0917 (one argument is one option)
+    model: Annotated[str, typer.Argument(help='A directory, a hub name, or "embedded".')],
+    data: Annotated[str, typer.Option(help='A file in LLaVA\'s JSON form, or "synthetic".')],
+    images: Annotated[Path | None, typer.Option(help="Folder of the file's images [default: the file's own].")] = None,
+    samples: Annotated[int, typer.Option(min=2, help="Samples to measure.")] = 64,
+    budget: Annotated[float, typer.Option(min=0, help="Vision tokens per layer, mean over all layers.")] = 64,
+    filters: Annotated[int, typer.Option(min=1, help="Filters at most.")] = 4,
+    exit_tolerance: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of answer tokens an early exit may change.")
+    ] = 0.01,
+    windows: Annotated[str, typer.Option(help="ILVAS windows in layers; the first one decides.")] = "2,4",
+    top_tokens: Annotated[int, typer.Option(min=1, help="ILVAS: most attended vision tokens compared.")] = 32,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer used at most.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Which synthetic scenes.")] = 0,
+    device: Annotated[str, typer.Option(help="PyTorch device.")] = "cpu",
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the schedule for serve --hidrop-config, the curves beside it."),
+    ] = None,
+    png_file: Annotated[Path | None, typer.Option("--png", help="Draw the curves and the schedule.")] = None,
+) -> None:
+    """Measure what a model's layers do with vision, and propose a HiDrop schedule for it (docs/calibrate.md)."""
+    with one_line_errors():
+        from vllm_hidrop.calibration.curves import Settings
+        from vllm_hidrop.commands import calibrate as command
+
+        command.run(
+            model,
+            command.Data(data, images, samples, seed),
+            command.Wish(budget, filters, exit_tolerance),
+            command.Output(json_file, png_file),
+            Settings(parse_windows(windows), top_tokens, answer_tokens),
+            device,
+        )
 
 
 bench_app = typer.Typer(help="Measure ours against stock vLLM on the same random weights.", no_args_is_help=True)
@@ -152,6 +275,27 @@ def prefill(  # noqa: PLR0913, PLR0917 (one argument is one option)
         command.run_prefill(command.Bench(shape, runs, not compiled), choice, images, text, json_file)
 
 
+@bench_app.command()
+def train(
+    batch: Annotated[int, typer.Option(min=1, help="Prompts of a step, one image each.")] = 2,
+    text: Annotated[int, typer.Option(min=20, help="Text tokens of a prompt.")] = 64,
+    method: Annotated[str, typer.Option(help="Pruning method.")] = "hidrop",
+    preset: Annotated[str | None, typer.Option(help="Named schedule (hidrop: tok64, scaled).")] = None,
+    options: Annotated[str, typer.Option(help="The method's options, a JSON object.")] = "{}",
+    shape: Shape = "bench",
+    runs: Runs = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """Time one training step with a schedule against the dense step, and the memory each holds."""
+    with one_line_errors():
+        from vllm_hidrop.commands import bench_train as command
+
+        chosen = parse_object(options, "--options")
+        if method == "hidrop":
+            preset, chosen = preset or "tok64", {"scale": True} | chosen
+        command.run(shape, (method, preset, chosen), batch, text, runs, json_file)
+
+
 @bench_app.command("all")
 def bench_all(shape: Shape = "bench", runs: Runs = 15, json_file: JsonFile = None) -> None:
     """Every figure the documentation quotes: prefill in both modes, then what must not cost anything, compiled."""
@@ -159,6 +303,18 @@ def bench_all(shape: Shape = "bench", runs: Runs = 15, json_file: JsonFile = Non
         from vllm_hidrop.commands import bench as command
 
         command.run_all(command.Bench(shape, runs, eager=False), json_file)
+
+
+def parse_windows(text: str) -> tuple[int, ...]:
+    """Read comma-separated layer counts, in order, each once.
+
+    Raises:
+        ValueError: not positive whole numbers.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise ValueError(f"--windows must be layer counts like 2,4, got {text!r}")
+    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def parse_object(text: str, option: str) -> dict[str, Any]:

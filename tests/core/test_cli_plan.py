@@ -37,7 +37,7 @@ CONFIG: dict[str, Any] = {
         "vocab_size": 89,
         "hidden_size": 128,
         "intermediate_size": 384,
-        "num_hidden_layers": 6,
+        "num_hidden_layers": 12,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     },
@@ -115,9 +115,9 @@ def test_every_image_keeps_its_own_share() -> None:
 def test_a_checkpoint_is_planned_with_its_own_method_and_image_size(checkpoint: Path) -> None:
     found = plan_json(str(checkpoint))
     assert (found["method"], found["preset"], found["images"]) == ("hidrop", "embedded", [576])
-    assert [stage["vision_tokens"] for stage in found["stages"]] == [576, 58, 16, 0]
+    assert [stage["vision_tokens"] for stage in found["stages"]] == [0, 576, 144, 24, 0]
     # Two K/V heads of 32: half the bytes of the four query heads.
-    assert found["stages"][0]["dense_kv_bytes"] == 3 * 20 * 32 * (2 * 2 * 32 * 2)
+    assert found["stages"][0]["dense_kv_bytes"] == 2 * 20 * 32 * (2 * 2 * 32 * 2)
 
 
 def test_a_checkpoints_preset_is_changed_by_force_only(checkpoint: Path) -> None:

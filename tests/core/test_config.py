@@ -99,5 +99,5 @@ def test_an_unknown_key_of_the_checkpoint_is_refused_too() -> None:
 
 
 def test_a_schedule_for_another_depth_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"method 'hidrop': .* for 6 layers, the model has 32"):
+    with pytest.raises(ValueError, match=r"method 'hidrop': .* for 12 layers, the model has 32"):
         resolved({"method": "hidrop", "preset": "embedded"})

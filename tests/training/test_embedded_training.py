@@ -13,14 +13,15 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from vllm_hidrop.embedded import MODEL_DIR
+from vllm_hidrop.embedded import CHECKPOINTS
+from vllm_hidrop.pruning import Schedule
 from vllm_hidrop.training import embedded
-from vllm_hidrop.training.batches import exact_matches, pack_questions
-from vllm_hidrop.training.evaluate import COUNT, Checkpoint, evaluate, make_example
+from vllm_hidrop.training.batches import IGNORED, exact_matches, pack_questions
+from vllm_hidrop.training.evaluate import COUNT, Checkpoint, Probe, evaluate, make_example, probes_of
+from vllm_hidrop.training.initial import initialise_language_model
 from vllm_hidrop.training.language import Vision, answer_logits
 from vllm_hidrop.training.model import build_model
 from vllm_hidrop.training.prefix_llm import LateRead
-from vllm_hidrop.training.probes import Cut
 from vllm_hidrop.training.questions import QUESTION_TYPES, Question, ask, draw_questions
 from vllm_hidrop.training.scenes import (
     COLOURS,
@@ -29,6 +30,7 @@ from vllm_hidrop.training.scenes import (
     NUM_PATCHES,
     PATCH_SIDE,
     PATCHES_PER_SIDE,
+    UNSEEN_PAIRS,
     Scene,
     Thing,
     held_out_seed,
@@ -37,10 +39,12 @@ from vllm_hidrop.training.scenes import (
     patch_owners,
     render,
 )
+from vllm_hidrop.training.schedules import DENSE, HIDROP, with_schedule
+from vllm_hidrop.training.staged import Rows
 from vllm_hidrop.training.vocabulary import TOKEN_IDS, VOCABULARY, build_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NUM_HELD_OUT_SCENES = 40
+NUM_HELD_OUT_SCENES = 25
 MakeScene = Callable[[int], Scene]
 Figures = dict[str, Any]
 
@@ -202,14 +206,50 @@ def test_the_shared_prefix_pass_computes_what_the_plain_model_computes(monkeypat
     embed = model.get_input_embeddings()
     head = embed(torch.tensor([TOKEN_IDS["<bos>"], TOKEN_IDS["<user>"]]))
     with torch.no_grad():
-        shared = answer_logits(model, vision, text, rng, None)
+        dense = with_schedule(model, DENSE)
+        shared = answer_logits(dense, model, vision, text, rng)
         in_block = text.blocks[1] == 1
         rows = torch.cat([head, vision.embeddings[1], embed(text.ids[1][in_block])])
         plain = model.model.language_model(inputs_embeds=rows[None]).last_hidden_state
         expected = model.lm_head(plain)[0, len(head) + NUM_PATCHES :]
-        late = answer_logits(model, vision, text, rng, LateRead(6, 1))
+        late = answer_logits(dense, model, vision, text, rng, LateRead(6, 1))
     assert (shared[1][in_block] - expected).abs().max() < 0.1 * expected.abs().max()
     assert not torch.allclose(late[1][in_block], shared[1][in_block], atol=1e-3)
+
+
+def test_the_shared_image_pass_prunes_as_the_staged_forward_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_hidrop.training.language.SYSTEM_FRACTION", 0.0)
+    model, rng = build_model(0), np.random.default_rng(0)
+    initialise_language_model(model, 3)
+    vision = Vision(torch.randn(2, NUM_PATCHES, 128) * 0.1, torch.arange(NUM_PATCHES).expand(2, -1))
+    scenes = [make_scene(1), make_scene(2)]
+    text = pack_questions([draw_questions(scene, rng, 3, ("colour", "where")) for scene in scenes], rng, 0.0)
+    staged = with_schedule(model, HIDROP)
+    embed = model.get_input_embeddings()
+    head = embed(torch.tensor([TOKEN_IDS["<bos>"], TOKEN_IDS["<user>"]]))
+    in_block = text.blocks[1] == 2
+    with torch.no_grad():
+        shared = answer_logits(staged, model, vision, text, rng)[1][in_block]
+        alone = torch.cat([head, vision.embeddings[1], embed(text.ids[1][in_block])])[None]
+        is_asked = text.targets[1][in_block] != IGNORED
+        images = torch.full(alone.shape[:2], -1)
+        images[:, 2 : 2 + NUM_PATCHES] = 0
+        is_query = torch.zeros(alone.shape[:2], dtype=torch.bool)
+        is_query[0, 2 + NUM_PATCHES + int(is_asked.nonzero()[0])] = True
+        rows = Rows(torch.arange(alone.shape[1])[None], images, torch.ones_like(is_query), is_query)
+        output = staged(alone, rows)
+    expected = model.lm_head(output.hidden)[0, 2:]
+    assert (shared - expected).abs().max() < 0.1 * expected.abs().max()  # one in bfloat16, one in float32
+
+
+def test_colours_of_some_kinds_are_seen_in_held_out_scenes_only() -> None:
+    def pairs(seeds: range, make: MakeScene) -> set[tuple[str, str]]:
+        return {(thing.kind, thing.colour) for seed in seeds for thing in make(seed).objects}
+
+    trained = pairs(range(300), make_crowded_scene) | pairs(range(1500), make_scene)
+    assert not trained & UNSEEN_PAIRS
+    held_out = pairs(range(held_out_seed(0), held_out_seed(1500)), make_scene)
+    assert held_out == trained | UNSEEN_PAIRS
 
 
 # --- Training in small ---------------------------------------------------------------------
@@ -218,30 +258,34 @@ def test_the_shared_prefix_pass_computes_what_the_plain_model_computes(monkeypat
 @pytest.fixture(scope="module")
 def smoke_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("smoke")
-    embedded.main(["--out", str(directory), "--smoke"])
+    embedded.main(["dense", "--out", str(directory), "--smoke"])
+    embedded.main(["hidrop", "--out", str(directory), "--smoke"])
     return directory
 
 
-def test_smoke_training_leaves_a_checkpoint_that_loads(smoke_directory: Path) -> None:
+@pytest.mark.parametrize("form", ["dense", "hidrop"])
+def test_smoke_training_leaves_a_checkpoint_that_loads(smoke_directory: Path, form: str) -> None:
     model, report = LlavaForConditionalGeneration.from_pretrained(
-        smoke_directory / "model", dtype=torch.float32, output_loading_info=True
+        smoke_directory / form, dtype=torch.float32, output_loading_info=True
     )
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert model.config.text_config.max_position_embeddings >= 16384
-    assert AutoProcessor.from_pretrained(smoke_directory / "model").patch_size == PATCH_SIDE
+    expected = {"method": "hidrop", "preset": "embedded"} if form == "hidrop" else None
+    assert getattr(model.config, "hidrop", None) == expected
+    assert AutoProcessor.from_pretrained(smoke_directory / form).patch_size == PATCH_SIDE
 
 
 def test_training_resumes_from_the_stages_it_finds(smoke_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "train_tower", None)
-    training = embedded.Training(embedded.SMOKE_RECIPE, smoke_directory)
+    training = embedded.Training(embedded.SMOKE_RECIPE, smoke_directory, "hidrop")
     embedded.run_stages(training)
-    finished = torch.load(smoke_directory / "stage_full.pt", weights_only=True)["model"]
+    finished = torch.load(smoke_directory / "stage_hidrop_full.pt", weights_only=True)["model"]
     assert all(torch.equal(finished[name], tensor) for name, tensor in training.model.state_dict().items())
 
 
 def test_an_unknown_stage_is_named(tmp_path: Path) -> None:
-    training = embedded.Training(embedded.SMOKE_RECIPE, tmp_path)
+    training = embedded.Training(embedded.SMOKE_RECIPE, tmp_path, "dense")
     with pytest.raises(ValueError, match=r"unknown stages \['towel'\]; known: tower, symbols_12"):
         embedded.run_stages(training, ["towel"])
 
@@ -251,33 +295,35 @@ def test_an_unknown_stage_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
-    return Checkpoint(MODEL_DIR)
+    return Checkpoint(CHECKPOINTS["dense"])
 
 
 @pytest.fixture(scope="module")
-def figures(checkpoint: Checkpoint) -> Figures:
-    return evaluate(checkpoint, NUM_HELD_OUT_SCENES, first_layers=[2], num_kept=[16])
+def pruned() -> Checkpoint:
+    return Checkpoint(CHECKPOINTS["hidrop"])
 
 
-def cut_figure(figures: Figures, selector: str) -> float:
-    values = (cut["without_count"] for cut in figures["cuts"] if cut["selector"] == selector)
-    return float(next(values))
+@pytest.fixture(scope="module")
+def figures(pruned: Checkpoint) -> Figures:
+    return evaluate(pruned, NUM_HELD_OUT_SCENES, probes_of(pruned.schedule))
 
 
-def test_the_shipped_checkpoint_answers_held_out_questions(figures: Figures) -> None:
-    assert figures["full"]["without_count"] >= 0.9
+def test_both_checkpoints_answer_held_out_questions(checkpoint: Checkpoint, figures: Figures) -> None:
+    dense = evaluate(checkpoint, NUM_HELD_OUT_SCENES, [])
+    assert dense["own"]["all"] >= 0.92
+    assert figures["own"]["all"] >= 0.82
+    assert figures["mean_vision_tokens"] == 64
 
 
-def test_the_shipped_checkpoint_fails_on_another_scenes_image(figures: Figures) -> None:
-    assert figures["wrong_image"]["without_count"] < 0.5
+def test_the_pruned_checkpoint_fails_on_another_scenes_image(figures: Figures) -> None:
+    assert figures["wrong_image"]["all"] < 0.5
 
 
-def test_keeping_the_worst_tokens_is_clearly_worse_than_keeping_all(figures: Figures) -> None:
-    assert cut_figure(figures, "inverted") < figures["full"]["without_count"] - 0.25
-
-
-def test_keeping_the_best_tokens_beats_keeping_the_worst(figures: Figures) -> None:
-    assert cut_figure(figures, "attention") > cut_figure(figures, "inverted") + 0.25
+@pytest.mark.parametrize("layer", [3, 4])
+def test_keeping_the_worst_tokens_is_clearly_worse_at_every_cut(figures: Figures, layer: int) -> None:
+    (worst,) = (probe for probe in figures["probes"] if probe["layer"] == layer and probe["selector"] == "worst")
+    assert worst["all"] < figures["own"]["all"] - 0.1
+    assert worst["same"] < figures["own"]["same"] - 0.2
 
 
 def test_generate_stops_at_the_end_of_an_answer_of_one_or_two_words(checkpoint: Checkpoint) -> None:
@@ -298,8 +344,9 @@ def test_the_sample_images_are_answered_as_their_file_says(checkpoint: Checkpoin
 
 def test_a_cut_that_keeps_every_token_changes_nothing(checkpoint: Checkpoint) -> None:
     example = make_example(1)
-    whole = checkpoint.is_right(example.image, example.questions)
-    assert checkpoint.is_right(example.image, example.questions, Cut(2, NUM_PATCHES, "attention")) == whole
+    whole = Probe("all", Schedule.of({0: "all", 3: NUM_PATCHES}, checkpoint.schedule.num_layers), 3)
+    expected = checkpoint.is_right(example.image, example.questions)
+    assert checkpoint.is_right(example.image, example.questions, whole) == expected
 
 
 def test_the_chat_template_puts_images_first_and_tolerates_all_roles(checkpoint: Checkpoint) -> None:
@@ -316,9 +363,10 @@ def test_the_chat_template_puts_images_first_and_tolerates_all_roles(checkpoint:
     )
 
 
-def test_the_checkpoint_is_small_and_in_the_hubs_naming() -> None:
-    weights = Path(MODEL_DIR) / "model.safetensors"
-    assert weights.stat().st_size < 5e6
+@pytest.mark.parametrize("form", CHECKPOINTS)
+def test_the_checkpoint_is_small_and_in_the_hubs_naming(form: str) -> None:
+    weights = CHECKPOINTS[form] / "model.safetensors"
+    assert weights.stat().st_size < 12e6
     with safe_open(weights, framework="pt") as stored:
         names = set(stored.keys())
     assert "vision_tower.vision_model.embeddings.patch_embedding.weight" in names

@@ -52,7 +52,7 @@ def make_checkpoint(shape: BenchShape, directory: Path, dtype: str = "bfloat16")
     config.save_pretrained(directory)
     save_word_tokenizer(directory, IMAGE_TOKEN)
     _save_processor(directory)
-    save_hub_weights(_random_model(config, dtype), directory)
+    save_hub_weights(_build(config, dtype), directory)
     (directory / "complete").touch()
     return directory
 
@@ -133,7 +133,12 @@ def _save_processor(directory: Path) -> None:
     (directory / "processor_config.json").write_text(json.dumps(processor))
 
 
-def _random_model(config: Any, dtype: str) -> Any:
+def random_model(shape: BenchShape, dtype: str) -> Any:
+    """A Hugging Face LLaVA of a shape with seeded random weights."""
+    return _build(_config(shape, dtype), dtype)
+
+
+def _build(config: Any, dtype: str) -> Any:
     import torch
     from transformers import LlavaForConditionalGeneration
 

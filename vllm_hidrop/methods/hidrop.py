@@ -46,11 +46,11 @@ class HiDrop(Method):
         "tok80": _CONCAVE_C1 | {"keeps": (453, 10, 5, 1)},
         "tok48-c1": _CONCAVE_C1 | {"keeps": (112, 10, 5, 1)},
         "embedded": {
-            "inject_layer": 1,
+            "inject_layer": 3,
             "filter_layers": (3, 4),
-            "keeps": (58, 16),
-            "exit_layer": 6,
-            "shape": (6, 576),
+            "keeps": (144, 24),
+            "exit_layer": 7,
+            "shape": (12, 576),
         },
     }
 

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-TYPES = ("colour", "object", "where", "exist", "relation", "read", "without_count", "count")
-HEADINGS = {"without_count": "six types together", "count": "count (apart)"}
+from vllm_hidrop.training.scenes import UNSEEN_PAIRS
+from vllm_hidrop.training.vocabulary import VOCABULARY
+
+TYPES = ("colour", "object", "where", "exist", "relation", "same", "read", "count", "all")
 
 TEXT = """\
 ---
@@ -20,45 +22,46 @@ pipeline_tag: image-text-to-text
 library_name: transformers
 ---
 
-# The embedded model
+# The embedded model, {form}
 
-A small real LLaVA, trained from nothing by this repository, that answers short questions about
-synthetic scenes. It exists so that tests, examples and load tests of `vllm_hidrop` run a model whose
-answers depend on the image, on any machine and without a download. It is no general assistant.
+A small real LLaVA, trained from nothing by this repository, that answers short questions about synthetic scenes. It
+exists so that tests, examples and load tests of `vllm_hidrop` run a model whose answers depend on the image, on any
+machine and without a download. It is no general assistant. There are two forms, trained alike but for the schedule of
+their last stages: `dense`, and `hidrop` (nothing in layers 0 and 1, all 576 vision tokens in layer 2, 144 in layer
+3, 24 in layers 4 and 5, nothing in layers 6 to 11: 64 in the mean). This is the **{form}** one.
 
 * **Architecture**: `LlavaForConditionalGeneration`. CLIP tower of width 128, 4 layers (3 used,
   `vision_feature_layer` -2), patch 8, 192x192 pixels: 576 vision tokens. Two-layer projector. Llama of
-  width 128, 6 layers, 4 heads of 32, FFN 384, RoPE theta 1e6, 16384 positions, 89 words. 2.1 M
-  parameters, 4.2 MB in bfloat16.
+  width 128, 12 layers, 4 heads of 32, FFN 384, RoPE theta 1e6, 16384 positions, {num_words} words; bfloat16.
 * **Scenes**: 3 to 7 objects of 20 kinds in 8 colours, on a 4-pixel lattice in sizes 20 and 28; in 70 % of
   scenes one of 16 words; a noisy gradient behind. Other sizes, fonts and photographs are outside what it knows.
-* **Questions**: "What colour is the star?", "Which object is red?", "Where is the moon?", "Is there a heart?",
-  "Is the star left of the ring?" (or "above"), "How many red objects are there?", "What does the text say?".
-  Lower-cased, split at punctuation; unknown words become `<unk>`. The image comes before the question;
-  the chat template sees to it.
-* **Late read**: in training, text read another scene's image in layers 0 and 1, so the model reads the image in
-  layers 2 to 5 only. A model of this size trained without it had copied the answer into the text after
-  layer 0, so that no cut cost anything, whatever was kept. Cut at layer 2 or deeper: below it, attention to
-  the image is untrained (see the figures). From layer 4 on the answer is read, and any cut passes.
+* **Questions**: "What colour is the star?", "Which object is red?", "Which object has the colour of the star?" (two
+  hops), "Where is the moon?", "Is there a heart?", "Is the star left of the ring?" (or "above"), "How many red objects
+  are there?", "What does the text say?". Lower-cased, split at punctuation; unknown words become `<unk>`. The image
+  comes before the question; the chat template sees to it.
+* **Late read**: in training, text read another scene's image in layers 0 to 2, so the model reads the image in
+  layers 3 and deeper only. A model of this size trained without it had copied the answer into the text after
+  layer 0, so that no cut cost anything, whatever was kept. Dense, cut it at layer 3 or deeper: below it, attention to
+  the image is untrained, which is unfair to methods that cut there.
 * **Fonts**: words and glyphs in the training images are DejaVu (from matplotlib); no font is in the weights.
 
 ## Training
 
-`python -m vllm_hidrop.training.embedded --out DIR`: about {minutes} minutes on one thread of
+`python -m vllm_hidrop.training.embedded {form} --out DIR`: about {minutes} minutes on one thread of
 {hardware} with torch {torch}, transformers {transformers}. Stages and resumption: the module's docstring. All data
-are made on the fly from seeds below 1,000,000,000; figures are from seeds above, and from none of the scenes looked at
-while training. These weights were trained once, stage by stage; another run gives other weights.
+are made on the fly from seeds below 1,000,000,000, without {num_pairs} pairs of kind and colour; figures are from seeds
+above, with those pairs, and from none of the scenes looked at while training. {provenance}
 
 ## Figures
 
 `python -m vllm_hidrop.training.evaluate MODEL_DIR --scenes {num_scenes}`: exact match on {num_questions} questions
 about {num_scenes} held-out scenes, one of each type per scene; Hugging Face, float32, torch {torch}, transformers
-{transformers}, {hardware}, {date}.
+{transformers}, {hardware}, {date}. On the {num_unseen} questions about a pair of kind and colour never seen in
+training: {unseen:.3f}.
 
 {table}
-"Cut at layer l": layers below l see all 576 vision tokens, layers l and deeper see the {num_kept} kept.
-"best" keeps the highest head-mean attention of the last prompt row under layer l's queries and keys,
-"worst" the lowest, "random" any.
+A cut at layer l scores under layer l's queries and keys, the attention of the last prompt row averaged over heads:
+"worst" keeps the lowest, "random" any.
 """
 
 
@@ -69,27 +72,30 @@ def _row(name: str, figures: dict[str, Any]) -> str:
 
 def figure_table(figures: dict[str, Any]) -> str:
     """One Markdown row per probe, one column per question type."""
-    names = {"attention": "best", "random": "random", "inverted": "worst"}
-    columns = " | ".join(HEADINGS.get(kind, kind) for kind in TYPES)
-    table = f"| probe | {columns} |\n|---|{'---|' * len(TYPES)}\n"
-    table += _row("all 576 tokens", figures["full"])
+    table = f"| | {' | '.join(TYPES)} |\n|---|{'---|' * len(TYPES)}\n"
+    table += _row("own schedule", figures["own"])
     table += _row("another scene's image", figures["wrong_image"])
-    for cut in figures["cuts"]:
-        table += _row(f"cut at layer {cut['first_layer']}, {names[cut['selector']]} {cut['num_kept']}", cut)
-    return table
+    return table + "".join(_row(probe["name"], probe) for probe in figures["probes"])
 
 
-def write_card(figures: dict[str, Any], directory: Path, minutes: int, hardware: str, date: str) -> None:
-    """Write ``README.md`` into a checkpoint directory."""
+def write_card(
+    figures: dict[str, Any], directory: Path, minutes: int, hardware: str, date: str, provenance: str
+) -> None:
+    """Write ``README.md`` into a checkpoint directory, whose name is its form."""
     card = TEXT.format(
+        form=directory.name,
         minutes=minutes,
         hardware=hardware,
         date=date,
+        provenance=provenance,
         torch=figures["versions"]["torch"],
         transformers=figures["versions"]["transformers"],
+        num_words=len(VOCABULARY),
+        num_pairs=len(UNSEEN_PAIRS),
         num_scenes=figures["num_scenes"],
         num_questions=figures["num_questions"],
-        num_kept=figures["cuts"][0]["num_kept"],
+        num_unseen=figures["unseen_pairs"]["num_questions"],
+        unseen=figures["unseen_pairs"]["right"],
         table=figure_table(figures),
     )
     (directory / "README.md").write_text(card, encoding="utf-8")
@@ -103,9 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=int, required=True, help="how long training took")
     parser.add_argument("--hardware", required=True, help="what it was trained and measured on")
     parser.add_argument("--date", required=True, help="of the measurement, ISO")
+    parser.add_argument("--provenance", default="", help="a sentence on how these weights came about")
     options = parser.parse_args(arguments)
     figures = json.loads(options.figures.read_text(encoding="utf-8"))
-    write_card(figures, options.model_dir, options.minutes, options.hardware, options.date)
+    write_card(figures, options.model_dir, options.minutes, options.hardware, options.date, options.provenance)
 
 
 if __name__ == "__main__":

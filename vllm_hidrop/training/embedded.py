@@ -1,20 +1,21 @@
-"""Trains the embedded model from nothing: ``python -m vllm_hidrop.training.embedded --out DIR``.
+"""Trains an embedded checkpoint from nothing: ``python -m vllm_hidrop.training.embedded FORM --out DIR``.
 
-Stages run in order, each leaves ``stage_<name>.pt`` in DIR, and a stage whose file exists is
-loaded instead of run again:
+FORM is ``dense`` or ``hidrop`` (see ``schedules.FORMS``). Stages run in order, each leaves ``stage_<name>.pt`` in DIR,
+and a stage whose file exists is loaded instead of run again, so that all forms share what comes before them:
 
-==========  ==========================================================================
-tower       the vision tower labels the patches of crowded scenes (stage A)
-symbols_N   the language model answers about scenes of N symbols (stage S, each phase)
-align       the projector maps patches to the symbols' embeddings
-part        language model and projector on 80 of 576 real patches (stage B)
-full        the same on all 576 (stage C)
-==========  ==========================================================================
+============  ==========================================================================
+tower         the vision tower labels the patches of crowded scenes (stage A)
+symbols_N     the language model answers about scenes of N symbols (stage S, each phase)
+align         the projector maps patches to the symbols' embeddings
+FORM_part     language model and projector on 80 of 576 real patches (stage B)
+FORM_full     the same on all 576 (stage C)
+============  ==========================================================================
 
-The checkpoint directory is ``DIR/model``.
+The checkpoint directory is ``DIR/FORM``. Only the last two stages know the form: the dense and the pruned checkpoint
+see the same scenes, questions and steps.
 
-From stage S on, text reads the image in layers 2 and deeper only (late-read training), so that
-cuts after the shallow layers have something to lose.
+From stage S on, text reads the image in layers 3 and deeper only (late-read training), so that cuts have something to
+lose; half of stage S's steps inject the image at layer 2, so that the base serves both forms.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from vllm_hidrop.training.language import ALL_TYPES, FIRST_READING_LAYER, ONE_HO
 from vllm_hidrop.training.model import build_model, save_checkpoint
 from vllm_hidrop.training.optimiser import LearningRates
 from vllm_hidrop.training.scenes import NUM_PATCHES, held_out_seed
+from vllm_hidrop.training.schedules import FORMS, trained_entry, with_schedule
 from vllm_hidrop.training.symbols import SymbolEmbedding, SymbolPhase, train_on_symbols
 from vllm_hidrop.training.tower import train_tower
 
@@ -69,8 +71,8 @@ FULL_RECIPE = Recipe(
     num_feature_scenes=4000,
     num_held_out_scenes=64,
     align_steps=600,
-    part=ImagePhase(600, 80, 16, LearningRates(2e-3, 1e-3)),
-    full=ImagePhase(600, NUM_PATCHES, 8, LearningRates(1.5e-3, 7e-4)),
+    part=ImagePhase(250, 80, 16, LearningRates(2e-3, 1e-3)),
+    full=ImagePhase(400, NUM_PATCHES, 8, LearningRates(1.5e-3, 7e-4)),
 )
 SMOKE_RECIPE = Recipe(
     tower_steps=3,
@@ -88,8 +90,9 @@ SMOKE_RECIPE = Recipe(
 class Training:
     """A model on its way through the stages, and the directory that remembers them."""
 
-    def __init__(self, recipe: Recipe, directory: Path) -> None:
+    def __init__(self, recipe: Recipe, directory: Path, form: str) -> None:
         self.recipe = recipe
+        self.form = form
         self.directory = directory
         self.model: LlavaForConditionalGeneration = build_model(recipe.seed)
         initialise_language_model(self.model, FIRST_READING_LAYER)
@@ -122,7 +125,8 @@ class Training:
 
     def on_images(self, phase: ImagePhase) -> Figures:
         """Stage B or C."""
-        return train_on_images(self.model, self.features, self.held_out, phase, self.recipe.seed)
+        staged = with_schedule(self.model, *FORMS[self.form])
+        return train_on_images(staged, self.model, self.features, self.held_out, phase, self.recipe.seed)
 
     def stages(self) -> dict[str, Callable[[], Figures]]:
         """All stages in their order."""
@@ -133,8 +137,8 @@ class Training:
             "tower": self.tower,
             **symbol_stages,
             "align": self.align,
-            "part": partial(self.on_images, self.recipe.part),
-            "full": partial(self.on_images, self.recipe.full),
+            f"{self.form}_part": partial(self.on_images, self.recipe.part),
+            f"{self.form}_full": partial(self.on_images, self.recipe.full),
         }
 
     def _path(self, stage: str) -> Path:
@@ -184,20 +188,21 @@ def run_stages(training: Training, names: Sequence[str] | None = None) -> None:
             figures = run()
             training.remember(name)
             report(f"{name} ({time.perf_counter() - started:.0f} s)", figures)
-    save_checkpoint(training.model, training.directory / "model")
+    save_checkpoint(training.model, training.directory / training.form, trained_entry(training.form))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(description="Train the embedded model from nothing.")
-    parser.add_argument("--out", type=Path, required=True, help="directory for stages and model")
+    parser = argparse.ArgumentParser(description="Train an embedded checkpoint from nothing.")
+    parser.add_argument("form", choices=FORMS, help="what the last two stages train with")
+    parser.add_argument("--out", type=Path, required=True, help="directory for stages and models")
     parser.add_argument("--stages", nargs="+", help="only these (default: all)")
     parser.add_argument("--smoke", action="store_true", help="a few steps of every stage")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     recipe = SMOKE_RECIPE if options.smoke else FULL_RECIPE
-    run_stages(Training(recipe, options.out), options.stages)
+    run_stages(Training(recipe, options.out, options.form), options.stages)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Held-out exact match of a checkpoint, whole and cut.
+"""Held-out exact match of a checkpoint under its own schedule, and of what must be worse.
 
-``python -m vllm_hidrop.training.evaluate MODEL_DIR --scenes 100 --json FILE``. Runs the
-checkpoint as Hugging Face loads it, one question of each type per scene. Probes: another scene's
-image, and cuts that keep a few vision tokens by attention, at random, or the worst ones.
+``python -m vllm_hidrop.training.evaluate MODEL_DIR --scenes 100 --json FILE``. Runs the checkpoint as Hugging Face
+loads it through the training code's staged forward, one question of each type per scene. Probes: another scene's image,
+and cuts that keep the worst vision tokens or any, at every cut of the checkpoint's schedule; a dense checkpoint is cut
+at the layers of ``DENSE_CUTS``.
 """
 
 import argparse
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,66 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from vllm_hidrop.training.probes import SELECTORS, Cut, PromptRows, cut_applied
+from vllm_hidrop.config import HidropConfig, resolve
+from vllm_hidrop.methods import ModelShape
+from vllm_hidrop.pruning import Schedule
+from vllm_hidrop.scoring import Scorer, Signal, Signals, attention_score, random_score
 from vllm_hidrop.training.questions import QUESTION_TYPES, Question, ask
-from vllm_hidrop.training.scenes import Pixels, held_out_seed, make_scene, render
+from vllm_hidrop.training.scenes import NUM_PATCHES, UNSEEN_PAIRS, Pixels, held_out_seed, make_scene, render
+from vllm_hidrop.training.staged import Rows, StagedTraining
 
 FIRST_EVALUATED_SCENE = 10_000
 """Held-out scenes below this index were looked at while training."""
 COUNT = "count"
+DENSE_CUTS = (2, 3, 4, 6)
+DENSE_KEEP = 96
 Matches = dict[str, list[bool]]
+
+
+def inverted_score(signals: Signals) -> Tensor:
+    """The least attended tokens first."""
+    return -attention_score(signals)
+
+
+def seeded_score(signals: Signals) -> Tensor:
+    """Any tokens, the same for every request."""
+    return random_score(signals, 0)
+
+
+SELECTORS: dict[str, Scorer] = {"best": attention_score, "random": seeded_score, "worst": inverted_score}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A schedule, and which tokens the cut at ``layer`` keeps; other cuts keep the best."""
+
+    name: str
+    schedule: Schedule
+    layer: int | None = None
+    selector: str = "best"
+
+    def score(self, signals: Signals) -> Tensor:
+        """The selector's score at its layer, attention elsewhere."""
+        return SELECTORS[self.selector if signals.layer == self.layer else "best"](signals)
+
+
+def probes_of(schedule: Schedule) -> list[Probe]:
+    """Every cut of a schedule with every wrong selector; single cuts with all selectors for a dense one."""
+    layers = [stage.first_layer for stage in schedule.stages if not (stage.keep.is_all or stage.keep.is_none)]
+    if layers:
+        wrong = [(layer, selector) for layer in layers for selector in SELECTORS if selector != "best"]
+        return [Probe(f"own schedule, cut at layer {at}: {how}", schedule, at, how) for at, how in wrong]
+    return [
+        Probe(
+            f"cut at layer {at}: {how} {DENSE_KEEP}",
+            Schedule.of({0: "all", at: DENSE_KEEP}, schedule.num_layers),
+            at,
+            how,
+        )
+        for at in DENSE_CUTS
+        if at < schedule.num_layers
+        for how in SELECTORS
+    ]
 
 
 @dataclass(frozen=True)
@@ -56,6 +109,10 @@ class Checkpoint:
             directory, dtype=torch.float32, attn_implementation="sdpa"
         ).eval()
         self.processor: Any = AutoProcessor.from_pretrained(directory)
+        config: Any = self.model.config
+        shape = ModelShape(config.text_config.num_hidden_layers, config.image_seq_length)
+        self.schedule = resolve(HidropConfig.parse({}), shape, getattr(config, "hidrop", None)).schedule
+        self.own = Probe("own schedule", self.schedule)
 
     def _prompt(self, question: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": question}]
@@ -84,33 +141,38 @@ class Checkpoint:
         return embeddings.masked_scatter(is_image, repeated)
 
     @torch.no_grad()
-    def is_right(
-        self, image: Pixels, questions: Sequence[Question], cut: Cut | None = None, seed: int = 0
-    ) -> list[bool]:
-        """Whether greedy decoding gives each answer exactly, its end included."""
-        picture = Image.fromarray(image)
+    def is_right(self, image: Pixels, questions: Sequence[Question], probe: Probe | None = None) -> list[bool]:
+        """Whether greedy decoding gives each answer exactly, its end included; ``None`` is the own schedule."""
+        picture, probe = Image.fromarray(image), probe or self.own
         eos = self.processor.tokenizer.eos_token
         prompts = [self._prompt(question.text) for question in questions]
         texts = [f"{prompt}{one.answer}{eos}" for prompt, one in zip(prompts, questions, strict=True)]
         batch = self.processor(images=[picture] * len(texts), text=texts, return_tensors="pt", padding=True)
-        ids, present = batch["input_ids"], batch["attention_mask"]
-        num_answer = [len(self.processor.tokenizer(one.answer).input_ids) + 1 for one in questions]
-        starts = present.sum(1) - torch.tensor(num_answer)
-        vision = (ids[0] == self.model.config.image_token_index).nonzero().flatten()
-        rows = PromptRows(int(vision[0]), int(vision[-1]) + 1, starts - 1)
+        ids, is_valid = batch["input_ids"], batch["attention_mask"].bool()
+        num_answer = torch.tensor([len(self.processor.tokenizer(one.answer).input_ids) + 1 for one in questions])
+        starts = is_valid.sum(1) - num_answer
+        columns = torch.arange(ids.shape[1]).expand(ids.shape)
+        images = torch.where(ids == self.model.config.image_token_index, 0, -1)
+        rows = Rows(columns, images, is_valid, columns == starts[:, None] - 1)
         llm = self.model.model.language_model
-        with cut_applied(llm, cut, rows, seed):
-            states = llm(inputs_embeds=self._embed(ids, picture), use_cache=False)
-        predicted = self.model.lm_head(states.last_hidden_state).argmax(-1)
-        return [
-            torch.equal(ids[row, start : start + size], guess[start - 1 : start + size - 1])
-            for row, (start, size, guess) in enumerate(zip(starts.tolist(), num_answer, predicted, strict=True))
-        ]
+        staged = StagedTraining(llm, probe.schedule, Signal.NEXT_ATTENTION, probe.score)
+        output = staged(self._embed(ids, picture), rows)
+        predicted = self.model.lm_head(output.hidden).argmax(-1)
+        expected = ids.gather(1, (output.columns + 1).clamp_max(ids.shape[1] - 1))
+        is_answer = (output.columns >= starts[:, None] - 1) & (output.columns < is_valid.sum(1)[:, None] - 1)
+        right: list[bool] = ((predicted == expected) | ~(is_answer & output.is_valid)).all(1).tolist()
+        return right
 
 
 def _add(matches: Matches, questions: Sequence[Question], is_right: Sequence[bool]) -> None:
     for question, right in zip(questions, is_right, strict=True):
         matches.setdefault(question.type, []).append(right)
+
+
+def is_about_an_unseen_pair(question: Question) -> bool:
+    """Whether question and answer name a kind and a colour that never met in training."""
+    words = {*question.text.split(), *question.answer.split()}
+    return question.type in ("colour", "object") and any(words >= {*pair} for pair in UNSEEN_PAIRS)
 
 
 def summarise(matches: Matches) -> dict[str, float]:
@@ -121,57 +183,50 @@ def summarise(matches: Matches) -> dict[str, float]:
     return {name: round(sum(rights) / max(1, len(rights)), 4) for name, rights in figures.items()}
 
 
-def _probe_cuts(first_layers: Sequence[int], num_kept: Sequence[int]) -> Iterator[Cut]:
-    for first_layer in first_layers:
-        for kept in num_kept:
-            for selector in SELECTORS:
-                yield Cut(first_layer, kept, selector)
-
-
-def evaluate(
-    checkpoint: Checkpoint, num_scenes: int, first_layers: Sequence[int], num_kept: Sequence[int]
-) -> dict[str, Any]:
+def evaluate(checkpoint: Checkpoint, num_scenes: int, probes: Sequence[Probe]) -> dict[str, Any]:
     """All figures of one checkpoint as one JSON-ready dictionary."""
-    cuts = list(_probe_cuts(first_layers, num_kept))
     whole: Matches = {}
     wrong_image: Matches = {}
-    cut_matches: list[Matches] = [{} for _ in cuts]
+    unseen: list[bool] = []
+    probed: list[Matches] = [{} for _ in probes]
     previous = make_example(num_scenes).image
     for index in tqdm(range(num_scenes), desc="scenes", mininterval=5):
         example = make_example(index)
         asked = example.questions
-        _add(whole, asked, checkpoint.is_right(example.image, asked))
+        right = checkpoint.is_right(example.image, asked)
+        _add(whole, asked, right)
+        unseen += [one for question, one in zip(asked, right, strict=True) if is_about_an_unseen_pair(question)]
         _add(wrong_image, asked, checkpoint.is_right(previous, asked))
-        for cut, matches in zip(cuts, cut_matches, strict=True):
-            _add(matches, asked, checkpoint.is_right(example.image, asked, cut, index))
+        for probe, matches in zip(probes, probed, strict=True):
+            _add(matches, asked, checkpoint.is_right(example.image, asked, probe))
         previous = example.image
     return {
         "num_scenes": num_scenes,
         "num_questions": sum(len(rights) for rights in whole.values()),
+        "mean_vision_tokens": checkpoint.schedule.mean_kept(NUM_PATCHES),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "machine": platform.machine(),
-        "full": summarise(whole),
+        "own": summarise(whole),
+        "unseen_pairs": {"num_questions": len(unseen), "right": round(sum(unseen) / max(1, len(unseen)), 4)},
         "wrong_image": summarise(wrong_image),
-        "cuts": [
-            {"first_layer": cut.first_layer, "num_kept": cut.num_kept, "selector": cut.selector} | summarise(matches)
-            for cut, matches in zip(cuts, cut_matches, strict=True)
+        "probes": [
+            {"name": probe.name, "layer": probe.layer, "selector": probe.selector} | summarise(matches)
+            for probe, matches in zip(probes, probed, strict=True)
         ],
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(description="Held-out exact match, whole and cut.")
+    parser = argparse.ArgumentParser(description="Held-out exact match, own schedule and probes.")
     parser.add_argument("model_dir", type=Path)
     parser.add_argument("--scenes", type=int, default=100)
-    parser.add_argument("--first-layers", type=int, nargs="*", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--keep", type=int, nargs="*", default=[16])
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     checkpoint = Checkpoint(options.model_dir)
-    figures = evaluate(checkpoint, options.scenes, options.first_layers, options.keep)
+    figures = evaluate(checkpoint, options.scenes, probes_of(checkpoint.schedule))
     text = json.dumps(figures, indent=2)
     print(text)
     if options.json is not None:

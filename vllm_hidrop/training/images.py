@@ -32,6 +32,7 @@ from vllm_hidrop.training.scenes import (
     patch_owners,
     render,
 )
+from vllm_hidrop.training.staged import StagedTraining
 from vllm_hidrop.training.symbols import SymbolEmbedding
 from vllm_hidrop.training.tower import to_pixel_values, tower_features
 
@@ -122,7 +123,9 @@ def _see(
 
 
 @torch.no_grad()
-def image_accuracy(model: LlavaForConditionalGeneration, held_out: SceneFeatures, num_kept: int) -> dict[str, float]:
+def image_accuracy(
+    staged: StagedTraining, model: LlavaForConditionalGeneration, held_out: SceneFeatures, num_kept: int
+) -> dict[str, float]:
     """Held-out exact match by question type on real patches, without late-read."""
     rng = np.random.default_rng(held_out_seed(1))
     matches: dict[str, list[bool]] = {}
@@ -130,7 +133,7 @@ def image_accuracy(model: LlavaForConditionalGeneration, held_out: SceneFeatures
         scenes, features = held_out.take(np.arange(start, min(start + 16, len(held_out))))
         vision = _see(model, scenes, features, num_kept, rng)
         text = draw_text(scenes, rng, 8, ALL_TYPES)
-        logits = answer_logits(model, vision, text, rng, None)
+        logits = answer_logits(staged, model, vision, text, rng)
         for name, right in exact_matches(text, logits.argmax(-1)).items():
             matches.setdefault(name, []).extend(right)
     return accuracies(matches)
@@ -147,6 +150,7 @@ class ImagePhase:
 
 
 def train_on_images(
+    staged: StagedTraining,
     model: LlavaForConditionalGeneration,
     features: SceneFeatures,
     held_out: SceneFeatures,
@@ -163,10 +167,10 @@ def train_on_images(
         indices = rng.choice(len(features), phase.scenes_per_step, replace=False)
         scenes, patches = features.take(indices)
         vision = _see(model, scenes, patches, phase.num_kept, rng)
-        loss = answer_loss(model, vision, draw_text(scenes, rng, 10, ALL_TYPES), rng)
+        loss = answer_loss(staged, model, vision, draw_text(scenes, rng, 10, ALL_TYPES), rng)
         optimiser.step(loss)
         if step % 25 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
         if step % 100 == 99:
-            progress.write(f"step {step}: {image_accuracy(model, held_out, phase.num_kept)}")
-    return image_accuracy(model, held_out, phase.num_kept)
+            progress.write(f"step {step}: {image_accuracy(staged, model, held_out, phase.num_kept)}")
+    return image_accuracy(staged, model, held_out, phase.num_kept)

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from vllm_hidrop.training.batches import IGNORED, TextBatch, pack_questions, random_words
-from vllm_hidrop.training.prefix_llm import LateRead, answer_states
+from vllm_hidrop.training.prefix_llm import LateRead, Prefix, SharedImage
 from vllm_hidrop.training.questions import QUESTION_TYPES, draw_questions
 from vllm_hidrop.training.scenes import NUM_PATCHES, Scene
+from vllm_hidrop.training.staged import StagedTraining
 from vllm_hidrop.training.vocabulary import BOS, SYSTEM, TOKEN_IDS, USER
 
-FIRST_READING_LAYER = 2
+FIRST_READING_LAYER = 3
 SYSTEM_FRACTION = 0.12
 MAX_SYSTEM_WORDS = 12
 ALL_TYPES = tuple(QUESTION_TYPES)
@@ -33,10 +34,7 @@ class Vision:
     patches: Tensor
 
 
-def _prefix(
-    model: LlavaForConditionalGeneration, vision: Vision, rng: np.random.Generator
-) -> tuple[Tensor, Tensor, int]:
-    """Embeddings and positions of the prefix, and the position of the first text token."""
+def _prefix(model: LlavaForConditionalGeneration, vision: Vision, rng: np.random.Generator) -> Prefix:
     ids = [TOKEN_IDS[BOS]]
     if rng.random() < SYSTEM_FRACTION:
         num_words = int(rng.integers(1, MAX_SYSTEM_WORDS + 1))
@@ -46,34 +44,32 @@ def _prefix(
     head = model.model.language_model.embed_tokens(torch.tensor(ids)).expand(num_scenes, -1, -1)
     positions = torch.arange(len(ids)).expand(num_scenes, -1)
     embeddings = torch.cat([head, vision.embeddings], dim=1)
-    return (
-        embeddings,
-        torch.cat([positions, vision.patches + len(ids)], 1),
-        len(ids) + NUM_PATCHES,
-    )
+    return Prefix(embeddings, torch.cat([positions, vision.patches + len(ids)], 1), len(ids), len(ids) + NUM_PATCHES)
 
 
 def answer_logits(
+    staged: StagedTraining,
     model: LlavaForConditionalGeneration,
     vision: Vision,
     text: TextBatch,
     rng: np.random.Generator,
-    late: LateRead | None,
+    late: LateRead | None = None,
 ) -> Tensor:
     """Next-token logits of the text rows, [S, T, vocabulary]."""
-    prefix, positions, text_start = _prefix(model, vision, rng)
-    llm = model.model.language_model
-    states = answer_states(llm, prefix, positions, text_start, text, late)
+    states = SharedImage(staged)(_prefix(model, vision, rng), text, late)
     return F.linear(states, model.lm_head.weight)
 
 
 def answer_loss(
-    model: LlavaForConditionalGeneration, vision: Vision, text: TextBatch, rng: np.random.Generator
+    staged: StagedTraining,
+    model: LlavaForConditionalGeneration,
+    vision: Vision,
+    text: TextBatch,
+    rng: np.random.Generator,
 ) -> Tensor:
     """Mean cross-entropy of the answers with late-read training, a scalar; at least 2 scenes."""
-    shift = int(rng.integers(1, len(vision.patches)))
-    late = LateRead(FIRST_READING_LAYER, shift)
-    logits = answer_logits(model, vision, text, rng, late)
+    late = LateRead(FIRST_READING_LAYER, int(rng.integers(1, len(vision.patches))))
+    logits = answer_logits(staged, model, vision, text, rng, late)
     return F.cross_entropy(logits.flatten(0, 1), text.targets.flatten(), ignore_index=IGNORED)
 
 

@@ -1,6 +1,7 @@
 """Shape of the embedded model and its checkpoint directory. Knows no training."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -30,14 +31,12 @@ from vllm_hidrop.training.vocabulary import (
 HIDDEN_SIZE = 128
 FFN_SIZE = 384
 NUM_HEADS = 4
-NUM_LLM_LAYERS = 6
+NUM_LLM_LAYERS = 12
 NUM_TOWER_LAYERS = 4
 FEATURE_LAYER = -2
 """The last tower layer is a spare: vLLM post-normalises the output of a tower used in full."""
 ROPE_THETA = 1e6
 MAX_POSITIONS = 16384
-SCHEDULE = {"method": "hidrop", "preset": "embedded"}
-"""What ``hidrop serve`` prunes with unless told otherwise; the weights are trained dense."""
 
 
 def build_config() -> LlavaConfig:
@@ -74,7 +73,6 @@ def build_config() -> LlavaConfig:
         vision_feature_layer=FEATURE_LAYER,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
-        hidrop=SCHEDULE,
     )
 
 
@@ -140,8 +138,13 @@ def _save_tokenizer(directory: Path) -> None:
     _write_json(directory / "special_tokens_map.json", {**named, "additional_special_tokens": extra})
 
 
-def save_checkpoint(model: LlavaForConditionalGeneration, directory: Path) -> None:
-    """Write a bfloat16 checkpoint directory for ``from_pretrained`` and for vLLM."""
+def save_checkpoint(
+    model: LlavaForConditionalGeneration, directory: Path, trained: Mapping[str, str] | None = None
+) -> None:
+    """Write a bfloat16 checkpoint directory for ``from_pretrained`` and for vLLM.
+
+    ``trained`` names the schedule the weights were trained with; ``hidrop serve`` prunes with it.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     weights: dict[str, Tensor] = {
         _hub_name(name): tensor.detach().to(torch.bfloat16).contiguous().clone()
@@ -152,6 +155,8 @@ def save_checkpoint(model: LlavaForConditionalGeneration, directory: Path) -> No
     config = model.config.to_dict()
     config["architectures"] = ["LlavaForConditionalGeneration"]
     config["dtype"] = "bfloat16"
+    if trained is not None:
+        config["hidrop"] = dict(trained)
     config["text_config"]["rope_theta"] = ROPE_THETA
     _write_json(directory / "config.json", config)
     # Greedy for clients that set no temperature: vLLM reads top_k from here, but not do_sample, and

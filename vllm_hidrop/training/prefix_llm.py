@@ -1,10 +1,11 @@
-"""A forward pass that computes an image once for many questions, with late-read training.
+"""A staged forward pass that computes an image once for many questions, with late-read training.
 
 The arithmetic is that of ``LlamaModel`` on ``prefix + one block`` for every block; only the
 work shared between blocks is done once. Axes as in ``batches.py``; H heads of size D / H.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,8 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
-from vllm_hidrop.training.batches import TextBatch
+from vllm_hidrop.training.batches import IGNORED, TextBatch
+from vllm_hidrop.training.staged import Rows, StagedTraining, State
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,19 @@ class LateRead:
 
     first_reading_layer: int
     shift: int
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What a scene's questions share: embeddings [S, P, D] of text, then of vision tokens, and positions [S, P].
+
+    ``num_before`` rows are text; a block's first token stands at position ``text_start``.
+    """
+
+    embeddings: Tensor
+    positions: Tensor
+    num_before: int
+    text_start: int
 
 
 def linear(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -67,6 +82,14 @@ class _Pass:
         self.mask = _text_mask(batch, self.num_prefix)
         self.rotary: tuple[Tensor, Tensor] = llm.rotary_emb(self.mask, positions)
         self.late = late
+        self.llm: Any = llm
+
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """Layer ``index`` on all rows, [S, P + T, D]."""
+        layer = self.llm.layers[index]
+        attended = self.attend(layer, index, _norm(layer.input_layernorm, hidden))
+        hidden = hidden + linear(layer.self_attn.o_proj, attended).float()
+        return _feed_forward(layer, hidden)
 
     def attend(self, layer: LlamaDecoderLayer, index: int, normed: Tensor) -> Tensor:
         """Attention output of all rows before the output projection, [S, P + T, D]."""
@@ -99,31 +122,101 @@ def _feed_forward(layer: LlamaDecoderLayer, hidden: Tensor) -> Tensor:
     return hidden + linear(mlp.down_proj, gated).float()
 
 
-def answer_states(
-    llm: LlamaModel,
-    prefix: Tensor,
-    prefix_positions: Tensor,
-    text_start: int,
-    batch: TextBatch,
-    late: LateRead | None = None,
-) -> Tensor:
-    """Final states of the text rows, [S, T, D].
+class SharedImage:
+    """Final states of questions about shared images, under a schedule.
+
+    Until the first cut the image's rows are computed once for all questions of a scene; at the cut every question
+    chooses its own survivors, and each question is a sequence of its own from there on.
 
     Args:
-        llm: The decoder whose weights are used.
-        prefix: Input embeddings of the shared prefix, [S, P, D].
-        prefix_positions: Their positions, [S, P], ascending.
-        text_start: Position of every block's first token.
-        batch: The packed questions.
-        late: Late-read training, or ``None`` for the plain model.
+        staged: the language model and its schedule.
     """
-    positions = torch.cat([prefix_positions, batch.offsets + text_start], dim=1)
-    hidden = torch.cat([prefix, llm.embed_tokens(batch.ids)], dim=1)
-    shared = _Pass(llm, batch, positions, late)
-    for index, layer in enumerate(llm.layers):
-        attended = shared.attend(layer, index, _norm(layer.input_layernorm, hidden))
-        if index == len(llm.layers) - 1:
-            hidden, attended = (part[:, shared.num_prefix :] for part in (hidden, attended))
-        hidden = hidden + linear(layer.self_attn.o_proj, attended).float()
-        hidden = _feed_forward(layer, hidden)
-    return _norm(llm.norm, hidden)
+
+    def __init__(self, staged: StagedTraining) -> None:
+        self.staged = staged
+        self.llm: Any = staged.llm
+
+    def __call__(self, prefix: Prefix, batch: TextBatch, late: LateRead | None = None) -> Tensor:
+        """Final states of the text rows, [S, T, D].
+
+        Args:
+            prefix: what comes before the questions.
+            batch: the packed questions.
+            late: late-read training, or ``None`` for the plain model.
+        """
+        hidden = torch.cat([prefix.embeddings, self.llm.embed_tokens(batch.ids)], dim=1)
+        positions = torch.cat([prefix.positions, batch.offsets + prefix.text_start], dim=1)
+        shared = _Pass(self.llm, batch, positions, late)
+        is_text = torch.ones(hidden.shape[1], dtype=torch.bool)
+        is_text[prefix.num_before : shared.num_prefix] = False
+        blind = _Pass(self.llm, batch, positions[:, is_text], None)
+        schedule = self.staged.schedule
+        sees, text_only = True, hidden[:, :0]
+        for index, stage in enumerate(schedule.stages):
+            if self.staged.selects(index):
+                return self._fork(index, hidden, positions, prefix, batch)
+            if stage.keep.is_none and sees:
+                hidden, text_only, sees = hidden[:, is_text], hidden, False
+            elif not stage.keep.is_none and not sees:
+                parts = hidden[:, : prefix.num_before], text_only[:, ~is_text], hidden[:, prefix.num_before :]
+                hidden, sees = torch.cat(parts, 1), True
+            for layer in range(stage.first_layer, schedule.end_layers[index]):
+                hidden = (shared if sees else blind).run(layer, hidden)
+        return _norm(self.llm.norm, hidden[:, -batch.ids.shape[1] :])
+
+    def _fork(self, stage: int, hidden: Tensor, positions: Tensor, prefix: Prefix, batch: TextBatch) -> Tensor:
+        staged = self.staged
+        fork = _Fork(batch, prefix)
+        index, keep = staged.schedule.stages[stage].first_layer, staged.schedule.stages[stage].keep
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            projected = tuple(part.float().transpose(1, 2) for part in staged.decoder.project(index, hidden))
+            query, key, value = (fork.take(part).transpose(1, 2) for part in projected)
+            rows = fork.rows(positions)
+            state = State(
+                fork.take(hidden), torch.arange(rows.positions.shape[1]).expand(len(rows.positions), -1), rows
+            )
+            state = staged.cut_projected(index, state, (query, key, value), keep, rows)
+            state, _ = staged.run_layers(index + 1, staged.schedule.end_layers[stage], state)
+            state = staged.run_stages(stage + 1, state, state.hidden, rows)
+        return _norm(self.llm.norm, fork.text_states(state))
+
+
+class _Fork:
+    """From S scenes with packed blocks to one sequence per block: [S, P + T] to [B, P + T of a block]."""
+
+    def __init__(self, batch: TextBatch, prefix: Prefix) -> None:
+        num_blocks = int(batch.blocks.max()) + 1
+        mine = batch.blocks[:, None] == torch.arange(num_blocks)[:, None]
+        lengths = mine.sum(-1)
+        text = (~mine).int().argsort(dim=-1, stable=True)[..., : int(lengths.max())]
+        exists = (lengths > 0).flatten()
+        self.batch, self.prefix = batch, prefix
+        self.scene = torch.arange(len(batch.ids)).repeat_interleave(num_blocks)[exists]
+        self.text = text.flatten(0, 1)[exists]
+        self.is_text = (torch.arange(text.shape[-1]) < lengths[..., None]).flatten(0, 1)[exists]
+        self.num_prefix = prefix.embeddings.shape[1]
+        before = torch.arange(self.num_prefix).expand(len(self.scene), -1)
+        self.columns = torch.cat([before, self.text + self.num_prefix], 1)
+
+    def take(self, packed: Tensor) -> Tensor:
+        """[B, P + T, ...] from [S, P + T, ...]."""
+        return packed[self.scene[:, None], self.columns]
+
+    def rows(self, positions: Tensor) -> Rows:
+        """What the rows of every sequence are."""
+        images = torch.full(self.columns.shape, -1)
+        images[:, self.prefix.num_before : self.num_prefix] = 0
+        targets = self.batch.targets[self.scene[:, None], self.text]
+        is_asked = targets != IGNORED
+        follows = torch.cat([torch.zeros_like(is_asked[:, :1]), is_asked[:, :-1]], 1)
+        nothing = torch.zeros(len(images), self.num_prefix, dtype=torch.bool)
+        is_query = torch.cat([nothing, is_asked & ~follows & self.is_text], 1)
+        return Rows(self.take(positions), images, torch.cat([~nothing, self.is_text], 1), is_query)
+
+    def text_states(self, state: State) -> Tensor:
+        """The text rows back in their packed places, [S, T, D]."""
+        column = state.columns - self.num_prefix
+        block, row = ((column >= 0) & state.rows.is_valid).nonzero(as_tuple=True)
+        packed = state.hidden.new_zeros(*self.batch.ids.shape, state.hidden.shape[-1])
+        place = self.scene[block], self.text[block, column[block, row]]
+        return packed.index_put(place, state.hidden[block, row])

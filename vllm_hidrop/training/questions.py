@@ -91,6 +91,17 @@ def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:
     return Question("relation", f"is the {one.kind} {words} the {other.kind} ?", answer)
 
 
+def _same(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """Two hops: the colour of one object, then the one other object of that colour."""
+    colours = [thing.colour for thing in scene.objects]
+    paired = tuple(thing for thing in scene.objects if colours.count(thing.colour) == 2)
+    if not paired:
+        return None
+    thing = _pick(rng, paired)
+    (other,) = (one for one in paired if one.colour == thing.colour and one is not thing)
+    return Question("same", f"which object has the colour of the {thing.kind} ?", other.kind)
+
+
 def _read(scene: Scene, rng: np.random.Generator) -> Question | None:
     word = scene.word
     if word is None or word.text is None:
@@ -105,6 +116,7 @@ QUESTION_TYPES: dict[str, Callable[[Scene, np.random.Generator], Question | None
     "where": _where,
     "exist": _exist,
     "relation": _relation,
+    "same": _same,
     "read": _read,
 }
 DRAW_WEIGHTS = {
@@ -114,6 +126,7 @@ DRAW_WEIGHTS = {
     "where": 1.2,
     "exist": 1.2,
     "relation": 1.8,
+    "same": 1.6,
     "read": 0.5,
 }
 

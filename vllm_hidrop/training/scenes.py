@@ -41,6 +41,8 @@ COLOUR_NAMES = tuple(COLOURS)
 
 FIRST_HELD_OUT_SEED = 1_000_000_000
 """Training seeds lie below, held-out seeds at and above it."""
+UNSEEN_PAIRS = frozenset((kind, COLOUR_NAMES[3 * index % len(COLOURS)]) for index, kind in enumerate(KINDS[::2]))
+"""Kinds and colours that meet in held-out scenes only."""
 
 Pixels = NDArray[np.uint8]
 
@@ -91,6 +93,13 @@ def held_out_seed(index: int) -> int:
     return FIRST_HELD_OUT_SEED + index
 
 
+def _colours_of(kind: str, seed: int) -> tuple[str, ...]:
+    """Colours a thing of ``kind`` may have in the scene of ``seed``."""
+    if seed >= FIRST_HELD_OUT_SEED:
+        return COLOUR_NAMES
+    return tuple(colour for colour in COLOUR_NAMES if (kind, colour) not in UNSEEN_PAIRS)
+
+
 def _is_free(taken: list[Thing], left: int, top: int, width: int, height: int) -> bool:
     return all(
         left >= other.left + other.width + GAP
@@ -114,48 +123,58 @@ def _find_place(
     return None
 
 
-def _add(
-    rng: np.random.Generator,
-    taken: list[Thing],
-    kind: str,
-    shape: tuple[int, int],
-    text: str | None = None,
-) -> None:
-    """Append one thing of ``shape`` (width, height) when there is room for it."""
-    place = _find_place(rng, taken, *shape)
-    if place is not None:
-        colour = COLOUR_NAMES[rng.integers(len(COLOURS))]
-        taken.append(Thing(kind, colour, *place, *shape, text))
+@dataclass
+class _Draft:
+    """A scene while its things are being placed."""
 
+    seed: int
+    rng: np.random.Generator
+    things: list[Thing]
 
-def _add_word(rng: np.random.Generator, taken: list[Thing]) -> None:
-    text = WORDS[rng.integers(len(WORDS))]
-    _add(rng, taken, "word", (word_mask(text).shape[1], WORD_HEIGHT), text)
+    def add(self, kind: str, shape: tuple[int, int], text: str | None = None) -> None:
+        """Append one thing of ``shape`` (width, height) when there is room for it."""
+        place = _find_place(self.rng, self.things, *shape)
+        if place is not None:
+            colours = _colours_of(kind, self.seed)
+            colour = colours[self.rng.integers(len(colours))]
+            self.things.append(Thing(kind, colour, *place, *shape, text))
+
+    def add_word(self) -> None:
+        """Append one word when there is room for it."""
+        text = WORDS[self.rng.integers(len(WORDS))]
+        self.add("word", (word_mask(text).shape[1], WORD_HEIGHT), text)
+
+    def add_object(self, kind: str) -> None:
+        """Append one object of either size when there is room for it."""
+        size = SIZES[self.rng.integers(2)]
+        self.add(kind, (size, size))
+
+    def scene(self) -> Scene:
+        """The finished scene."""
+        return Scene(self.seed, tuple(self.things))
 
 
 def make_scene(seed: int) -> Scene:
     """3 to 7 objects of different kinds and, in 70 % of scenes, one word."""
-    rng = np.random.default_rng([seed, 0])
-    things: list[Thing] = []
+    draft = _Draft(seed, np.random.default_rng([seed, 0]), [])
+    rng = draft.rng
     if rng.random() < WORD_FRACTION:
-        _add_word(rng, things)
+        draft.add_word()
     num_objects = int(rng.integers(3, 8))
     for kind in rng.permutation(len(KINDS))[:num_objects]:
-        size = SIZES[rng.integers(2)]
-        _add(rng, things, KINDS[kind], (size, size))
-    return Scene(seed, tuple(things))
+        draft.add_object(KINDS[kind])
+    return draft.scene()
 
 
 def make_crowded_scene(seed: int) -> Scene:
     """Up to 26 things, words among them: many labelled patches for teaching the tower."""
-    rng = np.random.default_rng([seed, 1])
-    things: list[Thing] = []
+    draft = _Draft(seed, np.random.default_rng([seed, 1]), [])
+    rng = draft.rng
     for _ in range(int(rng.integers(0, 6))):
-        _add_word(rng, things)
+        draft.add_word()
     for kind in rng.integers(len(KINDS), size=int(rng.integers(14, 23))):
-        size = SIZES[rng.integers(2)]
-        _add(rng, things, KINDS[kind], (size, size))
-    return Scene(seed, tuple(things))
+        draft.add_object(KINDS[kind])
+    return draft.scene()
 
 
 def thing_mask(thing: Thing) -> NDArray[np.float32]:

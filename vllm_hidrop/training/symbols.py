@@ -21,6 +21,7 @@ from vllm_hidrop.training.language import (
 from vllm_hidrop.training.model import HIDDEN_SIZE
 from vllm_hidrop.training.optimiser import LearningRates, PairedOptimiser
 from vllm_hidrop.training.scenes import held_out_seed, make_scene
+from vllm_hidrop.training.schedules import DENSE, LATE_INJECTION, with_schedule
 from vllm_hidrop.training.vocabulary import PAD, TOKEN_IDS
 
 
@@ -68,12 +69,12 @@ def symbol_accuracy(
     phase: SymbolPhase,
     num_scenes: int = 128,
 ) -> dict[str, float]:
-    """Held-out exact match by question type on symbolic scenes."""
+    """Held-out exact match of the dense model by question type on symbolic scenes."""
     rng = np.random.default_rng(held_out_seed(0))
     scenes = [make_scene(held_out_seed(index)) for index in range(num_scenes)]
     vision = _embed_symbols(model, symbols, make_symbols(scenes, phase.num_tokens, rng))
     text = draw_text(scenes, rng, 8, phase.types)
-    logits = answer_logits(model, vision, text, rng, None)
+    logits = answer_logits(with_schedule(model, DENSE), model, vision, text, rng)
     return accuracies(exact_matches(text, logits.argmax(-1)))
 
 
@@ -84,16 +85,20 @@ def train_on_symbols(
     scenes_per_step: int,
     seed: int,
 ) -> dict[str, float]:
-    """One phase of stage S, in place; returns the held-out figures."""
+    """One phase of stage S, in place; returns the held-out figures.
+
+    Every other step injects late, so that the language model is a base for dense and HiDrop training alike.
+    """
     named = [*trained_in_language(model), *symbols.named_parameters()]
     optimiser = PairedOptimiser(named, phase.rates, phase.num_steps)
     rng = np.random.default_rng([seed, phase.num_tokens])
+    forwards = with_schedule(model, DENSE), with_schedule(model, LATE_INJECTION)
     progress = trange(phase.num_steps, desc=f"stage S {phase.num_tokens}", mininterval=5)
     for step in progress:
         scenes = [make_scene(int(at)) for at in rng.integers(0, 2**29, scenes_per_step)]
         batch = make_symbols(scenes, phase.num_tokens, rng)
         text = draw_text(scenes, rng, 8, phase.types)
-        loss = answer_loss(model, _embed_symbols(model, symbols, batch), text, rng)
+        loss = answer_loss(forwards[step % 2], model, _embed_symbols(model, symbols, batch), text, rng)
         optimiser.step(loss)
         if step % 25 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")

@@ -13,7 +13,7 @@ ROLE_MARKERS = (USER, ASSISTANT, SYSTEM)
 SPECIAL_TOKENS = (PAD, UNK, BOS, EOS, IMAGE)
 QUESTION_WORDS = (
     *("what", "colour", "is", "the", "which", "object", "objects", "how", "many", "are"),
-    *("there", "where", "a", "of", "above", "does", "text", "say", "yes", "no", "?", ".", ","),
+    *("there", "where", "a", "of", "above", "has", "does", "text", "say", "yes", "no", "?", ".", ","),
 )
 NUMBERS = tuple(str(number) for number in range(8))
 VOCABULARY: tuple[str, ...] = (

@@ -1,0 +1,76 @@
+"""One decoder layer of a Hugging Face language model, taken apart. Knows no schedule.
+
+Axes: B samples, T rows, C hidden size, H query heads, G key/value heads, D head size.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class Decoder:
+    """Layers of the standard form (norm, attention, norm, MLP): Llama, Mistral, Qwen2.
+
+    Linear layers run under the caller's autocast.
+
+    Raises:
+        ValueError: a layer is not of that form.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+        self.layers: list[Any] = list(self.llm.layers)
+        parts = ("q_proj", "k_proj", "v_proj", "o_proj")
+        if not all(hasattr(layer.self_attn, part) for layer in self.layers for part in parts):
+            raise ValueError(f"{type(llm).__name__} has no separate q, k, v and o projections: cannot train it staged")
+
+    def rotary(self, hidden: Tensor, positions: Tensor) -> Rotary:
+        """Cosines and sines of the positions [B, T]."""
+        return self.llm.rotary_emb(hidden, positions)
+
+    def project(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [B, H, T, D], key and value [B, G, T, D] of layer ``index``, before RoPE."""
+        layer = self.layers[index]
+        attention = layer.self_attn
+        normed = layer.input_layernorm(hidden)
+        query, key, value = (
+            projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        return query, key, value
+
+    def finish(self, index: int, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The layer's output from its input and its attention [B, H, T, D]."""
+        layer = self.layers[index]
+        hidden = hidden + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
+        output: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return output
+
+    def run(self, index: int, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """The whole layer, causal over right-padded rows; also its query and key after RoPE."""
+        query, key, value = self.project(index, hidden)
+        query, key = rotate(query, key, rotary)
+        return self.finish(index, hidden, attend(query, key, value)), query, key
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        """The final norm."""
+        normed: Tensor = self.llm.norm(hidden)
+        return normed
+
+
+def rotate(query: Tensor, key: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    """Query and key with RoPE applied."""
+    rotated: tuple[Tensor, Tensor] = apply_rotary_pos_emb(query, key, *rotary)
+    return rotated
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention [B, H, T, D]. Rows are right-padded, so no row that counts sees a padded one: no mask."""
+    dtype = value.dtype  # RoPE's tables are float32 where autocast projects in half precision
+    return F.scaled_dot_product_attention(
+        query.to(dtype), key.to(dtype), value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+    )

@@ -1,0 +1,50 @@
+"""Differentiable top-k (HiDrop section 3.2): a hard choice forward, a soft mask backward.
+
+Knows one image's scores; not where they come from.
+
+With N candidates, the rank of a score is ``c_i = (1 / N) sum_j [s_i >= s_j]`` and the mask
+``m_i = sigmoid(N (c_i - a))`` with the dropped share ``a = 1 - k / N``; kept is where ``m_i > 0.5``.
+
+**Source** arXiv 2602.23699 section 3.2 (factor N from section 4.1).
+
+**Differs** a count has no derivative, and the released code lets no gradient through at all. Here the backward pass
+takes the rank's derivative from ``(1 / N) sum_j sigmoid((s_i - s_j) / tau)``, ``tau`` the standard deviation of the
+scores times ``RANK_TEMPERATURE``: our choice, the paper names none. Dropped tokens are physically gone, so the gradient
+reaches the mask of the survivors only.
+"""
+
+import torch
+from torch import Tensor
+
+RANK_TEMPERATURE = 0.1
+
+
+def soft_rank(scores: Tensor, temperature: float = RANK_TEMPERATURE) -> Tensor:
+    """Smooth stand-in for the normalised rank, [N] in (0, 1)."""
+    scale = scores.detach().std().clamp_min(torch.finfo(scores.dtype).tiny) * temperature
+    return torch.sigmoid((scores[:, None] - scores[None, :]) / scale).mean(1)
+
+
+def hard_rank(scores: Tensor) -> Tensor:
+    """Normalised rank, [N] in (0, 1]: the share of scores that are no higher."""
+    return (scores[:, None] >= scores[None, :]).to(scores.dtype).mean(1)
+
+
+def soft_mask(rank: Tensor, dropped_share: Tensor | float) -> Tensor:
+    """The paper's mask, [N] in (0, 1); ``dropped_share`` is a number or a learnable scalar."""
+    return torch.sigmoid(rank.shape[0] * (rank - dropped_share))
+
+
+def gates(scores: Tensor, keep: int, dropped_share: Tensor | None = None) -> Tensor:
+    """Factor for every candidate, [N]: exactly 1 forward, the soft mask's gradient backward.
+
+    Args:
+        scores: float32 [N], with their graph.
+        keep: tokens kept, 0 < keep < N.
+        dropped_share: a learnable scalar in (0, 1); None for the fixed ``1 - keep / N``.
+    """
+    smooth = soft_rank(scores)
+    rank = hard_rank(scores.detach()) + (smooth - smooth.detach())
+    share = 1 - keep / scores.shape[0] if dropped_share is None else dropped_share
+    mask = soft_mask(rank, share)
+    return 1 + (mask - mask.detach())
