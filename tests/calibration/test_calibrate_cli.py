@@ -97,7 +97,7 @@ def test_qwen_gets_a_schedule_and_a_note_that_it_is_not_served_staged(tmp_path: 
     [
         (("--windows", "2,x"), "--windows must be layer counts like 2,4, got '2,x'"),
         (("--windows", "0"), "--windows must be layer counts"),
-        (("--windows", "6"), "a window must be in [1, 5] for 6 layers, got 6"),
+        (("--windows", "12"), "a window must be in [1, 11] for 12 layers, got 12"),
         (("--data", "nowhere.json"), "no such data file: nowhere.json"),
         (("--json", "nowhere/a.json"), "no such folder: nowhere"),
         (("--device", "abacus"), "cannot use device 'abacus'"),
