@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hidrop_server.choice import read_choice
 from hidrop_server.environment import set_defaults
 from hidrop_server.errors import StartError, one_line
+from vllm_hidrop.embedded import CHECKPOINTS
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -53,7 +54,8 @@ def configure(model: str | None, choice: "HidropConfig", vllm_args: list[str]) -
         StartError: what vLLM, the model or the compatibility gate refuses.
     """
     _check_installation()
-    set_defaults(embedded=not model and not any(arg == "--model" for arg in vllm_args))
+    is_shipped = model in map(str, CHECKPOINTS.values())
+    set_defaults(embedded=is_shipped or (not model and not any(arg == "--model" for arg in vllm_args)))
 
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
