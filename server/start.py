@@ -54,7 +54,7 @@ def configure(model: str | None, choice: "HidropConfig", vllm_args: list[str]) -
         StartError: what vLLM, the model or the compatibility gate refuses.
     """
     _check_installation()
-    is_shipped = model in map(str, CHECKPOINTS.values())
+    is_shipped = model in [str(directory) for directory in CHECKPOINTS.values()]
     set_defaults(embedded=is_shipped or (not model and not any(arg == "--model" for arg in vllm_args)))
 
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
