@@ -32,6 +32,7 @@ CASES: list[tuple[str, str, dict[str, Any], Rule]] = [
     ("llama", "pyramiddrop", {"cuts": [0.25, 0.5], "keeps": [30, 3]}, "attention_next"),
     ("llama", "random", {"layer": 3, "keep": 9, "seed": 5}, "random"),
     ("llama", "uniform", {"layer": 1, "keep": 11}, "uniform"),
+    ("llama", "random", {"layer": 0, "keep": 9}, "random"),
 ]
 LAYOUTS = ((3, 1, 5), (7, 0, 2), (2, 2, 4))
 """Text tokens, images, text tokens."""
@@ -88,7 +89,9 @@ def last_logits(llava: LlavaForConditionalGeneration, staged: StagedTraining, em
     return llava.lm_head(output.hidden[torch.arange(len(last)), last])
 
 
-@pytest.mark.parametrize(("text", "name", "options", "rule"), CASES, ids=[f"{case[0]}-{case[1]}" for case in CASES])
+@pytest.mark.parametrize(
+    ("text", "name", "options", "rule"), CASES, ids=[f"{case[0]}-{case[1]}-{index}" for index, case in enumerate(CASES)]
+)
 @pytest.mark.parametrize("selection", list(Selection))
 def test_the_staged_forward_equals_the_masked_oracle(
     text: str, name: str, options: dict[str, Any], rule: Rule, selection: str

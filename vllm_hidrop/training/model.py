@@ -15,6 +15,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from vllm_hidrop.training.hub_checkpoint import hub_name
 from vllm_hidrop.training.scenes import IMAGE_SIDE, NUM_PATCHES, PATCH_SIDE
 from vllm_hidrop.training.vocabulary import (
     BOS,
@@ -84,18 +85,6 @@ def build_model(seed: int) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config).float()
 
 
-def _hub_name(name: str) -> str:
-    """Hub naming of a weight, which vLLM's loader expects, from transformers' module name."""
-    if name.startswith("lm_head."):
-        return f"language_model.{name}"
-    name = name.removeprefix("model.")
-    if name.startswith("language_model."):
-        return name.replace("language_model.", "language_model.model.", 1)
-    if name.startswith("vision_tower.") and "vision_model." not in name:
-        return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
-    return name
-
-
 def _write_json(path: Path, content: dict[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -147,7 +136,7 @@ def save_checkpoint(
     """
     directory.mkdir(parents=True, exist_ok=True)
     weights: dict[str, Tensor] = {
-        _hub_name(name): tensor.detach().to(torch.bfloat16).contiguous().clone()
+        hub_name(name): tensor.detach().to(torch.bfloat16).contiguous().clone()
         for name, tensor in model.state_dict().items()
         if not name.endswith("position_ids")
     }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vllm_hidrop.methods import Method, ModelShape
-from vllm_hidrop.pruning import Keep, Schedule
+from vllm_hidrop.pruning import ALL, Keep, Schedule
 from vllm_hidrop.scoring import Scorer, Signal, Signals, select_top
 from vllm_hidrop.training.decoder import Decoder, Rotary, attend, rotate
 from vllm_hidrop.training.dtopk import gates
@@ -179,8 +179,7 @@ class StagedTraining(nn.Module):
         for index in range(first_stage, len(self.schedule.stages)):
             stage = self.schedule.stages[index]
             first, end = stage.first_layer, self.schedule.end_layers[index]
-            before = self.schedule.stages[index - 1].keep if index else Keep()
-            if before.is_none and not stage.keep.is_none:
+            if self._keep_before(index).is_none and not stage.keep.is_none:
                 state = self._inject(state, embeds, rows)
             if stage.keep.is_none:
                 state = _gather(state, ~state.rows.is_vision)
@@ -195,10 +194,14 @@ class StagedTraining(nn.Module):
 
     def selects(self, stage: int) -> bool:
         """Whether a score decides who enters ``stage``."""
-        if stage == 0 or stage >= len(self.schedule.stages):
+        if stage >= len(self.schedule.stages):
             return False
-        keep, before = self.schedule.stages[stage].keep, self.schedule.stages[stage - 1].keep
+        keep, before = self.schedule.stages[stage].keep, self._keep_before(stage)
         return not (keep.is_all or keep.is_none or before.is_none)
+
+    def _keep_before(self, stage: int) -> Keep:
+        """What stands before a stage; every token before the first."""
+        return self.schedule.stages[stage - 1].keep if stage else ALL
 
     def _scores_for(self, stage: int) -> bool:
         """Whether the layer before ``stage`` must leave its attention."""
@@ -207,10 +210,9 @@ class StagedTraining(nn.Module):
     def _inject(self, state: State, embeds: Tensor, rows: Rows) -> State:
         """All rows: text as it is now, vision from the projector."""
         everything = torch.arange(embeds.shape[1], device=embeds.device).expand(len(embeds), -1)
-        # Padded rows of the shorter layout point at the last column of their sample, which is padding or text of its
-        # own; they are written first and valid rows never share a column, so they go to a spare column instead.
-        spare = torch.where(state.rows.is_valid, state.columns, embeds.shape[1])
-        index = spare[..., None].expand(-1, -1, embeds.shape[2])
+        # Padding of the shorter layout names columns of real rows; it goes to a spare column that is cut off again.
+        places = torch.where(state.rows.is_valid, state.columns, embeds.shape[1])
+        index = places[..., None].expand(-1, -1, embeds.shape[2])
         roomy = torch.cat([embeds, embeds.new_zeros(len(embeds), 1, embeds.shape[2])], 1)
         full = roomy.to(state.hidden.dtype).scatter(1, index, state.hidden)[:, :-1]
         return State(full, everything, rows)
@@ -276,7 +278,7 @@ class StagedTraining(nn.Module):
                 scores = self.scorer(signals)
                 kept[sample, here[select_top(scores.detach(), num_kept)]] = True
                 if self.selection is Selection.DIFFERENTIABLE and seen is not None and torch.is_grad_enabled():
-                    gate = gate.index_put((torch.tensor(sample), here), gates(scores, num_kept))
+                    gate = gate.index_put((here.new_tensor(sample), here), gates(scores, num_kept))
         return kept, gate
 
     def _renumbered(self, state: State) -> State:
