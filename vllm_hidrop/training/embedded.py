@@ -1,7 +1,8 @@
 """Trains an embedded checkpoint from nothing: ``python -m vllm_hidrop.training.embedded FORM --out DIR``.
 
-FORM is ``dense`` or ``hidrop`` (see ``schedules.FORMS``). Stages run in order, each leaves ``stage_<name>.pt`` in DIR,
-and a stage whose file exists is loaded instead of run again, so that all forms share what comes before them:
+FORM is ``dense``, ``hidrop`` or an ablation (see ``schedules.FORMS``); ``all-ablations`` trains every form whose
+checkpoint is missing. Stages run in order, each leaves ``stage_<name>.pt`` in DIR, and a stage whose file exists is
+loaded instead of run again, so that all forms share what comes before them:
 
 ============  ==========================================================================
 tower         the vision tower labels the patches of crowded scenes (stage A)
@@ -11,8 +12,9 @@ FORM_part     language model and projector on 80 of 576 real patches (stage B)
 FORM_full     the same on all 576 (stage C)
 ============  ==========================================================================
 
-The checkpoint directory is ``DIR/FORM``. Only the last two stages know the form: the dense and the pruned checkpoint
-see the same scenes, questions and steps.
+The checkpoint directory is ``DIR/FORM``. Only the last two stages know the form: all forms of one seed see the same
+scenes, questions and steps. ``--recipe small`` makes those two shorter, for ablations: its checkpoints are
+``DIR/small/FORM``, its stages ``small_FORM_part`` and ``small_FORM_full``, beside the full recipe's.
 
 From stage S on, text reads the image in layers 3 and deeper only (late-read training), so that cuts have something to
 lose; half of stage S's steps inject the image at layer 2, so that the base serves both forms.
@@ -22,7 +24,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -32,7 +34,7 @@ from transformers import LlavaForConditionalGeneration
 from vllm_hidrop.training.images import ImagePhase, SceneFeatures, align_projector, train_on_images
 from vllm_hidrop.training.initial import initialise_language_model
 from vllm_hidrop.training.language import ALL_TYPES, FIRST_READING_LAYER, ONE_HOP_TYPES
-from vllm_hidrop.training.model import build_model, save_checkpoint
+from vllm_hidrop.training.model import LAST_FILE, build_model, save_checkpoint
 from vllm_hidrop.training.optimiser import LearningRates
 from vllm_hidrop.training.scenes import NUM_PATCHES, held_out_seed
 from vllm_hidrop.training.schedules import FORMS, trained_entry, with_schedule
@@ -40,12 +42,17 @@ from vllm_hidrop.training.symbols import SymbolEmbedding, SymbolPhase, train_on_
 from vllm_hidrop.training.tower import train_tower
 
 FIRST_FEATURE_SEED = 2**29
+ALL_ABLATIONS = "all-ablations"
 Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long every stage trains; steps, scenes and peak learning rates."""
+    """How long every stage trains; steps, scenes and peak learning rates.
+
+    ``name`` keeps apart what recipes with the same base leave in one directory; ``seed`` is of all stages, a form's own
+    seed comes on top in the last two.
+    """
 
     tower_steps: int
     tower_scenes_per_step: int
@@ -57,6 +64,7 @@ class Recipe:
     part: ImagePhase
     full: ImagePhase
     seed: int = 0
+    name: str = ""
 
 
 FULL_RECIPE = Recipe(
@@ -74,6 +82,12 @@ FULL_RECIPE = Recipe(
     part=ImagePhase(250, 80, 16, LearningRates(2e-3, 1e-3)),
     full=ImagePhase(400, NUM_PATCHES, 8, LearningRates(1.5e-3, 7e-4)),
 )
+SMALL_RECIPE = replace(
+    FULL_RECIPE,
+    part=replace(FULL_RECIPE.part, num_steps=100),
+    full=replace(FULL_RECIPE.full, num_steps=200),
+    name="small",
+)
 SMOKE_RECIPE = Recipe(
     tower_steps=3,
     tower_scenes_per_step=4,
@@ -85,10 +99,14 @@ SMOKE_RECIPE = Recipe(
     part=ImagePhase(2, 80, 4, LearningRates(2e-3, 1e-3)),
     full=ImagePhase(2, NUM_PATCHES, 4, LearningRates(1.5e-3, 7e-4)),
 )
+RECIPES = {"full": FULL_RECIPE, "small": SMALL_RECIPE, "smoke": SMOKE_RECIPE}
 
 
 class Training:
-    """A model on its way through the stages, and the directory that remembers them."""
+    """A model on its way through the stages, and the directory that remembers them.
+
+    ``form`` may change between runs: the tower, and so the scenes' features, are the same for all forms.
+    """
 
     def __init__(self, recipe: Recipe, directory: Path, form: str) -> None:
         self.recipe = recipe
@@ -125,21 +143,33 @@ class Training:
 
     def on_images(self, phase: ImagePhase) -> Figures:
         """Stage B or C."""
-        staged = with_schedule(self.model, *FORMS[self.form])
-        return train_on_images(staged, self.model, self.features, self.held_out, phase, self.recipe.seed)
+        form = FORMS[self.form]
+        staged = with_schedule(self.model, form.method, form.selection, form.position_scheme)
+        seed = self.recipe.seed + form.seed
+        return train_on_images(staged, self.model, self.features, self.held_out, phase, seed)
 
     def stages(self) -> dict[str, Callable[[], Figures]]:
         """All stages in their order."""
         symbol_stages = {
             f"symbols_{phase.num_tokens}": partial(self.on_symbols, phase) for phase in self.recipe.symbol_phases
         }
+        own = f"{self.recipe.name}_{self.form}" if self.recipe.name else self.form
         return {
             "tower": self.tower,
             **symbol_stages,
             "align": self.align,
-            f"{self.form}_part": partial(self.on_images, self.recipe.part),
-            f"{self.form}_full": partial(self.on_images, self.recipe.full),
+            f"{own}_part": partial(self.on_images, self.recipe.part),
+            f"{own}_full": partial(self.on_images, self.recipe.full),
         }
+
+    @property
+    def checkpoint(self) -> Path:
+        """Directory of the form's checkpoint."""
+        return self.directory / self.recipe.name / self.form
+
+    def has_checkpoint(self) -> bool:
+        """Whether the checkpoint is complete: a recipe's last stage, and the last file of a checkpoint."""
+        return self.can_resume(list(self.stages())[-1]) and (self.checkpoint / LAST_FILE).exists()
 
     def _path(self, stage: str) -> Path:
         return self.directory / f"stage_{stage}.pt"
@@ -188,21 +218,35 @@ def run_stages(training: Training, names: Sequence[str] | None = None) -> None:
             figures = run()
             training.remember(name)
             report(f"{name} ({time.perf_counter() - started:.0f} s)", figures)
-    save_checkpoint(training.model, training.directory / training.form, trained_entry(training.form))
+    save_checkpoint(training.model, training.checkpoint, trained_entry(training.form))
+
+
+def run_all(training: Training) -> None:
+    """Every form without a checkpoint, one after the other."""
+    for number, (name, form) in enumerate(FORMS.items(), start=1):
+        training.form = name
+        done = training.has_checkpoint()
+        print(f"{number} of {len(FORMS)}, {name}: {'is there' if done else form.summary}", flush=True)
+        if not done:
+            run_stages(training)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description="Train an embedded checkpoint from nothing.")
-    parser.add_argument("form", choices=FORMS, help="what the last two stages train with")
+    parser.add_argument("form", choices=[*FORMS, ALL_ABLATIONS], help="what the last two stages train with")
     parser.add_argument("--out", type=Path, required=True, help="directory for stages and models")
     parser.add_argument("--stages", nargs="+", help="only these (default: all)")
-    parser.add_argument("--smoke", action="store_true", help="a few steps of every stage")
+    parser.add_argument("--recipe", choices=RECIPES, default="full", help="small: short last stages (default full)")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of every stage: --recipe smoke")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    recipe = SMOKE_RECIPE if options.smoke else FULL_RECIPE
-    run_stages(Training(recipe, options.out, options.form), options.stages)
+    training = Training(RECIPES["smoke" if options.smoke else options.recipe], options.out, options.form)
+    if options.form == ALL_ABLATIONS:
+        run_all(training)
+    else:
+        run_stages(training, options.stages)
 
 
 if __name__ == "__main__":

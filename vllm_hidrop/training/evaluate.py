@@ -111,7 +111,8 @@ class Checkpoint:
         self.processor: Any = AutoProcessor.from_pretrained(directory)
         config: Any = self.model.config
         shape = ModelShape(config.text_config.num_hidden_layers, config.image_seq_length)
-        self.schedule = resolve(HidropConfig.parse({}), shape, getattr(config, "hidrop", None)).schedule
+        resolved = resolve(HidropConfig.parse({}), shape, getattr(config, "hidrop", None))
+        self.schedule, self.method = resolved.schedule, resolved.method
         self.own = Probe("own schedule", self.schedule)
 
     def _prompt(self, question: str) -> str:
@@ -128,6 +129,31 @@ class Checkpoint:
         output = self.model.generate(**inputs, max_new_tokens=8)
         answer = output[0, inputs["input_ids"].shape[1] :]
         return str(self.processor.decode(answer, skip_special_tokens=True))
+
+    @torch.no_grad()
+    def answer(self, image: Pixels, question: str, max_tokens: int = 8) -> str:
+        """The answer text under the own schedule, decoded greedily by the staged forward without any cache.
+
+        Every step runs all rows again, so it shares no state with the step before, and nothing with vLLM.
+        """
+        picture = Image.fromarray(image)
+        ids = self.processor(images=picture, text=self._prompt(question), return_tensors="pt")["input_ids"]
+        embeddings, num_prompt = self._embed(ids, picture), ids.shape[1]
+        llm = self.model.model.language_model
+        staged = StagedTraining(llm, self.schedule, self.method.signal, self.method.score)
+        while ids.shape[1] < num_prompt + max_tokens:
+            token = self.model.lm_head(staged(embeddings, self._rows_of(ids, num_prompt)).hidden[:, -1]).argmax(-1)
+            if int(token) == self.processor.tokenizer.eos_token_id:
+                break
+            ids = torch.cat([ids, token[:, None]], 1)
+            embeddings = torch.cat([embeddings, self.model.get_input_embeddings()(token)[:, None]], 1)
+        return str(self.processor.decode(ids[0, num_prompt:], skip_special_tokens=True)).strip()
+
+    def _rows_of(self, ids: Tensor, num_prompt: int) -> Rows:
+        """The rows of one sequence whose first ``num_prompt`` tokens are the prompt."""
+        columns = torch.arange(ids.shape[1])[None]
+        images = torch.where(ids == self.model.config.image_token_index, 0, -1)
+        return Rows(columns, images, torch.ones_like(ids, dtype=torch.bool), columns == num_prompt - 1)
 
     def _embed(self, ids: Tensor, image: Image.Image) -> Tensor:
         """Input embeddings [B, N, D] of prompts that all show ``image``."""

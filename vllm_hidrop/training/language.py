@@ -16,7 +16,7 @@ from vllm_hidrop.training.batches import IGNORED, TextBatch, pack_questions, ran
 from vllm_hidrop.training.prefix_llm import LateRead, Prefix, SharedImage
 from vllm_hidrop.training.questions import QUESTION_TYPES, draw_questions
 from vllm_hidrop.training.scenes import NUM_PATCHES, Scene
-from vllm_hidrop.training.staged import StagedTraining
+from vllm_hidrop.training.staged import PositionScheme, StagedTraining
 from vllm_hidrop.training.vocabulary import BOS, SYSTEM, TOKEN_IDS, USER
 
 FIRST_READING_LAYER = 3
@@ -34,7 +34,9 @@ class Vision:
     patches: Tensor
 
 
-def _prefix(model: LlavaForConditionalGeneration, vision: Vision, rng: np.random.Generator) -> Prefix:
+def _prefix(
+    model: LlavaForConditionalGeneration, vision: Vision, rng: np.random.Generator, scheme: PositionScheme
+) -> Prefix:
     ids = [TOKEN_IDS[BOS]]
     if rng.random() < SYSTEM_FRACTION:
         num_words = int(rng.integers(1, MAX_SYSTEM_WORDS + 1))
@@ -44,7 +46,8 @@ def _prefix(model: LlavaForConditionalGeneration, vision: Vision, rng: np.random
     head = model.model.language_model.embed_tokens(torch.tensor(ids)).expand(num_scenes, -1, -1)
     positions = torch.arange(len(ids)).expand(num_scenes, -1)
     embeddings = torch.cat([head, vision.embeddings], dim=1)
-    return Prefix(embeddings, torch.cat([positions, vision.patches + len(ids)], 1), len(ids), len(ids) + NUM_PATCHES)
+    text_start = len(ids) if scheme is PositionScheme.GROUPED else len(ids) + NUM_PATCHES
+    return Prefix(embeddings, torch.cat([positions, vision.patches + len(ids)], 1), len(ids), text_start)
 
 
 def answer_logits(
@@ -56,7 +59,7 @@ def answer_logits(
     late: LateRead | None = None,
 ) -> Tensor:
     """Next-token logits of the text rows, [S, T, vocabulary]."""
-    states = SharedImage(staged)(_prefix(model, vision, rng), text, late)
+    states = SharedImage(staged)(_prefix(model, vision, rng, staged.position_scheme), text, late)
     return F.linear(states, model.lm_head.weight)
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -38,6 +39,8 @@ FEATURE_LAYER = -2
 """The last tower layer is a spare: vLLM post-normalises the output of a tower used in full."""
 ROPE_THETA = 1e6
 MAX_POSITIONS = 16384
+LAST_FILE = "chat_template.jinja"
+"""The file of a checkpoint that is written last: where it is, the others are."""
 
 
 def build_config() -> LlavaConfig:
@@ -114,7 +117,7 @@ def _save_processor(directory: Path) -> None:
     }
     _write_json(directory / "processor_config.json", processor)
     _write_json(directory / "preprocessor_config.json", image_processor)
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    (directory / LAST_FILE).write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
 def _save_tokenizer(directory: Path) -> None:
@@ -128,7 +131,7 @@ def _save_tokenizer(directory: Path) -> None:
 
 
 def save_checkpoint(
-    model: LlavaForConditionalGeneration, directory: Path, trained: Mapping[str, str] | None = None
+    model: LlavaForConditionalGeneration, directory: Path, trained: Mapping[str, Any] | None = None
 ) -> None:
     """Write a bfloat16 checkpoint directory for ``from_pretrained`` and for vLLM.
 
