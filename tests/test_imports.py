@@ -61,6 +61,9 @@ RULES = {
     "vllm_hidrop.evaluation": Rule(
         ("vllm_hidrop.embedded", "vllm_hidrop.training.scenes", "vllm_hidrop.training.questions")
     ),
+    "vllm_hidrop.accuracy": Rule(
+        ("vllm_hidrop.evaluation", "vllm_hidrop.training", "vllm_hidrop.embedded", "vllm_hidrop.commands", *CONFIG)
+    ),
     "vllm_hidrop.calibration": Rule(("torch",), lazily=("vllm_hidrop.training",)),
     "vllm_hidrop.bench": Rule(lazily=("vllm_hidrop.bench", "torch", "vllm")),
     "hidrop_server": Rule((*MODELS, "vllm_hidrop.plugin", "vllm_hidrop.embedded", "torch", "vllm")),

@@ -1,0 +1,48 @@
+"""Serve the checkpoints, ask them, and write docs/accuracy.md, docs/accuracy.png and docs/accuracy.json.
+
+``python scripts/accuracy.py --ablations DIR --limit N --seed S --out ANSWERS`` does everything and goes on where an
+interrupted run ended; ``--write`` only writes text and figure again from the JSON file.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from vllm_hidrop.accuracy.generate import Choice, run, write
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Accuracy of the embedded checkpoints, served.")
+    parser.add_argument("--ablations", type=Path, help="directory of ablation checkpoints (default: none)")
+    parser.add_argument("--limit", type=int, default=700, help="questions per row (default 700)")
+    parser.add_argument("--seed", type=int, default=0, help="which scenes, and the resamples")
+    parser.add_argument("--concurrency", type=int, default=4, help="requests at once (default 4)")
+    parser.add_argument("--out", type=Path, help="directory of the answers; a second run asks what is missing")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="groups or rows, as in ablation/flat")
+    parser.add_argument("--no-agreement", action="store_true", help="do not ask the training code")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="where to write (default: docs/)")
+    parser.add_argument("--write", action="store_true", help="only text and figure, from the JSON file")
+    options = parser.parse_args()
+    if not options.write and options.out is None:
+        parser.error("--out is needed to keep the answers")
+    try:
+        if not options.write:
+            run(
+                Choice(options.limit, options.seed, options.concurrency, options.out),
+                options.ablations,
+                options.only,
+                not options.no_agreement,
+                options.docs,
+            )
+        write(options.docs)
+    except ValueError as error:
+        print(f"accuracy: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
