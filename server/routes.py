@@ -15,7 +15,7 @@ router = APIRouter()
 
 @router.get("/hidrop")
 async def show_hidrop(raw_request: Request) -> dict[str, Any]:
-    """Method, preset and stages of this server, its version, and the request options."""
+    """Method, preset, positions and stages of this server, its version, and the request options."""
     description: dict[str, Any] = raw_request.app.state.hidrop
     return {"version": __version__, **description, "request_options": REQUEST_KEYS}
 
@@ -26,6 +26,7 @@ def describe(planner: Planner) -> dict[str, Any]:
     return {
         "method": planner.method,
         "preset": planner.preset,
+        "positions": str(planner.positions),
         "schedule": schedule.dump(),
         "stages": [
             {"first_layer": stage.first_layer, "end_layer": end, "keep": stage.keep.dump()}

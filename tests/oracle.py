@@ -2,8 +2,9 @@
 
 Knows Hugging Face modules only: nothing of the engine, of vLLM, of caches, batches or method names.
 
-Every layer runs ALL rows of the sequence, always, at the positions 0, 1, 2, ... of the full prompt.
-A stage decides only which vision columns can be seen. No row is gathered, moved or renumbered, so
+Every layer runs ALL rows of the sequence, always, at the positions 0, 1, 2, ... of the full prompt,
+or at the ids of one of the paper's two rejected schemes. A stage decides only which vision columns
+can be seen. No row is gathered or moved, so
 nothing here can share a mistake with code that makes sequences physically shorter. For every
 generated token the whole sequence is computed again; what was selected for the prompt stays.
 
@@ -23,6 +24,7 @@ from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 Rule = Literal["attention_next", "attention_previous", "random", "uniform"]
+Positions = Literal["persistent", "compacted", "grouped"]
 Kept = list[list[int]]
 """Per image the visible vision tokens: ascending, 0-based inside the image."""
 
@@ -173,7 +175,7 @@ def check_stages(stages: Sequence[OracleStage], image_sizes: list[int], num_laye
 class _Selector:
     """Decides at each stage what stays visible: once, in the prompt pass; later passes replay it.
 
-    ``attention(layer, hidden, visible)`` returns the scores [T] of ``layer`` on ``hidden`` [T, C].
+    ``attention(layer, hidden, visible, ids)`` returns the scores [T] of ``layer`` on ``hidden`` [T, C].
     """
 
     def __init__(
@@ -181,7 +183,7 @@ class _Selector:
         rule: Rule,
         seed: int,
         image_rows: list[torch.Tensor],
-        attention: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
+        attention: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> None:
         self._rule = rule
         self._seed = seed
@@ -191,8 +193,15 @@ class _Selector:
         self.selections: dict[int, Kept] = {}
         self.scores: dict[int, dict[int, torch.Tensor]] = {}
 
-    def kept_at(self, stage: OracleStage, kept: Kept, entering: list[torch.Tensor], visible: torch.Tensor) -> Kept:
-        """What ``stage`` keeps, given what was ``kept`` and ``visible`` [T] until now.
+    def kept_at(
+        self,
+        stage: OracleStage,
+        kept: Kept,
+        entering: list[torch.Tensor],
+        visible: torch.Tensor,
+        ids: torch.Tensor,
+    ) -> Kept:
+        """What ``stage`` keeps, given what was ``kept`` and ``visible`` [T] until now, under the ``ids`` [T] until now.
 
         ``entering`` holds the hidden states entering the layers 0 .. ``stage.first_layer``.
         """
@@ -200,7 +209,7 @@ class _Selector:
         if layer not in self._decided:
             is_cut = [0 < keep < len(old) for keep, old in zip(stage.keep, kept, strict=True)]
             if any(is_cut) and self._rule != "uniform":
-                self.scores[layer] = self._score(layer, kept, is_cut, entering, visible)
+                self.scores[layer] = self._score(layer, kept, is_cut, entering, visible, ids)
             self._decided[layer] = [
                 self._keep(layer, image, keep, kept[image]) for image, keep in enumerate(stage.keep)
             ]
@@ -228,13 +237,14 @@ class _Selector:
         is_cut: list[bool],
         entering: list[torch.Tensor],
         visible: torch.Tensor,
+        ids: torch.Tensor,
     ) -> dict[int, torch.Tensor]:
         """Per image to cut its scores [V], on the CPU, NaN for tokens that are not survivors."""
         if self._rule != "random":
             scoring_layer = layer if self._rule == "attention_next" else layer - 1
             if scoring_layer < 0:
                 raise ValueError("attention_previous cannot cut at layer 0")
-            row_scores = self._attention(scoring_layer, entering[scoring_layer], visible)
+            row_scores = self._attention(scoring_layer, entering[scoring_layer], visible, ids)
         scores = {}
         for image, rows in enumerate(self._image_rows):
             if not is_cut[image]:
@@ -273,12 +283,15 @@ class Oracle:
         max_tokens: int,
         seed: int = 0,
         stop_ids: Collection[int] = (),
+        positions: Positions = "persistent",
     ) -> OracleResult:
         """Generate at most ``max_tokens`` (>= 1) tokens, ending with the first of ``stop_ids``.
 
         ``token_ids`` [P] hold the image token once per vision token; ``pixel_values`` is [images,
         channels, height, width], or None for text. At the first stage all vision tokens count as
-        present, so ``keep`` below all is a cut at layer 0. Raises ValueError for input that has no
+        present, so ``keep`` below all is a cut at layer 0. ``positions`` say which RoPE ids rows have
+        (HiDrop section 4.3): "compacted" numbers the survivors of a cut on from the visible row before
+        them, "grouped" counts text alone for text. Raises ValueError for input that has no
         defined meaning (see ``check_stages``).
         """
         if rule not in get_args(Rule):
@@ -290,14 +303,14 @@ class Oracle:
         check_stages(stages, [len(rows) for rows in prompt.image_rows], len(self._layers))
         selector = _Selector(rule, seed, prompt.image_rows, self._last_row_attention)
 
-        prompt_pass = self._run(prompt, [], stages, selector)
+        prompt_pass = self._run(prompt, [], stages, selector, positions)
         generated: list[int] = []
         logits = [prompt_pass.logits]
         while True:
             generated.append(int(logits[-1].argmax()))
             if len(generated) == max_tokens or generated[-1] in stop_ids:
                 break
-            logits.append(self._run(prompt, generated, stages, selector).logits)
+            logits.append(self._run(prompt, generated, stages, selector, positions).logits)
         return OracleResult(
             token_ids=generated,
             logits=torch.stack(logits).cpu(),
@@ -338,12 +351,13 @@ class Oracle:
         generated: list[int],
         stages: Sequence[OracleStage],
         selector: _Selector,
+        positions: Positions,
     ) -> _Pass:
         """Run prompt and generated tokens through all layers; return every layer's tensors."""
         device = prompt.rows.device
         new_tokens = torch.tensor(generated, dtype=torch.long, device=device)
         hidden = torch.cat([prompt.rows, self._text.embed_tokens(new_tokens)])
-        rope = self._rope(hidden)
+        ids = _grouped_ids(prompt, len(hidden)) if positions == "grouped" else torch.arange(len(hidden), device=device)
         stage_at = {stage.first_layer: stage for stage in stages}
         kept: Kept = [list(range(len(rows))) for rows in prompt.image_rows]
         visible = torch.ones(len(hidden), dtype=torch.bool, device=device)
@@ -351,10 +365,11 @@ class Oracle:
         for index, layer in enumerate(self._layers):
             if index in stage_at:
                 before = kept
-                kept = selector.kept_at(stage_at[index], before, [*result.entering, hidden], visible)
+                kept = selector.kept_at(stage_at[index], before, [*result.entering, hidden], visible, ids)
                 hidden = _inject(hidden, prompt, before, kept)
                 visible = _show(visible, prompt, kept)
-            heads = project_heads(layer, hidden, rope)
+                ids = _compacted_ids(ids, prompt, before, kept, visible) if positions == "compacted" else ids
+            heads = project_heads(layer, hidden, self._rope(hidden, ids))
             result.entering.append(hidden)
             result.heads.append(heads)
             result.visible.append(visible)
@@ -362,14 +377,15 @@ class Oracle:
         result.logits = self._model.lm_head(self._text.norm(hidden[-1]))
         return result
 
-    def _rope(self, hidden: torch.Tensor) -> _Rope:
-        positions = torch.arange(len(hidden), device=hidden.device)
-        cos, sin = self._text.rotary_emb(hidden[None], position_ids=positions[None])
+    def _rope(self, hidden: torch.Tensor, ids: torch.Tensor) -> _Rope:
+        cos, sin = self._text.rotary_emb(hidden[None], position_ids=ids[None])
         return _Rope(cos[0], sin[0])
 
-    def _last_row_attention(self, layer: int, hidden: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    def _last_row_attention(
+        self, layer: int, hidden: torch.Tensor, visible: torch.Tensor, ids: torch.Tensor
+    ) -> torch.Tensor:
         """[T]: what the last row of ``hidden`` [T, C] pays to each visible row, mean over heads."""
-        heads = project_heads(self._layers[layer], hidden, self._rope(hidden))
+        heads = project_heads(self._layers[layer], hidden, self._rope(hidden, ids))
         mask = torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, -torch.inf)
         return attention_weights(heads.query[:, -1:], heads.key, mask[None]).mean(dim=0)[0]
 
@@ -390,3 +406,27 @@ def _show(visible: torch.Tensor, prompt: _Prompt, kept: Kept) -> torch.Tensor:
         visible[rows] = False
         visible[rows[survivors]] = True
     return visible
+
+
+def _grouped_ids(prompt: _Prompt, num_rows: int) -> torch.Tensor:
+    """[T]: text counts text, generated tokens included; vision has its places in the full prompt."""
+    vision = {int(row) for rows in prompt.image_rows for row in rows}
+    ids, num_text = [], 0
+    for row in range(num_rows):
+        ids.append(row if row in vision else num_text)
+        num_text += row not in vision
+    return torch.tensor(ids, device=prompt.rows.device)
+
+
+def _compacted_ids(
+    ids: torch.Tensor, prompt: _Prompt, before: Kept, after: Kept, visible: torch.Tensor
+) -> torch.Tensor:
+    """[T]: the survivors of an image that was cut count on from the id of the visible row before them."""
+    new = ids.clone()
+    for rows, old, survivors in zip(prompt.image_rows, before, after, strict=True):
+        if 0 < len(survivors) < len(old):
+            earlier = [row for row in range(int(rows[survivors[0]])) if visible[row]]
+            first = int(ids[earlier[-1]]) + 1 if earlier else 0
+            for rank, survivor in enumerate(survivors):
+                new[rows[survivor]] = first + rank
+    return new

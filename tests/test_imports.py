@@ -33,20 +33,22 @@ class Rule:
 
 
 PRUNING = ("vllm_hidrop.pruning",)
+POSITIONS = ("vllm_hidrop.positions", *PRUNING)
 SCORING = ("vllm_hidrop.scoring", *PRUNING)
 METHODS = ("vllm_hidrop.methods", *SCORING)
-CONFIG = ("vllm_hidrop.config", *METHODS)
-ENGINE = ("vllm_hidrop.engine", *SCORING)
+CONFIG = ("vllm_hidrop.config", *METHODS, *POSITIONS)
+ENGINE = ("vllm_hidrop.engine", *SCORING, *POSITIONS)
 MODELS = ("vllm_hidrop.models", *CONFIG, *ENGINE)
 EVERYTHING = (*DIRECTORIES, "torch", "vllm")
 
 # The longest prefix rules a module. A module without a row fails: where it belongs is a decision.
 RULES = {
     "vllm_hidrop.pruning": Rule(),
+    "vllm_hidrop.positions": Rule(PRUNING),
     "vllm_hidrop.scoring": Rule((*PRUNING, "torch")),
     "vllm_hidrop.methods": Rule((*SCORING, "torch")),
-    "vllm_hidrop.config": Rule((*METHODS, "torch")),
-    "vllm_hidrop.engine": Rule((*SCORING, "torch", "vllm")),
+    "vllm_hidrop.config": Rule((*METHODS, *POSITIONS, "torch")),
+    "vllm_hidrop.engine": Rule((*SCORING, *POSITIONS, "torch", "vllm")),
     "vllm_hidrop.models": Rule((*CONFIG, *ENGINE, "torch", "vllm")),
     "vllm_hidrop.plugin": Rule(lazily=(*MODELS, "torch", "vllm")),
     "vllm_hidrop.torchvision_compat": Rule(lazily=("torch",)),

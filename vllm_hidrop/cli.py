@@ -86,7 +86,9 @@ def serve(
     preset: Annotated[str | None, typer.Option(help="Named schedule of the method.")] = None,
     hidrop_config: Annotated[
         str | None,
-        typer.Option(metavar="JSON|FILE", help="Keys: method, preset, options, force; the two options above win."),
+        typer.Option(
+            metavar="JSON|FILE", help="Keys: method, preset, options, positions, force; the two options above win."
+        ),
     ] = None,
     vllm_help: Annotated[
         str | None, typer.Option(metavar="all|FLAG|GROUP", help="Print vLLM's own help and exit.")

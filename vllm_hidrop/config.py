@@ -11,6 +11,7 @@ from typing import Any, Self, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from vllm_hidrop.methods import METHODS, Method, ModelShape
+from vllm_hidrop.positions import PositionScheme
 from vllm_hidrop.pruning import Schedule
 
 
@@ -22,7 +23,8 @@ class HidropConfig(BaseModel):
     method: str | None = Field(None, description="name of a pruning method; default: the checkpoint's, else none")
     preset: str | None = Field(None, description="named schedule of the method; default: the checkpoint's own")
     options: dict[str, Any] = Field({}, description="the method's hyper-parameters, over the preset's")
-    force: bool = Field(False, description="serve a schedule the checkpoint was not trained for")
+    positions: PositionScheme | None = Field(None, description="default: the checkpoint's, else persistent")
+    force: bool = Field(False, description="serve a schedule or positions the checkpoint was not trained for")
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Self:
@@ -42,12 +44,13 @@ class HidropConfig(BaseModel):
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """A method and its schedule for one model."""
+    """A method, its schedule for one model, and the model's positions."""
 
     method: Method
     preset: str | None
     options: Mapping[str, Any]
     schedule: Schedule
+    positions: PositionScheme = PositionScheme.PERSISTENT
 
 
 def resolve(config: HidropConfig, shape: ModelShape, trained: Mapping[str, Any] | None = None) -> Resolved:
@@ -59,12 +62,19 @@ def resolve(config: HidropConfig, shape: ModelShape, trained: Mapping[str, Any] 
         trained: the ``hidrop`` entry of the checkpoint's ``config.json`` (same keys as :class:`HidropConfig`).
 
     Raises:
-        ValueError: unknown method, preset or option, a schedule that does not fit the model, or one the checkpoint was
-            not trained for.
+        ValueError: unknown method, preset or option, a schedule that does not fit the model, or a schedule or
+            positions the checkpoint was not trained for.
     """
     own = HidropConfig.parse(trained) if trained else HidropConfig.parse({})
+    trained_positions = own.positions or PositionScheme.PERSISTENT
+    positions = config.positions or trained_positions
+    if trained and positions is not trained_positions and not config.force:
+        raise ValueError(
+            f"this checkpoint was trained with {trained_positions} positions, not {positions}; "
+            'serve those, or set "force": true'
+        )
     if config.method is None and config.preset is None and not config.options:
-        config = config.model_copy(update=own.model_dump(exclude={"force"}))
+        config = config.model_copy(update=own.model_dump(exclude={"force", "positions"}))
     name = config.method or own.method or "none"
     preset = config.preset or (own.preset if name == own.method else METHODS[_known(name)].default_preset)
     if own.method and name == own.method and preset != own.preset and not config.force:
@@ -80,7 +90,7 @@ def resolve(config: HidropConfig, shape: ModelShape, trained: Mapping[str, Any] 
             f"this checkpoint was trained for {own.method} with options {own.options}, not {options}; "
             'serve those, or set "force": true'
         )
-    return Resolved(make_method(name, preset, options), preset, options, schedule)
+    return Resolved(make_method(name, preset, options), preset, options, schedule, positions)
 
 
 def _schedule(name: str, preset: str | None, options: Mapping[str, Any], shape: ModelShape) -> Schedule:

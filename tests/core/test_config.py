@@ -51,6 +51,21 @@ def test_options_that_change_the_trained_schedule_are_refused_unless_forced() ->
     assert resolved(choice | {"force": True}, TRAINED).schedule.kept(576)[2] == 50
 
 
+@pytest.mark.parametrize("choice", [{}, {"method": "fastv"}])
+def test_positions_are_the_checkpoints_own_whatever_the_method(choice: dict[str, Any]) -> None:
+    assert resolved(choice).positions == "persistent"
+    assert resolved(choice, TRAINED).positions == "persistent"
+    assert resolved(choice, TRAINED | {"positions": "grouped"}).positions == "grouped"
+
+
+def test_positions_the_checkpoint_was_not_trained_for_are_refused_unless_forced() -> None:
+    choice = {"positions": "compacted"}
+    assert resolved(choice | {"method": "fastv"}).positions == "compacted"
+    with pytest.raises(ValueError, match=r"trained with persistent positions, not compacted; .*\"force\": true"):
+        resolved(choice, TRAINED)
+    assert resolved(choice | {"force": True}, TRAINED).positions == "compacted"
+
+
 def test_options_that_leave_the_trained_schedule_as_it_is_are_allowed() -> None:
     assert resolved({"options": {"keeps": [87, 10, 5, 1]}}, TRAINED) == Resolved(
         make_method("hidrop", "tok48"), "tok48", {"keeps": [87, 10, 5, 1]}, resolved({}, TRAINED).schedule
@@ -83,7 +98,8 @@ def test_an_option_goes_over_the_presets_value() -> None:
         ({"method": "fastv", "options": {"keep": 1.5}}, r"method 'fastv': keep fraction must be in"),
         ({"method": "fastv", "options": {"layer": 32}}, r"method 'fastv': a stage starts at layer 32"),
         ({"method": "hidrop", "options": {"keeps": [1, 2, 3, 4]}}, r"method 'hidrop': keep must not rise"),
-        ({"methd": "fastv"}, r"methd: .*; known keys: method, preset, options, force"),
+        ({"methd": "fastv"}, r"methd: .*; known keys: method, preset, options, positions, force"),
+        ({"positions": "absolute"}, r"positions: .*'persistent', 'compacted' or 'grouped'; known keys: "),
         ({"force": "perhaps"}, r"force: .*; known keys: "),
     ],
 )

@@ -62,10 +62,10 @@ CASES = [
 LAYOUTS = {"3i5": 1, "i7": 1, "2ii3i4": 3, "9": 0, "1i1": 1, "5i2i6": 2}
 
 
-def asks() -> list[Ask]:
+def asks(**options: str) -> list[Ask]:
     rng = np.random.default_rng(3)
     return [
-        Ask(prompt(rng, layout), tuple(range(10 * i, 10 * i + images)))
+        Ask(prompt(rng, layout), tuple(range(10 * i, 10 * i + images)), options)
         for i, (layout, images) in enumerate(LAYOUTS.items())
     ]
 
@@ -100,13 +100,18 @@ def reference(model: Path, choice: dict[str, Any], ask: Ask) -> OracleResult:
     """The oracle's answer; its stages come from the schedule alone."""
     schedule = resolve(HidropConfig.parse(choice), SHAPE).schedule
     kept = schedule.kept(TOKENS_PER_IMAGE)
+    if ask.options.get("hidrop") == "off":
+        kept = (TOKENS_PER_IMAGE,) * len(kept)
     stages = [
         OracleStage(stage.first_layer, (keep,) * len(ask.images))
         for stage, keep in zip(schedule.stages, kept, strict=True)
     ]
     tokens = [t for token in ask.tokens for t in [token] * (TOKENS_PER_IMAGE if token == IMAGE_TOKEN else 1)]
     seed = choice.get("options", {}).get("seed", 0)
-    return oracle(model).generate(tokens, pixel_values(ask), stages, rule_of(choice), ask.max_tokens, seed=seed)
+    positions = choice.get("positions", "persistent")
+    return oracle(model).generate(
+        tokens, pixel_values(ask), stages, rule_of(choice), ask.max_tokens, seed=seed, positions=positions
+    )
 
 
 def check_equal(answer: Answer, expected: OracleResult) -> None:

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from tests.oracle import Oracle, OracleStage, Rule
+from tests.oracle import Oracle, OracleStage, Positions, Rule
 from tests.tiny_models import IMAGE_TOKEN, NUM_LAYERS, TOKENS_PER_IMAGE, text_config, vision_config
 from vllm_hidrop.config import make_method
 from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.scoring import select_top
-from vllm_hidrop.training.dtopk import gates, hard_rank, soft_mask, soft_rank
+from vllm_hidrop.training.dtopk import SMOOTH, gates, hard_rank, soft_mask, soft_rank
 from vllm_hidrop.training.staged import Rows, Selection, StagedTraining, query_attention
 
 SHAPE = ModelShape(NUM_LAYERS, TOKENS_PER_IMAGE)
@@ -96,6 +96,18 @@ def last_logits(llava: LlavaForConditionalGeneration, staged: StagedTraining, em
 def test_the_staged_forward_equals_the_masked_oracle(
     text: str, name: str, options: dict[str, Any], rule: Rule, selection: str
 ) -> None:
+    check_against_the_oracle(text, name, options, rule, selection, "persistent")
+
+
+@pytest.mark.parametrize("scheme", ["compacted", "grouped"])
+@pytest.mark.parametrize("case", [1, 4, 5])
+def test_the_staged_forward_equals_the_oracle_under_every_position_scheme(case: int, scheme: Positions) -> None:
+    check_against_the_oracle(*CASES[case], Selection.AS_RELEASED, scheme)
+
+
+def check_against_the_oracle(
+    text: str, name: str, options: dict[str, Any], rule: Rule, selection: str, scheme: Positions
+) -> None:
     llava = model(text)
     method = make_method(name, None, options)
     schedule = method.schedule(SHAPE)
@@ -105,8 +117,10 @@ def test_the_staged_forward_equals_the_masked_oracle(
         stages = [
             OracleStage(stage.first_layer, (keep,) * number) for stage, keep in zip(schedule.stages, kept, strict=True)
         ]
-        expected.append(Oracle(llava).generate(tokens, pixels, stages, rule, 1, seed=options.get("seed", 0)).logits[0])
-    staged = StagedTraining.from_method(llava.model.language_model, method, SHAPE, selection)
+        seed = options.get("seed", 0)
+        result = Oracle(llava).generate(tokens, pixels, stages, rule, 1, seed=seed, positions=scheme)
+        expected.append(result.logits[0])
+    staged = StagedTraining.from_method(llava.model.language_model, method, SHAPE, selection, scheme)
     found = last_logits(llava, staged, *batch(llava))
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=1e-4)
 
@@ -136,7 +150,7 @@ def test_gradient_checkpointing_changes_no_gradient(selection: str) -> None:
     torch.testing.assert_close(*found)
 
 
-def test_only_the_differentiable_selection_sends_a_gradient_through_the_scores() -> None:
+def test_only_differentiable_selections_send_a_gradient_through_the_scores() -> None:
     """With constant selection a key that text never attends to again gets no gradient; the gate gives it one."""
     gradients = {}
     for selection in Selection:
@@ -146,7 +160,8 @@ def test_only_the_differentiable_selection_sends_a_gradient_through_the_scores()
         last_logits(llava, pyramid(selection), embeds, rows).square().sum().backward()
         assert embeds.grad is not None
         gradients[selection] = embeds.grad
-    assert not torch.allclose(gradients[Selection.DIFFERENTIABLE], gradients[Selection.AS_RELEASED], rtol=1e-3)
+    for selection in (Selection.DIFFERENTIABLE, Selection.AS_WRITTEN):
+        assert not torch.allclose(gradients[selection], gradients[Selection.AS_RELEASED], rtol=1e-3)
 
 
 def test_scores_are_the_mean_over_the_rounds_query_rows() -> None:
@@ -230,6 +245,19 @@ def test_the_hard_mask_keeps_what_serving_keeps(values: list[int], data: st.Data
 def test_gates_are_one_forward(values: list[int]) -> None:
     scores = torch.tensor(values, dtype=torch.float32, requires_grad=True)
     assert torch.equal(gates(scores, 2).detach(), torch.ones(len(values)))
+
+
+def test_the_smooth_mask_teaches_every_survivor_and_the_papers_only_those_at_the_threshold() -> None:
+    scores = torch.rand(200, generator=torch.Generator().manual_seed(0))
+    taught = {}
+    for factor in (None, SMOOTH):
+        rank = hard_rank(scores).requires_grad_()
+        soft_mask(rank, 0.75, factor).sum().backward()
+        assert rank.grad is not None
+        survivors = rank.grad[select_top(scores, 50)]
+        taught[factor] = int((survivors > 0.05 * rank.grad.max()).sum())
+    assert taught[None] < 8
+    assert taught[SMOOTH] == 50
 
 
 def test_the_masks_gradients_are_its_derivatives() -> None:

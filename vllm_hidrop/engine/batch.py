@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from vllm_hidrop.positions import grouped_ids
 from vllm_hidrop.pruning import Plan
 
 IntArray = npt.NDArray[np.int32]
@@ -112,3 +113,10 @@ def make_step(
         PrunedPrefill(request_ids[i], int(i), plans[i]) for i in np.flatnonzero(starts_here) if plans[i].is_pruned
     )
     return StagedStep(full, tuple(stages), prefills)
+
+
+def grouped_positions(full: StageBatch, plans: Sequence[Plan]) -> npt.NDArray[np.int64]:
+    """Grouped ids of a step's full rows, int64 [T]; ``plans`` [R] in batch order."""
+    _, places = full.requests_and_slots
+    parts = np.split(places, full.row_starts[1:-1])
+    return np.concatenate([grouped_ids(part, plan.spans) for part, plan in zip(parts, plans, strict=True)])

@@ -18,12 +18,12 @@ from vllm_hidrop.pruning import Schedule
 from vllm_hidrop.scoring import Scorer, Signal, Signals, select_top
 
 AttentionInputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Observer = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor | None] | Callable[..., None]
-"""(attention module, query [T, H * D], key [T, G * D]) -> int64 rows to attend with, or None for all."""
+Observer = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], AttentionInputs | None]
+"""(attention module, query [T, H * D], key and value [T, G * D]) -> what to attend with, or None for the same."""
 
 
 @dataclass
-class _Rows:
+class Rows:
     """The current rows: vLLM's residual pair, and which of the step's full rows they are."""
 
     hidden: torch.Tensor
@@ -32,6 +32,7 @@ class _Rows:
     """int64 [T], indices into the step's full rows."""
 
     def gather(self, index: torch.Tensor) -> None:
+        """Keep the rows at ``index``, int64 [T']."""
         self.hidden = self.hidden[index]
         self.residual = None if self.residual is None else self.residual[index]
         self.full = self.full[index]
@@ -42,7 +43,7 @@ class StagedForward:
 
     At a cut the first layer of the new stage computes Q, K and V of all current rows once, the scorer reads Q and K,
     and the layer goes on with the gathered Q, K, V and residual: nothing is projected twice. An injected row is the
-    projector's output with residual 0. Rows keep the positions of the full prompt throughout.
+    projector's output with residual 0. Rows keep the positions they are given throughout.
 
     Args:
         layers: the decoder layers, in order.
@@ -73,7 +74,7 @@ class StagedForward:
         Returns:
             [T, C], final hidden states; rows that the last stage does not hold are zero.
         """
-        rows = _Rows(embeds, None, torch.arange(embeds.shape[0], device=embeds.device))
+        rows = Rows(embeds, None, torch.arange(embeds.shape[0], device=embeds.device))
         scores: dict[tuple[int, int], torch.Tensor] = {}
         for stage, batch in enumerate(step.stages):
             first, end = self.schedule.stages[stage].first_layer, self.schedule.end_layers[stage]
@@ -82,7 +83,7 @@ class StagedForward:
                 self._run_cut_layer(first, rows, runs, positions)
                 first += 1
             elif runs:
-                rows.gather(self._select(rows, runs, first, scores))
+                self._shorten(rows, runs, self._select(rows, runs, first, scores), positions)
             assert rows.hidden.shape[0] == batch.num_tokens, "rows differ from the plan"
             scores = self._run_layers(first, end, rows, positions, self._upcoming(step, stage))
         hidden, _ = self.add_norm(self.norm, rows.hidden, rows.residual)
@@ -97,7 +98,7 @@ class StagedForward:
             return []
         return [run for run in image_runs(step, stage + 1) if run.selects]
 
-    def _inject(self, rows: _Rows, runs: list[ImageRun], embeds: torch.Tensor) -> list[ImageRun]:
+    def _inject(self, rows: Rows, runs: list[ImageRun], embeds: torch.Tensor) -> list[ImageRun]:
         """Bring in the images that start here; return the runs that are left, in the new rows."""
         coming = [run for run in runs if run.injects]
         if not coming:
@@ -111,7 +112,7 @@ class StagedForward:
         return after_injection(runs)
 
     def _run_layers(
-        self, first: int, end: int, rows: _Rows, positions: torch.Tensor, upcoming: list[ImageRun]
+        self, first: int, end: int, rows: Rows, positions: torch.Tensor, upcoming: list[ImageRun]
     ) -> dict[tuple[int, int], torch.Tensor]:
         """Run layers on unchanging rows; return the attention of the last one to the images named in ``upcoming``."""
         scores: dict[tuple[int, int], torch.Tensor] = {}
@@ -120,23 +121,27 @@ class StagedForward:
             return scores
         here = positions[rows.full]
 
-        def observe(attention: Any, query: torch.Tensor, key: torch.Tensor) -> None:
-            scores.update(_attention_to(upcoming, attention, query, key))
+        def observe(attention: Any, query: torch.Tensor, key: torch.Tensor, _: torch.Tensor) -> None:
+            scores.update(attention_to(upcoming, attention, query, key))
 
         for index in range(first, end - 1):
             self._run_layer(index, rows, here, None)
         self._run_layer(end - 1, rows, here, observe if upcoming else None)
         return scores
 
-    def _run_cut_layer(self, index: int, rows: _Rows, runs: list[ImageRun], positions: torch.Tensor) -> None:
-        def select(attention: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            kept = self._select(rows, runs, index, _attention_to(runs, attention, query, key))
-            rows.gather(kept)
-            return kept
+    def _run_cut_layer(self, index: int, rows: Rows, runs: list[ImageRun], positions: torch.Tensor) -> None:
+        def select(attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> AttentionInputs:
+            kept = self._select(rows, runs, index, attention_to(runs, attention, query, key))
+            self._shorten(rows, runs, kept, positions)
+            return query[kept], key[kept], value[kept]
 
         self._run_layer(index, rows, positions[rows.full], select)
 
-    def _run_layer(self, index: int, rows: _Rows, here: torch.Tensor, observer: Observer | None) -> None:
+    def _shorten(self, rows: Rows, runs: list[ImageRun], kept: torch.Tensor, positions: torch.Tensor) -> None:
+        """Go on with the rows that a change of stage left."""
+        rows.gather(kept)
+
+    def _run_layer(self, index: int, rows: Rows, here: torch.Tensor, observer: Observer | None) -> None:
         """One decoder layer in the standard form; ``observer`` may shorten ``rows`` at its attention."""
         layer: Any = self.layers[index]
         normed, rows.residual = self.add_norm(layer.input_layernorm, rows.hidden, rows.residual)
@@ -147,7 +152,7 @@ class StagedForward:
         rows.hidden = layer.mlp(normed)
 
     def _select(
-        self, rows: _Rows, runs: list[ImageRun], layer: int, attention: dict[tuple[int, int], torch.Tensor]
+        self, rows: Rows, runs: list[ImageRun], layer: int, attention: dict[tuple[int, int], torch.Tensor]
     ) -> torch.Tensor:
         """Score every image that must choose; return the index of the rows that stay."""
         selections = {}
@@ -161,7 +166,7 @@ class StagedForward:
 
 
 class _Observed:
-    """While entered, ``observer`` sees an attention module's Q and K after RoPE and may name the rows to go on with."""
+    """While entered, ``observer`` sees an attention module's Q, K (after RoPE) and V and may replace them."""
 
     def __init__(self, attention: nn.Module, observer: Observer | None) -> None:
         self.attention = attention
@@ -176,13 +181,11 @@ class _Observed:
             self.handle.remove()
 
     def _observe(self, attention: nn.Module, inputs: AttentionInputs) -> AttentionInputs | None:
-        query, key, value = inputs
         assert self.observer is not None
-        index = self.observer(attention, query, key)
-        return None if index is None else (query[index], key[index], value[index])
+        return self.observer(attention, *inputs)
 
 
-def _attention_to(
+def attention_to(
     runs: list[ImageRun], attention: Any, query: torch.Tensor, key: torch.Tensor
 ) -> dict[tuple[int, int], torch.Tensor]:
     """Attention of each request's last prompt row to its images that must choose, float32 [V] each."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_hidrop.positions import PositionScheme
 from vllm_hidrop.pruning import KeepValue, Plan, Schedule, Span, make_plan
 from vllm_hidrop.scoring import Signal
 
@@ -27,6 +28,7 @@ class Planner:
         schedule: the server's stages.
         signal: what the method's scorer needs; None when the method cannot score (no selection possible).
         max_prompt_tokens: longest prompt that can be pruned, the step's token budget.
+        positions: RoPE ids of every request's rows.
     """
 
     method: str
@@ -34,6 +36,7 @@ class Planner:
     schedule: Schedule
     signal: Signal | None
     max_prompt_tokens: int
+    positions: PositionScheme
 
     @classmethod
     def from_vllm_config(cls, vllm_config: Any) -> "Planner":
@@ -47,13 +50,15 @@ class Planner:
             schedule=Schedule.load(resolved["schedule"]),
             signal=None if signal is None else Signal(signal),
             max_prompt_tokens=limits.max_num_scheduled_tokens or limits.max_num_batched_tokens,
+            positions=PositionScheme(resolved["positions"]),
         )
 
     @property
     def is_staged(self) -> bool:
-        """Whether any request of this server can hold fewer tokens in one layer than in another."""
+        """Whether any request can hold fewer tokens in one layer than in another, or have ids that are not vLLM's."""
         stages = self.schedule.stages
-        return len(stages) > 1 or not stages[0].keep.is_all
+        prunes = len(stages) > 1 or not stages[0].keep.is_all
+        return prunes or self.positions is PositionScheme.GROUPED
 
     def plan(
         self,

@@ -16,9 +16,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.worker.block_table import SlotMappingMode
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_hidrop.engine.batch import StageBatch, StagedStep, make_step
+from vllm_hidrop.engine.batch import StageBatch, StagedStep, grouped_positions, make_step
 from vllm_hidrop.engine.kv_cache import StageSpec
 from vllm_hidrop.engine.planner import Planner
+from vllm_hidrop.positions import PositionScheme
 from vllm_hidrop.pruning import Plan
 
 
@@ -137,12 +138,20 @@ class StagedRunner(GPUModelRunner):
         **kwargs: Any,
     ) -> Any:
         """The staged loop when a pruned prompt is prefilled; else every row runs every layer: vLLM's own forward."""
+        if self.step is not None and self.planner.positions is PositionScheme.GROUPED:
+            self._group(self.step, positions)
         if self.step is None or self.step.is_uniform:
             return super()._model_forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         num_tokens = self.step.full.num_tokens
         assert inputs_embeds is not None
         assert positions is not None
         return self.model.forward_staged(self.step, inputs_embeds[:num_tokens], positions[:num_tokens])
+
+    def _group(self, step: StagedStep, positions: torch.Tensor | None) -> None:
+        """Number the step's rows the grouped way, in place in the buffer that vLLM fills anew in every step."""
+        assert positions is not None
+        ids = grouped_positions(step.full, [self.plans[name] for name in self.input_batch.req_ids])
+        positions[: len(ids)].copy_(torch.from_numpy(ids))
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sampling by vLLM, with the rows this step ran attached to its output."""

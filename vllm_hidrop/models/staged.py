@@ -7,12 +7,17 @@ from torch import nn
 from vllm.logger import init_logger
 
 from vllm_hidrop.config import HidropConfig, make_method, resolve
+from vllm_hidrop.engine.compacted import CompactedForward
 from vllm_hidrop.engine.forward import StagedForward
 from vllm_hidrop.engine.gate import check_gate
 from vllm_hidrop.engine.planner import Planner
 from vllm_hidrop.models.families import family_of
+from vllm_hidrop.positions import PositionScheme
 
 logger = init_logger(__name__)
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Those that rotate a row by its one id and nothing else."""
 
 
 def configure(vllm_config: Any) -> None:
@@ -27,15 +32,18 @@ def configure(vllm_config: Any) -> None:
     family.check(hf_config)
     config = HidropConfig.parse({k: v for k, v in chosen.items() if k != "resolved"})
     resolved = resolve(config, family.shape(hf_config), getattr(hf_config, "hidrop", None))
+    if resolved.positions is not PositionScheme.PERSISTENT:
+        check_rope(hf_config.text_config, resolved.positions)
     name = resolved.method.name
     vllm_config.additional_config["hidrop"] = {
-        **config.model_dump(),
+        **config.model_dump(mode="json"),
         "resolved": {
             "method": name,
             "preset": resolved.preset,
             "options": resolved.options,
             "schedule": resolved.schedule.dump(),
             "signal": None if name == "none" else str(resolved.method.signal),
+            "positions": str(resolved.positions),
         },
     }
     check_gate(vllm_config)
@@ -43,6 +51,22 @@ def configure(vllm_config: Any) -> None:
     if Planner.from_vllm_config(vllm_config).is_staged:
         _set_limits(vllm_config)
         _set_kernels(vllm_config)
+
+
+def check_rope(text_config: Any, positions: PositionScheme) -> None:
+    """Refuse ids other than the prompt's where a row's Q and K are not RoPE by its one id.
+
+    Raises:
+        ValueError: names what the text model has.
+    """
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    rope_type = rope.get("rope_type", "default")
+    found = [] if rope_type in ROPE_TYPES else [f"rope type {rope_type!r}"]
+    found += ["partial rotary"] if rope.get("partial_rotary_factor", 1) != 1 else []
+    found += [key for key in ("mrope_section", "xdrope_section", "use_fope", "full_attention") if rope.get(key)]
+    found += [key for key in ("dual_chunk_attention_config", "llama_4_scaling") if getattr(text_config, key, None)]
+    if found:
+        raise ValueError(f"{positions} positions need plain RoPE in every layer, this text model has {found[0]}")
 
 
 def _set_engine_classes(vllm_config: Any) -> None:
@@ -85,4 +109,5 @@ def staged_forward(vllm_config: Any, layers: Sequence[nn.Module], norm: nn.Modul
     chosen = vllm_config.additional_config["hidrop"]["resolved"]
     method = make_method(chosen["method"], chosen["preset"], chosen["options"])
     planner = Planner.from_vllm_config(vllm_config)
-    return StagedForward(layers, norm, planner.schedule, method.signal, method.score)
+    forward = CompactedForward if planner.positions is PositionScheme.COMPACTED else StagedForward
+    return forward(layers, norm, planner.schedule, method.signal, method.score)

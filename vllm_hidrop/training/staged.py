@@ -13,30 +13,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vllm_hidrop.methods import Method, ModelShape
+from vllm_hidrop.positions import PositionScheme as PositionScheme  # noqa: PLC0414 (exported)
 from vllm_hidrop.pruning import ALL, Keep, Schedule
 from vllm_hidrop.scoring import Scorer, Signal, Signals, select_top
 from vllm_hidrop.training.decoder import Decoder, Rotary, attend, rotate
-from vllm_hidrop.training.dtopk import gates
+from vllm_hidrop.training.dtopk import SMOOTH, gates
 
 
 class Selection(StrEnum):
     """What the backward pass knows of a cut."""
 
     DIFFERENTIABLE = "differentiable"
-    """The paper's soft mask, straight through."""
+    """A soft mask over all survivors, straight through: the paper's with ``dtopk.SMOOTH`` on log-scores."""
+    AS_WRITTEN = "as_written"
+    """The paper's soft mask to the letter, straight through."""
     AS_RELEASED = "as_released"
     """Nothing: the choice is a constant, as in the released code."""
-
-
-class PositionScheme(StrEnum):
-    """RoPE ids of the rows (section 3.3); all but the first are the paper's rejected ablations."""
-
-    PERSISTENT = "persistent"
-    """The full prompt's, for ever."""
-    COMPACTED = "compacted"
-    """After every cut the survivors of an image are renumbered from its first id; text keeps its ids."""
-    GROUPED = "grouped"
-    """Text is numbered without the hole that images leave; vision keeps its ids, so the ranges overlap."""
 
 
 @dataclass(frozen=True)
@@ -277,9 +269,14 @@ class StagedTraining(nn.Module):
                 signals = Signals(layer, num_kept, size, state.columns[sample, here] - first_column, seen)
                 scores = self.scorer(signals)
                 kept[sample, here[select_top(scores.detach(), num_kept)]] = True
-                if self.selection is Selection.DIFFERENTIABLE and seen is not None and torch.is_grad_enabled():
-                    gate = gate.index_put((here.new_tensor(sample), here), gates(scores, num_kept))
+                if seen is not None and torch.is_grad_enabled() and self.selection is not Selection.AS_RELEASED:
+                    gate = gate.index_put((here.new_tensor(sample), here), self._gates(scores, num_kept))
         return kept, gate
+
+    def _gates(self, scores: Tensor, num_kept: int) -> Tensor:
+        if self.selection is Selection.AS_WRITTEN:
+            return gates(scores, num_kept)
+        return gates(scores.clamp_min(torch.finfo(scores.dtype).tiny).log(), num_kept, factor=SMOOTH)
 
     def _renumbered(self, state: State) -> State:
         if self.position_scheme is not PositionScheme.COMPACTED:
