@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from tests.training.llava_data import SCHEDULE, make_talking_llava, write_data
 from vllm_hidrop.cli import app
 from vllm_hidrop.training import saved_state
-from vllm_hidrop.training.llava_training import LlavaTraining
+from vllm_hidrop.training.llava_training import LlavaTraining, load_checkpoint
 from vllm_hidrop.training.run_config import parse_train_config
 from vllm_hidrop.training.stage_loop import StageLoop, cosine_with_warm_up
 
@@ -128,6 +128,22 @@ def test_the_finished_model_says_what_it_was_trained_with(settings: Settings, ti
     assert {path.name for path in directory.iterdir()} == {path.name for path in tiny.iterdir()}
 
 
+def test_a_position_scheme_stays_with_the_model_until_another_choice_is_made(settings: Settings) -> None:
+    trained(settings | {"steps": 1, "positions": "grouped"})
+    grouped = Path(settings["output"]) / "model"
+    for hidrop, positions, expected in [
+        (None, None, "grouped"),
+        (None, "persistent", None),
+        (SCHEDULE, None, None),
+        (SCHEDULE, "compacted", "compacted"),
+    ]:
+        change = {"model": str(grouped), "hidrop": hidrop, "positions": positions}
+        config = parse_train_config(settings | change)
+        assert load_checkpoint(config).resolved.positions == (expected or "persistent")
+    entry = json.loads((grouped / "config.json").read_text())["hidrop"]
+    assert entry == SCHEDULE | {"positions": "grouped"}
+
+
 @pytest.mark.parametrize("selection", ["differentiable", "as_released"])
 def test_the_loss_falls_on_a_repeated_tiny_data_set(settings: Settings, selection: str) -> None:
     trained(settings | {"steps": 30, "batch_size": 7, "save_every": 30, "lr": 5e-3, "selection": selection})
@@ -146,7 +162,6 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(settings: Settings
 
 def test_dense_training_has_the_loss_of_the_plain_model(settings: Settings, tiny: Path) -> None:
     from vllm_hidrop.training.conversations import open_source
-    from vllm_hidrop.training.llava_training import load_checkpoint
 
     config = parse_train_config(settings | {"hidrop": {"method": "none"}})
     checkpoint = load_checkpoint(config)

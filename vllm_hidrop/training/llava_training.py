@@ -1,7 +1,7 @@
 """A Hugging Face LLaVA with the staged forward between its embeddings and its loss. Knows no data and no optimiser."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ def load_checkpoint(config: TrainConfig) -> Checkpoint:
     resolved = resolve(
         HidropConfig.parse(choice or {}), shape, None if choice else getattr(model_config, "hidrop", None)
     )
+    resolved = replace(resolved, positions=config.positions or resolved.positions)
     processor = AutoProcessor.from_pretrained(directory)
     encoder = PromptEncoder(processor, model_config.image_token_index, shape.tokens_per_image, config.max_length)
     llava = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
@@ -89,7 +90,7 @@ class LlavaTraining(nn.Module):
             checkpoint.resolved.method,
             checkpoint.shape,
             config.selection,
-            config.positions,
+            checkpoint.resolved.positions,
             config.gradient_checkpointing,
         )
 

@@ -13,6 +13,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object, set_seed
 from tqdm import tqdm
 
+from vllm_hidrop.positions import PositionScheme
 from vllm_hidrop.training import saved_state
 from vllm_hidrop.training.conversations import Source, open_source
 from vllm_hidrop.training.feeding import Share, ShuffledPositions, feed
@@ -151,10 +152,12 @@ class Run:
     def finish(self) -> Path:
         """Write the finished model."""
         resolved = self.checkpoint.resolved
-        entries = {
+        entries: dict[str, dict[str, Any]] = {
             "hidrop": {"method": resolved.method.name, "preset": resolved.preset, "options": dict(resolved.options)},
-            "hidrop_training": {"selection": self.config.selection, "positions": self.config.positions},
+            "hidrop_training": {"selection": self.config.selection},
         }
+        if resolved.positions is not PositionScheme.PERSISTENT:
+            entries["hidrop"]["positions"] = str(resolved.positions)
         directory = self.config.output / "model"
         if self.accelerator.is_main_process:
             save_hub_checkpoint(self.module.llava, self.checkpoint.directory, directory, entries)

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from vllm_hidrop.positions import PositionScheme
+
 StageName = Literal["align", "instruct"]
 DEFAULT_LR: dict[StageName, float] = {"align": 1e-3, "instruct": 2e-5}
 """Peak learning rates of LLaVA-1.5 and HiDrop's released scripts."""
@@ -93,7 +95,9 @@ class TrainConfig(StageValues):
     stage: Annotated[tuple[StageConfig, ...], BeforeValidator(_as_list), Field(min_length=1)]
     hidrop: HidropChoice | None = Field(None, description="default: the model's own entry, else no pruning")
     selection: Literal["differentiable", "as_released"] = "differentiable"
-    positions: Literal["persistent", "compacted", "grouped"] = "persistent"
+    positions: PositionScheme | None = Field(
+        None, description="default: persistent, or where hidrop is left out the model's own"
+    )
     max_length: int = Field(2048, ge=2, description="tokens of a sample, vision tokens included")
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
