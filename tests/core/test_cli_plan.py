@@ -115,7 +115,7 @@ def test_every_image_keeps_its_own_share() -> None:
 def test_a_checkpoint_is_planned_with_its_own_method_and_image_size(checkpoint: Path) -> None:
     found = plan_json(str(checkpoint))
     assert (found["method"], found["preset"], found["images"]) == ("hidrop", "embedded", [576])
-    assert [stage["vision_tokens"] for stage in found["stages"]] == [0, 576, 144, 24, 0]
+    assert [stage["vision_tokens"] for stage in found["stages"]] == [0, 576, 96, 24, 0]
     # Two K/V heads of 32: half the bytes of the four query heads.
     assert found["stages"][0]["dense_kv_bytes"] == 2 * 20 * 32 * (2 * 2 * 32 * 2)
 

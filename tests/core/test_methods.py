@@ -134,7 +134,7 @@ def test_a_default_schedule_is_the_published_one(name: str, keeps: dict[int, Kee
         ("tok48", 40, 576, {0: 0, 10: "all", 12: 87, 18: 10, 20: 5, 22: 1, 30: 0}),
         # Four layers have room for one cut between injection (1) and exit (3).
         ("tok48", 4, 576, {0: 0, 1: "all", 2: 87, 3: 0}),
-        ("embedded", 24, 576, {0: 0, 4: "all", 6: 144, 8: 24, 12: 0}),
+        ("embedded", 24, 576, {0: 0, 4: "all", 6: 96, 8: 24, 16: 0}),
     ],
 )
 def test_a_hidrop_schedule_scales_by_depth_and_by_image_size(

@@ -98,7 +98,8 @@ def test_a_row_is_trained_and_served_with_its_own_schedule(trained: Path) -> Non
 
 def test_a_rows_seed_changes_its_own_stages_and_not_the_base(trained: Path) -> None:
     first, second = (
-        torch.load(trained / f"stage_{name}_full.pt", weights_only=True)["model"] for name in ("hidrop", "hidrop_seed1")
+        torch.load(trained / f"stage_{name}_images.pt", weights_only=True)["model"]
+        for name in ("hidrop", "hidrop_seed1")
     )
     differs = {name for name in first if not torch.equal(first[name], second[name])}
     assert any("language_model" in name for name in differs)
@@ -118,7 +119,7 @@ def test_the_small_recipe_shares_the_base_and_nothing_else(tmp_path: Path) -> No
     full = embedded.Training(embedded.FULL_RECIPE, tmp_path, "hidrop")
     small = embedded.Training(embedded.SMALL_RECIPE, tmp_path, "hidrop")
     assert list(full.stages())[:-2] == list(small.stages())[:-2]
-    assert list(small.stages())[-2:] == ["small_hidrop_part", "small_hidrop_full"]
+    assert list(small.stages())[-1] == "small_hidrop_images"
     assert small.checkpoint == tmp_path / "small" / "hidrop" != full.checkpoint
 
 

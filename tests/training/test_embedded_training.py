@@ -280,7 +280,7 @@ def test_training_resumes_from_the_stages_it_finds(smoke_directory: Path, monkey
     monkeypatch.setattr(embedded, "train_tower", None)
     training = embedded.Training(embedded.SMOKE_RECIPE, smoke_directory, "hidrop")
     embedded.run_stages(training)
-    finished = torch.load(smoke_directory / "stage_hidrop_full.pt", weights_only=True)["model"]
+    finished = torch.load(smoke_directory / "stage_hidrop_images.pt", weights_only=True)["model"]
     assert all(torch.equal(finished[name], tensor) for name, tensor in training.model.state_dict().items())
 
 

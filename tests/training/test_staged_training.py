@@ -16,6 +16,7 @@ from tests.tiny_models import IMAGE_TOKEN, NUM_LAYERS, TOKENS_PER_IMAGE, text_co
 from vllm_hidrop.config import make_method
 from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.scoring import select_top
+from vllm_hidrop.training.decoder import attend
 from vllm_hidrop.training.dtopk import SMOOTH, gates, hard_rank, soft_mask, soft_rank
 from vllm_hidrop.training.staged import Rows, Selection, StagedTraining, query_attention
 
@@ -136,6 +137,17 @@ def test_rows_that_are_left_are_text_only_after_the_exit() -> None:
     assert output.is_valid.sum(1).tolist() == [before + after for before, _, after in LAYOUTS]
     left = rows.images.gather(1, output.columns)[output.is_valid]
     assert bool((left == -1).all())
+
+
+def test_presence_multiplies_a_rows_terms_in_the_softmax() -> None:
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(2, heads, 6, 8, generator=generator) for heads in (4, 2, 2))
+    presence = torch.rand(2, 6, generator=generator)
+    found = attend(query, key, value, presence)
+    terms = (query @ key.repeat_interleave(2, 1).transpose(2, 3) / 8**0.5).exp().tril() * presence[:, None, None]
+    expected = terms / terms.sum(-1, keepdim=True) @ value.repeat_interleave(2, 1)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(attend(query, key, value, torch.ones(2, 6)), attend(query, key, value))
 
 
 @pytest.mark.parametrize("selection", list(Selection))

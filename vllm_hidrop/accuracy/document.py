@@ -43,7 +43,7 @@ above, and a ranking by attention that training has shaped.
 """
 
 ABLATIONS = """\
-Checkpoints from the same base whose last two stages were trained with the recipe `small` and the row's own schedule;
+Checkpoints from the same base whose last stage was trained with the recipe `small` and the row's own schedule;
 served with that schedule. The rows differ in vision tokens: compare accuracy and tokens together. `retention` is
 against this table's `dense`, `against hidrop` is accuracy less that of `hidrop`, in points.
 """

@@ -48,8 +48,8 @@ class HiDrop(Method):
         "embedded": {
             "inject_layer": 3,
             "filter_layers": (3, 4),
-            "keeps": (144, 24),
-            "exit_layer": 7,
+            "keeps": (96, 24),
+            "exit_layer": 9,
             "shape": (12, 576),
         },
     }

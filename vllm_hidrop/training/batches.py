@@ -145,19 +145,18 @@ def _patches_of(thing: Thing) -> list[int]:
     return [row * PATCHES_PER_SIDE + column for row in rows for column in columns]
 
 
-def draw_patches(scene: Scene, num_tokens: int, rng: np.random.Generator, fewest: int = 1) -> dict[int, int]:
+def draw_patches(scene: Scene, num_tokens: int, rng: np.random.Generator) -> dict[int, int]:
     """``num_tokens`` patches and the thing each shows (the number of things: background).
 
-    Every thing gets at least ``fewest`` patches, as far as ``num_tokens`` allows.
+    Every thing gets at least one.
     """
     most = min(MAX_PATCHES_PER_THING, (num_tokens - 1) // len(scene.things))
-    fewest = min(fewest, most)
     owners: dict[int, int] = {}
     covered: set[int] = set()
     for index, thing in enumerate(scene.things):
         patches = _patches_of(thing)
         covered.update(patches)
-        number = int(rng.integers(fewest, most + 1))
+        number = int(rng.integers(1, most + 1))
         for at in rng.permutation(len(patches))[:number]:
             owners[patches[at]] = index
     for patch in rng.permutation(NUM_PATCHES):

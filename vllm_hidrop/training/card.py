@@ -27,8 +27,8 @@ library_name: transformers
 A small real LLaVA, trained from nothing by this repository, that answers short questions about synthetic scenes. It
 exists so that tests, examples and load tests of `vllm_hidrop` run a model whose answers depend on the image, on any
 machine and without a download. It is no general assistant. There are two forms, trained alike but for the schedule of
-their last stages: `dense`, and `hidrop` (nothing in layers 0 and 1, all 576 vision tokens in layer 2, 144 in layer
-3, 24 in layers 4 and 5, nothing in layers 6 to 11: 64 in the mean). This is the **{form}** one.
+their last stage: `dense`, and `hidrop` (nothing in layers 0 and 1, all 576 vision tokens in layer 2, 96 in layer 3, 24
+in layers 4 to 7, nothing in layers 8 to 11: 64 in the mean). This is the **{form}** one.
 
 * **Architecture**: `LlavaForConditionalGeneration`. CLIP tower of width 128, 4 layers (3 used,
   `vision_feature_layer` -2), patch 8, 192x192 pixels: 576 vision tokens. Two-layer projector. Llama of
@@ -47,10 +47,10 @@ their last stages: `dense`, and `hidrop` (nothing in layers 0 and 1, all 576 vis
 
 ## Training
 
-`python -m vllm_hidrop.training.embedded {form} --out DIR`: about {minutes} minutes on one thread of
-{hardware} with torch {torch}, transformers {transformers}. Stages and resumption: the module's docstring. All data
-are made on the fly from seeds below 1,000,000,000, without {num_pairs} pairs of kind and colour; figures are from seeds
-above, with those pairs, and from none of the scenes looked at while training. {provenance}
+`python -m vllm_hidrop.training.embedded {form} --out DIR`: about {minutes} minutes on one thread of {hardware} that was
+busy with other work, with torch {torch}, transformers {transformers}. Stages and resumption: the module's docstring.
+All data are made on the fly from seeds below 1,000,000,000, without {num_pairs} pairs of kind and colour; figures are
+from seeds above, with those pairs, and from none of the scenes looked at while training. {provenance}
 
 ## Figures
 

@@ -5,6 +5,7 @@ Axes: B samples, T rows, C hidden size, H query heads, G key/value heads, D head
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -50,11 +51,13 @@ class Decoder:
         output: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return output
 
-    def run(self, index: int, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    def run(
+        self, index: int, hidden: Tensor, rotary: Rotary, presence: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The whole layer, causal over right-padded rows; also its query and key after RoPE."""
         query, key, value = self.project(index, hidden)
         query, key = rotate(query, key, rotary)
-        return self.finish(index, hidden, attend(query, key, value)), query, key
+        return self.finish(index, hidden, attend(query, key, value, presence)), query, key
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The final norm."""
@@ -68,9 +71,21 @@ def rotate(query: Tensor, key: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
     return rotated
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention [B, H, T, D]. Rows are right-padded, so no row that counts sees a padded one: no mask."""
+def attend(query: Tensor, key: Tensor, value: Tensor, presence: Tensor | None = None) -> Tensor:
+    """Causal attention [B, H, T, D]. Rows are right-padded, so no row that counts sees a padded one: no mask.
+
+    ``presence`` [B, T] multiplies what every row adds to the softmax's sums; its logarithm is one more dimension of the
+    keys.
+    """
     dtype = value.dtype  # RoPE's tables are float32 where autocast projects in half precision
-    return F.scaled_dot_product_attention(
-        query.to(dtype), key.to(dtype), value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+    query, key = query.to(dtype), key.to(dtype)
+    num_groups, size = key.shape[1], key.shape[3]
+    if presence is not None:
+        one = query.new_full((), size**0.5).expand(*query.shape[:3], 1)
+        logarithm = presence.log().to(dtype)[:, None, :, None].expand(-1, num_groups, -1, -1)
+        query, key = torch.cat([query, one], -1), torch.cat([key, logarithm], -1)
+        value = F.pad(value, (0, 1))
+    attended = F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=size**-0.5, enable_gqa=query.shape[1] != num_groups
     )
+    return attended[..., :size]

@@ -8,13 +8,12 @@ loaded instead of run again, so that all forms share what comes before them:
 tower         the vision tower labels the patches of crowded scenes (stage A)
 symbols_N     the language model answers about scenes of N symbols (stage S, each phase)
 align         the projector maps patches to the symbols' embeddings
-FORM_part     language model and projector on 80 of 576 real patches (stage B)
-FORM_full     the same on all 576 (stage C)
+FORM_images   language model and projector on real patches (stage B)
 ============  ==========================================================================
 
-The checkpoint directory is ``DIR/FORM``. Only the last two stages know the form: all forms of one seed see the same
-scenes, questions and steps. ``--recipe small`` makes those two shorter, for ablations: its checkpoints are
-``DIR/small/FORM``, its stages ``small_FORM_part`` and ``small_FORM_full``, beside the full recipe's.
+The checkpoint directory is ``DIR/FORM``. Only the last stage knows the form: all forms of one seed see the same
+scenes, questions and steps. ``--recipe small`` makes it shorter, for ablations: its checkpoints are ``DIR/small/FORM``,
+its stage ``small_FORM_images``, beside the full recipe's.
 
 From stage S on, text reads the image in layers 3 and deeper only (late-read training), so that cuts have something to
 lose; half of stage S's steps inject the image at layer 2, so that the base serves both forms.
@@ -36,7 +35,7 @@ from vllm_hidrop.training.initial import initialise_language_model
 from vllm_hidrop.training.language import ALL_TYPES, FIRST_READING_LAYER, ONE_HOP_TYPES
 from vllm_hidrop.training.model import LAST_FILE, build_model, save_checkpoint
 from vllm_hidrop.training.optimiser import LearningRates
-from vllm_hidrop.training.scenes import NUM_PATCHES, held_out_seed
+from vllm_hidrop.training.scenes import held_out_seed
 from vllm_hidrop.training.schedules import FORMS, trained_entry, with_schedule
 from vllm_hidrop.training.symbols import SymbolEmbedding, SymbolPhase, train_on_symbols
 from vllm_hidrop.training.tower import train_tower
@@ -51,7 +50,7 @@ class Recipe:
     """How long every stage trains; steps, scenes and peak learning rates.
 
     ``name`` keeps apart what recipes with the same base leave in one directory; ``seed`` is of all stages, a form's own
-    seed comes on top in the last two.
+    seed comes on top in the last stage.
     """
 
     tower_steps: int
@@ -61,8 +60,7 @@ class Recipe:
     num_feature_scenes: int
     num_held_out_scenes: int
     align_steps: int
-    part: ImagePhase
-    full: ImagePhase
+    images: ImagePhase
     seed: int = 0
     name: str = ""
 
@@ -79,15 +77,9 @@ FULL_RECIPE = Recipe(
     num_feature_scenes=4000,
     num_held_out_scenes=64,
     align_steps=600,
-    part=ImagePhase(250, 80, 16, LearningRates(2e-3, 1e-3)),
-    full=ImagePhase(400, NUM_PATCHES, 8, LearningRates(1.5e-3, 7e-4)),
+    images=ImagePhase(1000, 8, LearningRates(1.5e-3, 7e-4)),
 )
-SMALL_RECIPE = replace(
-    FULL_RECIPE,
-    part=replace(FULL_RECIPE.part, num_steps=100),
-    full=replace(FULL_RECIPE.full, num_steps=200),
-    name="small",
-)
+SMALL_RECIPE = replace(FULL_RECIPE, images=replace(FULL_RECIPE.images, num_steps=200), name="small")
 SMOKE_RECIPE = Recipe(
     tower_steps=3,
     tower_scenes_per_step=4,
@@ -96,8 +88,7 @@ SMOKE_RECIPE = Recipe(
     num_feature_scenes=16,
     num_held_out_scenes=4,
     align_steps=3,
-    part=ImagePhase(2, 80, 4, LearningRates(2e-3, 1e-3)),
-    full=ImagePhase(2, NUM_PATCHES, 4, LearningRates(1.5e-3, 7e-4)),
+    images=ImagePhase(2, 4, LearningRates(1.5e-3, 7e-4)),
 )
 RECIPES = {"full": FULL_RECIPE, "small": SMALL_RECIPE, "smoke": SMOKE_RECIPE}
 
@@ -141,12 +132,12 @@ class Training:
         recipe = self.recipe
         return align_projector(self.model, self.symbols, self.features, recipe.align_steps, recipe.seed)
 
-    def on_images(self, phase: ImagePhase) -> Figures:
-        """Stage B or C."""
+    def on_images(self) -> Figures:
+        """Stage B."""
         form = FORMS[self.form]
         staged = with_schedule(self.model, form.method, form.selection, form.position_scheme)
         seed = self.recipe.seed + form.seed
-        return train_on_images(staged, self.model, self.features, self.held_out, phase, seed)
+        return train_on_images(staged, self.model, self.features, self.held_out, self.recipe.images, seed)
 
     def stages(self) -> dict[str, Callable[[], Figures]]:
         """All stages in their order."""
@@ -158,8 +149,7 @@ class Training:
             "tower": self.tower,
             **symbol_stages,
             "align": self.align,
-            f"{own}_part": partial(self.on_images, self.recipe.part),
-            f"{own}_full": partial(self.on_images, self.recipe.full),
+            f"{own}_images": self.on_images,
         }
 
     @property
@@ -234,10 +224,10 @@ def run_all(training: Training) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description="Train an embedded checkpoint from nothing.")
-    parser.add_argument("form", choices=[*FORMS, ALL_ABLATIONS], help="what the last two stages train with")
+    parser.add_argument("form", choices=[*FORMS, ALL_ABLATIONS], help="what the last stage trains with")
     parser.add_argument("--out", type=Path, required=True, help="directory for stages and models")
     parser.add_argument("--stages", nargs="+", help="only these (default: all)")
-    parser.add_argument("--recipe", choices=RECIPES, default="full", help="small: short last stages (default full)")
+    parser.add_argument("--recipe", choices=RECIPES, default="full", help="small: a short last stage (default full)")
     parser.add_argument("--smoke", action="store_true", help="a few steps of every stage: --recipe smoke")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     options = parser.parse_args(arguments)

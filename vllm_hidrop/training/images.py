@@ -1,4 +1,4 @@
-"""Stages align, B and C: real patches instead of symbols, few first, then all.
+"""Stages align and B: real patches instead of symbols.
 
 Axes as in ``batches.py``.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import trange
 from transformers import LlavaForConditionalGeneration
 
-from vllm_hidrop.training.batches import draw_patches, exact_matches, symbol_table
+from vllm_hidrop.training.batches import exact_matches, symbol_table
 from vllm_hidrop.training.language import (
     ALL_TYPES,
     Vision,
@@ -35,8 +35,6 @@ from vllm_hidrop.training.scenes import (
 from vllm_hidrop.training.staged import StagedTraining
 from vllm_hidrop.training.symbols import SymbolEmbedding
 from vllm_hidrop.training.tower import to_pixel_values, tower_features
-
-FEWEST_PATCHES = 4
 
 
 class SceneFeatures:
@@ -102,36 +100,21 @@ def align_projector(
     return {"relative_squared_error": float(np.mean(errors[-20:]))}
 
 
-def _keep_patches(scenes: list[Scene], num_kept: int, rng: np.random.Generator) -> Tensor:
-    """Ascending patch indices [S, num_kept] that show something of every thing."""
-    if num_kept == NUM_PATCHES:
-        return torch.arange(NUM_PATCHES).expand(len(scenes), -1)
-    kept = [sorted(draw_patches(scene, num_kept, rng, FEWEST_PATCHES)) for scene in scenes]
-    return torch.tensor(kept)
-
-
-def _see(
-    model: LlavaForConditionalGeneration,
-    scenes: list[Scene],
-    features: Tensor,
-    num_kept: int,
-    rng: np.random.Generator,
-) -> Vision:
-    patches = _keep_patches(scenes, num_kept, rng)
-    kept = features.gather(1, patches.unsqueeze(-1).expand(-1, -1, HIDDEN_SIZE))
-    return Vision(model.model.multi_modal_projector(kept), patches)
+def _see(model: LlavaForConditionalGeneration, features: Tensor) -> Vision:
+    embeddings = model.model.multi_modal_projector(features)
+    return Vision(embeddings, torch.arange(features.shape[1]).expand(len(features), -1))
 
 
 @torch.no_grad()
 def image_accuracy(
-    staged: StagedTraining, model: LlavaForConditionalGeneration, held_out: SceneFeatures, num_kept: int
+    staged: StagedTraining, model: LlavaForConditionalGeneration, held_out: SceneFeatures
 ) -> dict[str, float]:
     """Held-out exact match by question type on real patches, without late-read."""
     rng = np.random.default_rng(held_out_seed(1))
     matches: dict[str, list[bool]] = {}
     for start in range(0, len(held_out), 16):
         scenes, features = held_out.take(np.arange(start, min(start + 16, len(held_out))))
-        vision = _see(model, scenes, features, num_kept, rng)
+        vision = _see(model, features)
         text = draw_text(scenes, rng, 8, ALL_TYPES)
         logits = answer_logits(staged, model, vision, text, rng)
         for name, right in exact_matches(text, logits.argmax(-1)).items():
@@ -141,10 +124,9 @@ def image_accuracy(
 
 @dataclass(frozen=True)
 class ImagePhase:
-    """Stage B or C: how many of the patches are kept, and how fast to learn."""
+    """Stage B: how long and how fast to learn."""
 
     num_steps: int
-    num_kept: int
     scenes_per_step: int
     rates: LearningRates
 
@@ -161,16 +143,16 @@ def train_on_images(
     projector = model.model.multi_modal_projector
     named = [*trained_in_language(model), *projector.named_parameters(prefix="projector")]
     optimiser = PairedOptimiser(named, phase.rates, phase.num_steps)
-    rng = np.random.default_rng([seed, 4, phase.num_kept])
-    progress = trange(phase.num_steps, desc=f"{phase.num_kept} patches", mininterval=5)
+    rng = np.random.default_rng([seed, 4])
+    progress = trange(phase.num_steps, desc="stage B", mininterval=5)
     for step in progress:
         indices = rng.choice(len(features), phase.scenes_per_step, replace=False)
         scenes, patches = features.take(indices)
-        vision = _see(model, scenes, patches, phase.num_kept, rng)
+        vision = _see(model, patches)
         loss = answer_loss(staged, model, vision, draw_text(scenes, rng, 10, ALL_TYPES), rng)
         optimiser.step(loss)
         if step % 25 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
         if step % 100 == 99:
-            progress.write(f"step {step}: {image_accuracy(staged, model, held_out, phase.num_kept)}")
-    return image_accuracy(staged, model, held_out, phase.num_kept)
+            progress.write(f"step {step}: {image_accuracy(staged, model, held_out)}")
+    return image_accuracy(staged, model, held_out)

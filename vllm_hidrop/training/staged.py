@@ -24,9 +24,10 @@ class Selection(StrEnum):
     """What the backward pass knows of a cut."""
 
     DIFFERENTIABLE = "differentiable"
-    """A soft mask over all survivors, straight through: the paper's with ``dtopk.SMOOTH`` on log-scores."""
+    """Straight through a soft mask that all survivors learn from (``dtopk.SMOOTH``, log-scores), which stands for how
+    present a token is to the others: it multiplies the token's terms in the sums of every later softmax."""
     AS_WRITTEN = "as_written"
-    """The paper's soft mask to the letter, straight through."""
+    """Straight through the paper's soft mask, which multiplies the token's state and its values."""
     AS_RELEASED = "as_released"
     """Nothing: the choice is a constant, as in the released code."""
 
@@ -69,11 +70,15 @@ class StagedOutput:
 
 @dataclass(frozen=True)
 class State:
-    """The current rows of every sample, left-aligned: hidden [B, T', C], columns [B, T'] among the full rows."""
+    """The current rows of every sample, left-aligned: hidden [B, T', C], columns [B, T'] among the full rows.
+
+    ``presence`` [B, T'] is 1 and carries the gradient of the cuts behind.
+    """
 
     hidden: Tensor
     columns: Tensor
     rows: Rows
+    presence: Tensor | None = None
 
 
 def query_attention(query: Tensor, key: Tensor, rows: Rows) -> Tensor:
@@ -105,8 +110,8 @@ class StagedTraining(nn.Module):
     """Runs a language model under a schedule so that a loss can be taken behind it.
 
     Text rows run in every layer. Vision rows enter raw at the injection layer, are chosen at every cut by the method's
-    own score, per image, and are gone after the exit. At a cut in the differentiable form the residual and the values
-    of the survivors carry the gate of ``dtopk.gates``.
+    own score, per image, and are gone after the exit. At a cut the survivors get the gate of ``dtopk.gates``, which is
+    1 and has a gradient; :class:`Selection` says what it multiplies.
 
     **Source** arXiv 2602.23699 sections 3.1 to 3.3.
 
@@ -174,13 +179,13 @@ class StagedTraining(nn.Module):
             if self._keep_before(index).is_none and not stage.keep.is_none:
                 state = self._inject(state, embeds, rows)
             if stage.keep.is_none:
-                state = _gather(state, ~state.rows.is_vision)
+                state = replace(_gather(state, ~state.rows.is_vision), presence=None)
             elif self.selects(index) and self.signal is Signal.NEXT_ATTENTION:
                 state = self._cut_layer(first, state, stage.keep, rows)
                 first += 1
             elif self.selects(index):
                 kept, gate = self._choose(first, state, stage.keep, rows, attention)
-                state = self._renumbered(_gather(replace(state, hidden=state.hidden * gate[..., None]), kept))
+                state = self._renumbered(_gather(self._gated(state, gate), kept))
             state, attention = self.run_layers(first, end, state, self._scores_for(index + 1))
         return state
 
@@ -214,18 +219,20 @@ class StagedTraining(nn.Module):
         rotary = self.decoder.rotary(state.hidden, state.rows.positions)
         hidden, attention = state.hidden, None
         for index in range(first, end):
-            hidden, query, key = self._run(index, hidden, rotary)
+            hidden, query, key = self._run(index, hidden, rotary, state.presence)
             if scores and index == end - 1:
                 attention = query_attention(query, key, state.rows)
         return replace(state, hidden=hidden), attention
 
-    def _run(self, index: int, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    def _run(
+        self, index: int, hidden: Tensor, rotary: Rotary, presence: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             result: tuple[Tensor, Tensor, Tensor] = checkpoint(
-                self.decoder.run, index, hidden, rotary, use_reentrant=False
+                self.decoder.run, index, hidden, rotary, presence, use_reentrant=False
             )
             return result
-        return self.decoder.run(index, hidden, rotary)
+        return self.decoder.run(index, hidden, rotary, presence)
 
     def _cut_layer(self, index: int, state: State, keep: Keep, full_rows: Rows) -> State:
         projected = self.decoder.project(index, state.hidden)
@@ -241,13 +248,24 @@ class StagedTraining(nn.Module):
         query, key, value = projected
         rotated = rotate(query, key, self.decoder.rotary(state.hidden, state.rows.positions))
         kept, gate = self._choose(index, state, keep, full_rows, query_attention(*rotated, state.rows))
-        gated = replace(state, hidden=state.hidden * gate[..., None].to(state.hidden.dtype))
-        value = value * gate[:, None, :, None].to(value.dtype)
+        gated = self._gated(state, gate)
+        if self.selection is Selection.AS_WRITTEN:
+            value = value * gate[:, None, :, None].to(value.dtype)
         order, is_valid = left_aligned(kept & state.rows.is_valid)
         short = self._renumbered(_at(gated, order, is_valid))
         query, key, value = (_at_rows(part, order) for part in (query, key, value))
         query, key = rotate(query, key, self.decoder.rotary(short.hidden, short.rows.positions))
-        return replace(short, hidden=self.decoder.finish(index, short.hidden, attend(query, key, value)))
+        return replace(
+            short, hidden=self.decoder.finish(index, short.hidden, attend(query, key, value, short.presence))
+        )
+
+    def _gated(self, state: State, gate: Tensor) -> State:
+        """The cut's gradient: on the residual as written, else on how present a row is to the others."""
+        if self.selection is Selection.AS_WRITTEN:
+            return replace(state, hidden=state.hidden * gate[..., None].to(state.hidden.dtype))
+        if not gate.requires_grad:
+            return state
+        return replace(state, presence=gate if state.presence is None else gate * state.presence)
 
     def _choose(
         self, layer: int, state: State, keep: Keep, full_rows: Rows, attention: Tensor | None
@@ -297,7 +315,8 @@ def _gather(state: State, kept: Tensor) -> State:
 
 def _at(state: State, order: Tensor, is_valid: Tensor) -> State:
     hidden = state.hidden.gather(1, order[..., None].expand(-1, -1, state.hidden.shape[2]))
-    return State(hidden, state.columns.gather(1, order), state.rows.take(order, is_valid))
+    presence = None if state.presence is None else state.presence.gather(1, order)
+    return State(hidden, state.columns.gather(1, order), state.rows.take(order, is_valid), presence)
 
 
 def _at_rows(heads: Tensor, order: Tensor) -> Tensor:
