@@ -13,19 +13,21 @@ from vllm_hidrop.config import HidropConfig, Resolved, resolve
 from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.models.families import FAMILIES
 from vllm_hidrop.training.prompts import IGNORED, Batch, PromptEncoder
+from vllm_hidrop.training.ratio import Ratio, make_ratio
 from vllm_hidrop.training.run_config import StageName, TrainConfig
 from vllm_hidrop.training.staged import StagedTraining
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model to train: its directory, its parts and the schedule it is trained with."""
+    """A model to train: its directory, its parts, the schedule it is trained with and what learns its keeps, if any."""
 
     directory: Path
     llava: Any
     encoder: PromptEncoder
     resolved: Resolved
     shape: ModelShape
+    ratio: Ratio | None
 
 
 def model_directory(model: str) -> Path:
@@ -47,7 +49,7 @@ def load_checkpoint(config: TrainConfig) -> Checkpoint:
     """Load weights in float32, tokenizer and processor, and resolve the schedule for them.
 
     Raises:
-        ValueError: the directory holds no LLaVA that can run staged, or the schedule does not fit it.
+        ValueError: the directory holds no LLaVA that can run staged, the schedule does not fit it or cannot be learnt.
     """
     from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
@@ -64,10 +66,11 @@ def load_checkpoint(config: TrainConfig) -> Checkpoint:
         HidropConfig.parse(choice or {}), shape, None if choice else getattr(model_config, "hidrop", None)
     )
     resolved = replace(resolved, positions=config.positions or resolved.positions)
+    ratio = make_ratio(resolved, shape, config.ratio_weight) if config.ratio == "learnable" else None
     processor = AutoProcessor.from_pretrained(directory)
     encoder = PromptEncoder(processor, model_config.image_token_index, shape.tokens_per_image, config.max_length)
     llava = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
-    return Checkpoint(directory, llava, encoder, resolved, shape)
+    return Checkpoint(directory, llava, encoder, resolved, shape, ratio)
 
 
 def freeze_for(llava: Any, stage: StageName) -> None:
@@ -80,11 +83,16 @@ def freeze_for(llava: Any, stage: StageName) -> None:
 
 
 class LlavaTraining(nn.Module):
-    """Batch in, summed cross entropy of the targets out; the logits of no other row are computed."""
+    """Batch in, summed cross entropy of the targets out; the logits of no other row are computed.
+
+    With a learnable ratio its penalty is in every target's loss, so the mean over a step's targets holds it once.
+    """
 
     def __init__(self, checkpoint: Checkpoint, config: TrainConfig) -> None:
         super().__init__()
         self.llava = checkpoint.llava
+        self.tokens_per_image = checkpoint.shape.tokens_per_image
+        self.ratio = checkpoint.ratio
         self.staged = StagedTraining.from_method(
             self.llava.model.language_model,
             checkpoint.resolved.method,
@@ -92,7 +100,13 @@ class LlavaTraining(nn.Module):
             config.selection,
             checkpoint.resolved.positions,
             config.gradient_checkpointing,
+            self.ratio,
         )
+
+    @property
+    def mean_vision_tokens(self) -> float:
+        """Tokens of an image in the last step, mean over the layers."""
+        return self.staged.schedule.mean_kept(self.tokens_per_image)
 
     def embed(self, batch: Batch) -> Tensor:
         """Token embeddings [B, T, C] with projector outputs at the vision rows."""
@@ -113,4 +127,5 @@ class LlavaTraining(nn.Module):
         targets = batch.targets.gather(1, output.columns)
         is_target = (targets != IGNORED) & output.is_valid
         logits = self.llava.lm_head(output.hidden[is_target])
-        return functional.cross_entropy(logits.float(), targets[is_target], reduction="sum")
+        loss = functional.cross_entropy(logits.float(), targets[is_target], reduction="sum")
+        return loss if self.ratio is None else loss + self.ratio.penalty() * (batch.targets != IGNORED).sum()

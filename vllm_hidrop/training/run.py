@@ -19,8 +19,9 @@ from vllm_hidrop.training.conversations import Source, open_source
 from vllm_hidrop.training.feeding import Share, ShuffledPositions, feed
 from vllm_hidrop.training.hub_checkpoint import save_hub_checkpoint
 from vllm_hidrop.training.llava_training import LlavaTraining, freeze_for, load_checkpoint
+from vllm_hidrop.training.ratio import learnt_options
 from vllm_hidrop.training.run_config import Stage, TrainConfig
-from vllm_hidrop.training.run_log import NoLog, open_log
+from vllm_hidrop.training.run_log import NoLog, StepFigures, open_log
 from vllm_hidrop.training.saved_state import Progress
 from vllm_hidrop.training.stage_loop import StageLoop
 
@@ -79,6 +80,8 @@ class Run:
         if saved is not None:
             self._check_sizes(saved["num_samples"])
             self._load_weights(saved["weights"])
+            if self.module.ratio is not None:
+                self.module.ratio.load_state_dict(saved["ratio"])
 
     def _check_sizes(self, before: list[int]) -> None:
         now = [len(source) for source in self.sources]
@@ -104,7 +107,8 @@ class Run:
             accelerator.num_processes,
         )
         num_steps = _num_steps(stage, source, share)
-        loop = StageLoop(accelerator, self.module, stage, index, num_steps, self.config.output)
+        own_rates = {} if self.module.ratio is None else {"ratio.logits": self.config.ratio_lr}
+        loop = StageLoop(accelerator, self.module, stage, index, num_steps, self.config.output, own_rates)
         first = self._resume(loop, index)
         self._run_steps(loop, ShuffledPositions(source, (self.config.seed, index)), stage, share, first)
         accelerator.free_memory()
@@ -125,14 +129,18 @@ class Run:
         hidden = not self.accelerator.is_main_process
         with tqdm(total=loop.num_steps, initial=first, desc=stage.stage, disable=hidden, mininterval=1) as progress:
             for batches in steps:
-                figures = loop.step(batches)
+                figures = loop.step(batches)._replace(mean_vision_tokens=self.module.mean_vision_tokens)
                 self.log.add(figures)
-                progress.set_postfix(
-                    loss=f"{figures.loss:.4f}", tokens_per_second=f"{figures.tokens_per_second:.0f}", refresh=False
-                )
+                progress.set_postfix(self._shown(figures), refresh=False)
                 progress.update()
                 if figures.step % self.config.save_every == 0 or figures.step == loop.num_steps:
                     self.save(loop)
+
+    def _shown(self, figures: StepFigures) -> dict[str, str]:
+        shown = {"loss": f"{figures.loss:.4f}", "tokens_per_second": f"{figures.tokens_per_second:.0f}"}
+        if self.module.ratio is not None:
+            shown["keeps"] = "/".join(map(str, self.module.ratio.keeps()))
+        return shown
 
     def save(self, loop: StageLoop) -> None:
         """Write a checkpoint of this moment."""
@@ -142,6 +150,7 @@ class Run:
             "config": self.settings,
             "num_samples": [len(source) for source in self.sources],
             "weights": {name: state[name] for name in sorted(self.changed)},
+            "ratio": {} if self.module.ratio is None else self.module.ratio.state_dict(),
             "loop": loop.state(),
             "generators": generators,
         }
@@ -152,9 +161,12 @@ class Run:
     def finish(self) -> Path:
         """Write the finished model."""
         resolved = self.checkpoint.resolved
+        options = dict(resolved.options)
+        if self.module.ratio is not None:
+            options = learnt_options(resolved, self.checkpoint.shape, self.module.ratio.schedule())
         entries: dict[str, dict[str, Any]] = {
-            "hidrop": {"method": resolved.method.name, "preset": resolved.preset, "options": dict(resolved.options)},
-            "hidrop_training": {"selection": self.config.selection},
+            "hidrop": {"method": resolved.method.name, "preset": resolved.preset, "options": options},
+            "hidrop_training": {"selection": self.config.selection, "ratio": self.config.ratio},
         }
         if resolved.positions is not PositionScheme.PERSISTENT:
             entries["hidrop"]["positions"] = str(resolved.positions)

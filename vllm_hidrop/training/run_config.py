@@ -94,7 +94,10 @@ class TrainConfig(StageValues):
     output: Path = Field(description="checkpoints, log and the finished model go here")
     stage: Annotated[tuple[StageConfig, ...], BeforeValidator(_as_list), Field(min_length=1)]
     hidrop: HidropChoice | None = Field(None, description="default: the model's own entry, else no pruning")
-    selection: Literal["differentiable", "as_released"] = "differentiable"
+    selection: Literal["differentiable", "as_written", "as_released"] = "differentiable"
+    ratio: Literal["fixed", "learnable"] = Field("fixed", description="the keeps of the schedule, or learnt from there")
+    ratio_weight: float = Field(10.0, gt=0, description="learnable: of the penalty that holds the schedule's mean")
+    ratio_lr: float = Field(1e-3, gt=0, description="learnable: peak learning rate of the logits")
     positions: PositionScheme | None = Field(
         None, description="default: persistent, or where hidrop is left out the model's own"
     )
@@ -109,6 +112,12 @@ class TrainConfig(StageValues):
     def _every_stage_has_data(self) -> Self:
         if any(stage.data is None for stage in self.stage) and self.data is None:
             raise ValueError("data is missing")
+        return self
+
+    @model_validator(mode="after")
+    def _can_learn_its_ratio(self) -> Self:
+        if self.ratio == "learnable" and self.selection == "as_released":
+            raise ValueError("ratio learnable needs selection differentiable or as_written, got as_released")
         return self
 
     def stages(self) -> tuple[Stage, ...]:

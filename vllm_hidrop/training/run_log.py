@@ -8,7 +8,10 @@ from vllm_hidrop.training.saved_state import Progress
 
 
 class StepFigures(NamedTuple):
-    """One line of the log; ``stage`` counts from 0 and ``step`` from 1, ``tokens`` are valid rows of full prompts."""
+    """One line of the log; ``stage`` counts from 0 and ``step`` from 1, ``tokens`` are valid rows of full prompts.
+
+    ``mean_vision_tokens`` are those of an image that the schedule holds, mean over the layers.
+    """
 
     stage: int
     step: int
@@ -17,6 +20,7 @@ class StepFigures(NamedTuple):
     grad_norm: float
     tokens: int
     tokens_per_second: float
+    mean_vision_tokens: float = float("nan")
 
 
 class RunLog(Protocol):

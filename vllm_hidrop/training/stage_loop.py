@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -39,15 +39,25 @@ class StageLoop:
         index: which stage, from 0.
         num_steps: the stage's length.
         output: where the batch of a stop is left.
+        own_rates: peak learning rates of parameters that have their own, by name; without weight decay.
     """
 
     def __init__(
-        self, accelerator: Any, module: torch.nn.Module, stage: Stage, index: int, num_steps: int, output: Path
+        self,
+        accelerator: Any,
+        module: torch.nn.Module,
+        stage: Stage,
+        index: int,
+        num_steps: int,
+        output: Path,
+        own_rates: Mapping[str, float],
     ) -> None:
         self.accelerator = accelerator
         self.index, self.num_steps, self.output = index, num_steps, output
         self.trained = {name: one for name, one in module.named_parameters() if one.requires_grad}
-        optimiser = torch.optim.AdamW(self.trained.values(), lr=stage.lr, weight_decay=stage.weight_decay)
+        shared: dict[str, Any] = {"params": [one for name, one in self.trained.items() if name not in own_rates]}
+        own = [{"params": [self.trained[name]], "lr": rate, "weight_decay": 0.0} for name, rate in own_rates.items()]
+        optimiser = torch.optim.AdamW([shared, *own], lr=stage.lr, weight_decay=stage.weight_decay)
         num_warm_up = math.ceil(stage.warm_up * num_steps)
         factor = partial(cosine_with_warm_up, num_warm_up=num_warm_up, num_steps=num_steps)
         # Not prepared by accelerate, which would step it once per process.

@@ -18,6 +18,7 @@ from vllm_hidrop.pruning import ALL, Keep, Schedule
 from vllm_hidrop.scoring import Scorer, Signal, Signals, select_top
 from vllm_hidrop.training.decoder import Decoder, Rotary, attend, rotate
 from vllm_hidrop.training.dtopk import SMOOTH, gates
+from vllm_hidrop.training.ratio import Ratio
 
 
 class Selection(StrEnum):
@@ -126,6 +127,7 @@ class StagedTraining(nn.Module):
         selection: a :class:`Selection`.
         position_scheme: a :class:`PositionScheme`.
         gradient_checkpointing: recompute layers in the backward pass.
+        ratio: learns the keeps; None for those of the schedule.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class StagedTraining(nn.Module):
         selection: str = Selection.DIFFERENTIABLE,
         position_scheme: str = PositionScheme.PERSISTENT,
         gradient_checkpointing: bool = False,
+        ratio: Ratio | None = None,
     ) -> None:
         super().__init__()
         self.llm = llm
@@ -147,6 +150,7 @@ class StagedTraining(nn.Module):
         self.selection = Selection(selection)
         self.position_scheme = PositionScheme(position_scheme)
         self.gradient_checkpointing = gradient_checkpointing
+        self.ratio = ratio
 
     @classmethod
     def from_method(
@@ -157,13 +161,17 @@ class StagedTraining(nn.Module):
         selection: str = Selection.DIFFERENTIABLE,
         position_scheme: str = PositionScheme.PERSISTENT,
         gradient_checkpointing: bool = False,
+        ratio: Ratio | None = None,
     ) -> Self:
         """The forward of a method on a model of this shape; ``ValueError`` when they do not fit."""
         schedule = method.schedule(shape)
-        return cls(llm, schedule, method.signal, method.score, selection, position_scheme, gradient_checkpointing)
+        scoring = method.signal, method.score
+        return cls(llm, schedule, *scoring, selection, position_scheme, gradient_checkpointing, ratio)
 
     def forward(self, embeds: Tensor, rows: Rows) -> StagedOutput:
         """Run all layers on embeddings [B, T, C] with projector outputs at the vision rows."""
+        if self.ratio is not None:
+            self.schedule = self.ratio.schedule()  # same stages, this step's keeps
         if self.position_scheme is PositionScheme.GROUPED:
             rows = replace(rows, positions=_grouped_positions(rows))
         columns = torch.arange(embeds.shape[1], device=embeds.device).expand(len(embeds), -1)
@@ -288,13 +296,14 @@ class StagedTraining(nn.Module):
                 scores = self.scorer(signals)
                 kept[sample, here[select_top(scores.detach(), num_kept)]] = True
                 if seen is not None and torch.is_grad_enabled() and self.selection is not Selection.AS_RELEASED:
-                    gate = gate.index_put((here.new_tensor(sample), here), self._gates(scores, num_kept))
+                    gate = gate.index_put((here.new_tensor(sample), here), self._gates(layer, scores, num_kept))
         return kept, gate
 
-    def _gates(self, scores: Tensor, num_kept: int) -> Tensor:
+    def _gates(self, layer: int, scores: Tensor, num_kept: int) -> Tensor:
+        share = None if self.ratio is None else self.ratio.dropped_share(layer, len(scores))
         if self.selection is Selection.AS_WRITTEN:
-            return gates(scores, num_kept)
-        return gates(scores.clamp_min(torch.finfo(scores.dtype).tiny).log(), num_kept, factor=SMOOTH)
+            return gates(scores, num_kept, share)
+        return gates(scores.clamp_min(torch.finfo(scores.dtype).tiny).log(), num_kept, share, SMOOTH)
 
     def _renumbered(self, state: State) -> State:
         if self.position_scheme is not PositionScheme.COMPACTED:
