@@ -14,7 +14,7 @@ COLOURS = {Group.SHIPPED: "black", Group.EQUAL: "tab:orange", Group.LATE: "tab:g
 SUFFIX = {Group.EQUAL: " (no training)", Group.LATE: " (no training, late cut)"}
 NUM_LABELS = 22
 """As many fit above each other."""
-LABEL_TOKENS, FULL_TOKENS = 290, 500
+LABEL_TOKENS, FULL_TOKENS = 310, 500
 """Where the labels stand; points right of the second are labelled at their left."""
 DODGE_TOKENS = 4
 """Points with as many tokens as another stand this far to its right, so that intervals do not cover each other."""
@@ -44,7 +44,9 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     ends = [end for row in rows for end in row["interval"]]
     gap = 100 * (max(ends) - min(ends)) / NUM_LABELS
     is_left = [place < FULL_TOKENS for place in places]
-    spread = iter(spaced([height for height, left in zip(heights, is_left, strict=True) if left], gap))
+    beside = spaced([height for height, left in zip(heights, is_left, strict=True) if left], gap)
+    axes.set_ylim(min([100 * min(ends), *beside]) - gap, max([100 * max(ends), *beside]) + gap)
+    spread = iter(beside)
     for row, place, height, left in zip(rows, places, heights, is_left, strict=True):
         low, high = (100 * end for end in row["interval"])
         colour = COLOURS[Group(row["group"])]
