@@ -10,6 +10,7 @@ import torch
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.embedded import CHECKPOINTS
 from vllm_hidrop.methods.fastv import FastV
+from vllm_hidrop.positions import PositionScheme
 from vllm_hidrop.training import embedded
 from vllm_hidrop.training.batches import IGNORED, pack_questions
 from vllm_hidrop.training.evaluate import Checkpoint, make_example
@@ -19,7 +20,7 @@ from vllm_hidrop.training.model import build_model
 from vllm_hidrop.training.questions import draw_questions
 from vllm_hidrop.training.scenes import NUM_PATCHES, make_scene
 from vllm_hidrop.training.schedules import FORMS, HIDROP, SHAPE, Form, trained_entry, with_schedule
-from vllm_hidrop.training.staged import PositionScheme, Rows, Selection
+from vllm_hidrop.training.staged import Rows, Selection
 from vllm_hidrop.training.vocabulary import TOKEN_IDS
 
 SAME_BUDGET = ("flat", "pyramiddrop", "early_cut", "random", "compacted", "grouped", "hidrop_seed1")

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from vllm_hidrop.positions import PositionScheme
 from vllm_hidrop.training.batches import IGNORED, TextBatch, pack_questions, random_words
 from vllm_hidrop.training.prefix_llm import LateRead, Prefix, SharedImage
 from vllm_hidrop.training.questions import QUESTION_TYPES, draw_questions
 from vllm_hidrop.training.scenes import NUM_PATCHES, Scene
-from vllm_hidrop.training.staged import PositionScheme, StagedTraining
+from vllm_hidrop.training.staged import StagedTraining
 from vllm_hidrop.training.vocabulary import BOS, SYSTEM, TOKEN_IDS, USER
 
 FIRST_READING_LAYER = 3

@@ -15,10 +15,11 @@ from vllm_hidrop.methods.controls import Random
 from vllm_hidrop.methods.hidrop import HiDrop
 from vllm_hidrop.methods.none import NoPruning
 from vllm_hidrop.methods.pyramiddrop import PyramidDrop
+from vllm_hidrop.positions import PositionScheme
 from vllm_hidrop.scoring import Signal
 from vllm_hidrop.training.model import NUM_LLM_LAYERS
 from vllm_hidrop.training.scenes import NUM_PATCHES
-from vllm_hidrop.training.staged import PositionScheme, Selection, StagedTraining
+from vllm_hidrop.training.staged import Selection, StagedTraining
 
 SHAPE = ModelShape(NUM_LLM_LAYERS, NUM_PATCHES)
 PRESET = "embedded"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vllm_hidrop.methods import Method, ModelShape
-from vllm_hidrop.positions import PositionScheme as PositionScheme  # noqa: PLC0414 (exported)
+from vllm_hidrop.positions import PositionScheme
 from vllm_hidrop.pruning import ALL, Keep, Schedule
 from vllm_hidrop.scoring import Scorer, Signal, Signals, select_top
 from vllm_hidrop.training.decoder import Decoder, Rotary, attend, rotate
