@@ -19,7 +19,7 @@ from vllm_hidrop.training.language import Vision, answer_logits
 from vllm_hidrop.training.model import build_model
 from vllm_hidrop.training.questions import draw_questions
 from vllm_hidrop.training.scenes import NUM_PATCHES, make_scene
-from vllm_hidrop.training.schedules import FORMS, HIDROP, SHAPE, Form, trained_entry, with_schedule
+from vllm_hidrop.training.schedules import FLAT_KEEP, FORMS, HIDROP, SHAPE, Form, trained_entry, with_schedule
 from vllm_hidrop.training.staged import Rows, Selection
 from vllm_hidrop.training.vocabulary import TOKEN_IDS
 
@@ -94,7 +94,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_row_is_trained_and_served_with_its_own_schedule(trained: Path) -> None:
     config = json.loads((trained / "flat" / "config.json").read_text(encoding="utf-8"))
     assert config["hidrop"] == trained_entry("flat")
-    assert Checkpoint(trained / "flat").schedule.kept(NUM_PATCHES) == (0, 576, 64, 0)
+    assert Checkpoint(trained / "flat").schedule.kept(NUM_PATCHES) == (0, 576, FLAT_KEEP, 0)
 
 
 def test_a_rows_seed_changes_its_own_stages_and_not_the_base(trained: Path) -> None:
