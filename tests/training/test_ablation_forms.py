@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from vllm_hidrop.training.model import build_model
 from vllm_hidrop.training.questions import draw_questions
 from vllm_hidrop.training.scenes import NUM_PATCHES, make_scene
 from vllm_hidrop.training.schedules import FLAT_KEEP, FORMS, HIDROP, SHAPE, Form, trained_entry, with_schedule
-from vllm_hidrop.training.staged import Rows, Selection
+from vllm_hidrop.training.staged import Rows, Selection, StagedTraining
 from vllm_hidrop.training.vocabulary import TOKEN_IDS
 
 SAME_BUDGET = ("flat", "pyramiddrop", "early_cut", "random", "compacted", "grouped", "hidrop_seed1")
@@ -129,3 +130,28 @@ def test_the_staged_answer_is_what_teacher_forcing_calls_right() -> None:
     answers = [checkpoint.answer(example.image, question.text) for question in example.questions]
     right = checkpoint.is_right(example.image, example.questions)
     assert [answer == one.answer for answer, one in zip(answers, example.questions, strict=True)] == right
+
+
+@pytest.mark.parametrize("scheme", list(PositionScheme))
+def test_a_checkpoint_is_evaluated_with_its_own_positions(scheme: PositionScheme, tmp_path: Path) -> None:
+    """Other ids than the trained ones cost answers, so an evaluation that ignored the entry would be wrong unseen."""
+    for file in CHECKPOINTS["hidrop"].iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    config["hidrop"]["positions"] = str(scheme)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    seen: list[PositionScheme] = []
+    checkpoint, make = Checkpoint(tmp_path), Checkpoint.staged
+
+    def staged(self: Checkpoint, *arguments: Any) -> StagedTraining:
+        made = make(self, *arguments)
+        seen.append(made.position_scheme)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoint, "staged", staged)
+        example = make_example(0)
+        checkpoint.is_right(example.image, example.questions[:1])
+        checkpoint.answer(example.image, example.questions[0].text, 1)
+    assert seen == [scheme, scheme]

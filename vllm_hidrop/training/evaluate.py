@@ -112,8 +112,13 @@ class Checkpoint:
         config: Any = self.model.config
         shape = ModelShape(config.text_config.num_hidden_layers, config.image_seq_length)
         resolved = resolve(HidropConfig.parse({}), shape, getattr(config, "hidrop", None))
-        self.schedule, self.method = resolved.schedule, resolved.method
+        self.schedule, self.method, self.positions = resolved.schedule, resolved.method, resolved.positions
         self.own = Probe("own schedule", self.schedule)
+
+    def staged(self, schedule: Schedule, signal: Signal, scorer: Scorer) -> StagedTraining:
+        """The decoder under a schedule, with the checkpoint's own positions."""
+        llm = self.model.model.language_model
+        return StagedTraining(llm, schedule, signal, scorer, position_scheme=self.positions)
 
     def _prompt(self, question: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": question}]
@@ -139,8 +144,7 @@ class Checkpoint:
         picture = Image.fromarray(image)
         ids = self.processor(images=picture, text=self._prompt(question), return_tensors="pt")["input_ids"]
         embeddings, num_prompt = self._embed(ids, picture), ids.shape[1]
-        llm = self.model.model.language_model
-        staged = StagedTraining(llm, self.schedule, self.method.signal, self.method.score)
+        staged = self.staged(self.schedule, self.method.signal, self.method.score)
         while ids.shape[1] < num_prompt + max_tokens:
             token = self.model.lm_head(staged(embeddings, self._rows_of(ids, num_prompt)).hidden[:, -1]).argmax(-1)
             if int(token) == self.processor.tokenizer.eos_token_id:
@@ -180,8 +184,7 @@ class Checkpoint:
         columns = torch.arange(ids.shape[1]).expand(ids.shape)
         images = torch.where(ids == self.model.config.image_token_index, 0, -1)
         rows = Rows(columns, images, is_valid, columns == starts[:, None] - 1)
-        llm = self.model.model.language_model
-        staged = StagedTraining(llm, probe.schedule, Signal.NEXT_ATTENTION, probe.score)
+        staged = self.staged(probe.schedule, Signal.NEXT_ATTENTION, probe.score)
         output = staged(self._embed(ids, picture), rows)
         predicted = self.model.lm_head(output.hidden).argmax(-1)
         expected = ids.gather(1, (output.columns + 1).clamp_max(ids.shape[1] - 1))
