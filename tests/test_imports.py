@@ -35,9 +35,10 @@ class Rule:
 PRUNING = ("vllm_hidrop.pruning",)
 POSITIONS = ("vllm_hidrop.positions", *PRUNING)
 SCORING = ("vllm_hidrop.scoring", *PRUNING)
-METHODS = ("vllm_hidrop.methods", *SCORING)
+DECIDING = ("vllm_hidrop.deciding", "vllm_hidrop.edits", "vllm_hidrop.merging", *SCORING)
+METHODS = ("vllm_hidrop.methods", *DECIDING)
 CONFIG = ("vllm_hidrop.config", *METHODS, *POSITIONS)
-ENGINE = ("vllm_hidrop.engine", *SCORING, *POSITIONS)
+ENGINE = ("vllm_hidrop.engine", *DECIDING, *POSITIONS)
 MODELS = ("vllm_hidrop.models", *CONFIG, *ENGINE)
 EVERYTHING = (*DIRECTORIES, "torch", "vllm")
 
@@ -46,9 +47,12 @@ RULES = {
     "vllm_hidrop.pruning": Rule(),
     "vllm_hidrop.positions": Rule(PRUNING),
     "vllm_hidrop.scoring": Rule((*PRUNING, "torch")),
-    "vllm_hidrop.methods": Rule((*SCORING, "torch")),
+    "vllm_hidrop.edits": Rule(("torch",)),
+    "vllm_hidrop.merging": Rule((*SCORING, "torch")),
+    "vllm_hidrop.deciding": Rule(("vllm_hidrop.edits", "vllm_hidrop.merging", *SCORING, "torch")),
+    "vllm_hidrop.methods": Rule((*DECIDING, "torch")),
     "vllm_hidrop.config": Rule((*METHODS, *POSITIONS, "torch")),
-    "vllm_hidrop.engine": Rule((*SCORING, *POSITIONS, "torch", "vllm")),
+    "vllm_hidrop.engine": Rule((*DECIDING, *POSITIONS, "torch", "vllm")),
     "vllm_hidrop.models": Rule((*CONFIG, *ENGINE, "torch", "vllm")),
     "vllm_hidrop.plugin": Rule(lazily=(*MODELS, "torch", "vllm")),
     "vllm_hidrop.torchvision_compat": Rule(lazily=("torch",)),

@@ -90,7 +90,7 @@ def resolve(config: HidropConfig, shape: ModelShape, trained: Mapping[str, Any] 
             f"this checkpoint was trained for {own.method} with options {own.options}, not {options}; "
             'serve those, or set "force": true'
         )
-    return Resolved(make_method(name, preset, options), preset, options, schedule, positions)
+    return Resolved(make_method(name, preset, options).fitted(shape), preset, options, schedule, positions)
 
 
 def _schedule(name: str, preset: str | None, options: Mapping[str, Any], shape: ModelShape) -> Schedule:

@@ -7,7 +7,8 @@ Layers are zero-based and layer ranges half-open.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
@@ -83,12 +84,23 @@ ALL = Keep()
 NOTHING = Keep(count=0)
 
 
+class Cached(StrEnum):
+    """Which vision tokens a stage's KV cache holds once the prompt has been prefilled."""
+
+    KEPT = "kept"
+    """Those the stage ran with."""
+    FINAL = "final"
+    """Of those, the ones that the last stage kept."""
+    NONE = "none"
+
+
 @dataclass(frozen=True)
 class Stage:
     """A run of consecutive decoder layers that hold one set of vision tokens."""
 
     first_layer: int
     keep: Keep
+    cached: Cached = Cached.KEPT
 
 
 @dataclass(frozen=True)
@@ -113,25 +125,33 @@ class Schedule:
         check_keeps([stage.keep for stage in self.stages])
 
     @classmethod
-    def of(cls, keeps: Mapping[int, KeepValue], num_layers: int) -> Self:
-        """Build from ``{first_layer: keep}`` as users write it.
+    def of(
+        cls, keeps: Mapping[int, KeepValue], num_layers: int, cached: Mapping[int, Cached | str] | None = None
+    ) -> Self:
+        """Build from ``{first_layer: keep}`` as users write it, and ``{first_layer: cached}`` where it is not KEPT.
 
         Raises:
             ValueError: the layers or keeps break an invariant; the message names it.
         """
-        stages = tuple(Stage(first, Keep.parse(keep)) for first, keep in sorted(keeps.items()))
+        cached = cached or {}
+        stages = tuple(
+            Stage(first, Keep.parse(keep), Cached(cached.get(first, Cached.KEPT)))
+            for first, keep in sorted(keeps.items())
+        )
         return cls(stages, num_layers)
 
     @classmethod
     def load(cls, data: Mapping[str, Any]) -> Self:
         """Read what :meth:`dump` wrote."""
-        return cls.of({int(k): v for k, v in data["keeps"].items()}, data["num_layers"])
+        cached = {int(k): v for k, v in data.get("cached", {}).items()}
+        return cls.of({int(k): v for k, v in data["keeps"].items()}, data["num_layers"], cached)
 
     def dump(self) -> dict[str, Any]:
         """Plain data (JSON-able), so that a schedule can travel inside an engine configuration."""
         return {
             "num_layers": self.num_layers,
             "keeps": {str(s.first_layer): s.keep.dump() for s in self.stages},
+            "cached": {str(s.first_layer): str(s.cached) for s in self.stages if s.cached is not Cached.KEPT},
         }
 
     @cached_property
@@ -154,7 +174,7 @@ class Schedule:
         if len(keeps) != len(self.stages):
             raise ValueError(f"this server has {len(self.stages)} stages, got {len(keeps)} keeps")
         stages = zip(self.stages, keeps, strict=True)
-        return Schedule(tuple(Stage(s.first_layer, Keep.parse(keep)) for s, keep in stages), self.num_layers)
+        return Schedule(tuple(replace(s, keep=Keep.parse(keep)) for s, keep in stages), self.num_layers)
 
     def kept(self, num_tokens: int) -> tuple[int, ...]:
         """Tokens of one image of ``num_tokens`` tokens held in every stage."""
@@ -208,14 +228,19 @@ class Span:
 class Plan:
     """For one request, the vision tokens every stage holds (host ints), known before it runs.
 
-    ``kept[s][i]`` is the number of tokens of image ``i`` in stage ``s``. ``fallback`` says why a request that could
-    have been pruned is not, and is None otherwise.
+    ``kept[s][i]`` is the number of tokens of image ``i`` in stage ``s``; where the method decides the number while
+    the prompt runs (``decided`` False), it is an upper bound until the worker has told. ``fallback`` says why a request
+    that could have been pruned is not, and is None otherwise. ``adaptive``: the method acts on this request even where
+    the counts do not show it. ``method`` names it.
     """
 
     num_prompt_tokens: int
     spans: tuple[Span, ...]
     kept: tuple[tuple[int, ...], ...]
     fallback: str | None = None
+    adaptive: bool = False
+    decided: bool = True
+    method: str = ""
 
     def __post_init__(self) -> None:
         for image, span in enumerate(self.spans):
@@ -239,8 +264,32 @@ class Plan:
 
     @cached_property
     def is_pruned(self) -> bool:
-        """Whether any stage drops anything."""
-        return any(self.dropped)
+        """Whether any stage drops anything, or the method may decide so."""
+        return self.adaptive or any(self.dropped)
+
+    def bounded(self, stage: int, kept: Sequence[int]) -> "Plan":
+        """The same with at most ``kept`` tokens of each image from ``stage`` on."""
+        lower = tuple(tuple(map(min, counts, kept)) for counts in self.kept[stage:])
+        return replace(self, kept=self.kept[:stage] + lower)
+
+    def settled(self, kept: Sequence[Sequence[int]]) -> "Plan":
+        """The plan with the counts that the worker decided.
+
+        Raises:
+            ValueError: a count exceeds its bound.
+        """
+        for stage, (bound, counts) in enumerate(zip(self.kept, kept, strict=True)):
+            if any(count > most for count, most in zip(counts, bound, strict=True)):
+                raise ValueError(f"stage {stage} keeps {counts}, more than the bound {bound}")
+        return replace(self, kept=tuple(map(tuple, kept)), decided=True)
+
+    def after_prefill(self, schedule: Schedule) -> "Plan":
+        """What the caches hold once the prompt has run: fewer than ran where a stage caches fewer."""
+        held = {Cached.FINAL: self.kept[-1], Cached.NONE: (0,) * len(self.spans)}
+        if not self.adaptive:
+            return self
+        kept = tuple(held.get(stage.cached, ran) for stage, ran in zip(schedule.stages, self.kept, strict=True))
+        return replace(self, kept=kept)
 
     def stage_tokens(self, stage: int, num_tokens: int) -> int:
         """Tokens of ``stage`` among the first ``num_tokens`` tokens of the request.
@@ -253,7 +302,9 @@ class Plan:
         return num_tokens - self.dropped[stage]
 
 
-def make_plan(schedule: Schedule, num_prompt_tokens: int, spans: Iterable[Span], keep_all: bool = False) -> Plan:
+def make_plan(
+    schedule: Schedule, num_prompt_tokens: int, spans: Iterable[Span], keep_all: bool = False, adaptive: bool = False
+) -> Plan:
     """Resolve a schedule for one prompt.
 
     Args:
@@ -261,6 +312,7 @@ def make_plan(schedule: Schedule, num_prompt_tokens: int, spans: Iterable[Span],
         num_prompt_tokens: length of the full prompt, vision tokens included.
         spans: the images' places in the prompt.
         keep_all: everything everywhere, equal to the dense model (``off``).
+        adaptive: the method decides how many stay; the schedule's keeps are upper bounds.
 
     Raises:
         ValueError: the keeps rise after injection for an image of this size.
@@ -268,7 +320,11 @@ def make_plan(schedule: Schedule, num_prompt_tokens: int, spans: Iterable[Span],
     ordered = tuple(sorted(spans, key=lambda span: span.offset))
     kept = tuple(tuple(stage.keep.resolve(span.length) for span in ordered) for stage in schedule.stages)
     whole = tuple(tuple(span.length for span in ordered) for _ in schedule.stages)
+    acts = (kept != whole or adaptive) and bool(ordered) and not keep_all
     fallback = None
-    if kept != whole and not keep_all and ordered[-1].end == num_prompt_tokens:
+    if acts and ordered[-1].end == num_prompt_tokens:
         fallback = "the prompt ends with an image: no text row is left to score from"
-    return Plan(num_prompt_tokens, ordered, whole if keep_all or fallback else kept, fallback)
+    adapts = adaptive and acts and fallback is None
+    return Plan(
+        num_prompt_tokens, ordered, whole if keep_all or fallback else kept, fallback, adapts, decided=not adapts
+    )

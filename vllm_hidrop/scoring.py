@@ -6,6 +6,7 @@ Knows tensors, not vLLM; knows one image at a time, not batches.
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +19,30 @@ class Signal(StrEnum):
     """Last prompt row's attention under the Q and K of the first layer of the new stage, on all current rows."""
     PREVIOUS_ATTENTION = "previous_attention"
     """The same under the Q and K of the last layer of the old stage, as that layer ran."""
+    CONTRIBUTION = "contribution"
+    """What each vision token adds to the last prompt row's attention output, in the last layer of the old stage."""
+    TEXT_ATTENTION = "text_attention"
+    """Attention of all text rows after the image, in the last layer of the old stage."""
     NONE = "none"
     """Nothing: the score depends on the token's place only."""
+
+
+class Contribution(NamedTuple):
+    """What each of V tokens adds to one row's attention output o, all heads side by side (VisiPruner eq. 6 to 8)."""
+
+    norm: torch.Tensor
+    """float32 [V], L2 norm of the token's share c of o."""
+    cosine: torch.Tensor
+    """float32 [V], cosine between o - c and o; NaN where either is zero."""
+
+
+class TextAttention(NamedTuple):
+    """Attention that V tokens get from the text rows behind them, mean over heads first (MustDrop section 3.2)."""
+
+    total: torch.Tensor
+    """float32 [V], sum over the text rows."""
+    peak: torch.Tensor
+    """float32 [V], maximum over the text rows."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +51,14 @@ class Signals:
 
     Attributes:
         layer: first layer of the new stage.
-        keep: tokens the new stage keeps, 0 < keep < V.
+        keep: tokens the new stage keeps, 0 < keep < V; for a method that decides itself, at most so many.
         num_image_tokens: tokens the image had before any cut.
         survivors: int64 [V], index of every survivor inside its image, ascending.
         attention: float32 [V], attention of the last prompt row to each survivor: softmax over all the request's
             rows, then mean over heads. None unless the method asks for a signal.
+        contribution: None unless the method asks for it.
+        text_attention: None unless the method asks for it.
+        protected: bool [V], the tokens the encoder named as key tokens; None where no encoder does.
     """
 
     layer: int
@@ -40,6 +66,9 @@ class Signals:
     num_image_tokens: int
     survivors: torch.Tensor
     attention: torch.Tensor | None
+    contribution: Contribution | None = None
+    text_attention: TextAttention | None = None
+    protected: torch.Tensor | None = None
 
 
 Scorer = Callable[[Signals], torch.Tensor]

@@ -3,20 +3,23 @@
 Knows plans and counts; not vLLM, not tensors on a device.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 
+from vllm_hidrop.deciding import Chooser
+from vllm_hidrop.merging import Reduced
 from vllm_hidrop.positions import grouped_ids
 from vllm_hidrop.pruning import Plan
 
 IntArray = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StageBatch:
     """The compact rows of one stage in one step.
 
@@ -53,6 +56,14 @@ class StageBatch:
         first_slots = self.seq_lens - self.num_rows - self.row_starts[:-1]
         return requests, np.arange(self.num_tokens) + first_slots[requests]
 
+    def without(self, fewer: IntArray) -> "StageBatch":
+        """The same with so many rows less of each request, int32 [R]."""
+        return StageBatch(self.num_rows - fewer, self.seq_lens - fewer)
+
+
+Survivors = tuple[tuple[IntArray, ...], ...]
+"""Per stage and image, the vision tokens the stage runs with: int32, ascending, zero-based inside the image."""
+
 
 @dataclass(frozen=True)
 class PrunedPrefill:
@@ -62,6 +73,11 @@ class PrunedPrefill:
     index: int
     """Place in the batch."""
     plan: Plan
+    chooser: Chooser
+    recorded: Survivors | None = None
+    """What was decided when this prompt ran before it was preempted; it is not decided again."""
+    reduced: tuple[Reduced, ...] = ()
+    """Per image, what the vision tower left of it; empty where the tower reduces nothing."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +99,39 @@ class StagedStep:
             p.request_id: tuple(p.plan.num_prompt_tokens - dropped for dropped in p.plan.dropped) for p in self.prefills
         }
 
+    def bounded(self, stage: int, kept: Mapping[int, Sequence[int]]) -> "StagedStep":
+        """The step once it is known that some prompts run with fewer tokens from ``stage`` on.
+
+        Args:
+            stage: the first stage that changes.
+            kept: prompt's place in the batch -> tokens of each of its images.
+        """
+        plans = [p.plan.bounded(stage, kept[p.index]) if p.index in kept else p.plan for p in self.prefills]
+        changed = [(p, plan) for p, plan in zip(self.prefills, plans, strict=True) if plan != p.plan]
+        if not changed:
+            return self
+        shared: dict[tuple[int, bytes], StageBatch] = {}
+        stages = list(self.stages[:stage])
+        for index in range(stage, len(self.stages)):
+            fewer = np.zeros_like(self.full.num_rows)
+            for prefill, plan in changed:
+                fewer[prefill.index] = plan.dropped[index] - prefill.plan.dropped[index]
+            before = self.stages[index]
+            key = id(before), fewer.tobytes()
+            if key not in shared:
+                shared[key] = before.without(fewer) if fewer.any() else before
+            stages.append(shared[key])
+        prefills = tuple(replace(p, plan=plan) for p, plan in zip(self.prefills, plans, strict=True))
+        return replace(self, stages=tuple(stages), prefills=prefills)
+
 
 def make_step(
     request_ids: Sequence[str],
     plans: Sequence[Plan],
     num_computed_tokens: IntArray,
     num_scheduled_tokens: IntArray,
+    choosers: Sequence[Chooser],
+    recorded: Mapping[str, Survivors] = MappingProxyType({}),
 ) -> StagedStep:
     """Lay out one step.
 
@@ -97,6 +140,8 @@ def make_step(
         plans: [R].
         num_computed_tokens: int32 [R], tokens of the full sequence already in the cache.
         num_scheduled_tokens: int32 [R], tokens of the full sequence this step adds.
+        choosers: [R], what picks the tokens of each request.
+        recorded: by request id, what was decided for prompts that have run before.
     """
     dropped = np.array([plan.dropped for plan in plans], dtype=np.int32).T
     starts_here = num_computed_tokens == 0
@@ -110,7 +155,9 @@ def make_step(
             shared[key] = StageBatch(num_scheduled_tokens - column * starts_here, totals - column)
         stages.append(shared[key])
     prefills = tuple(
-        PrunedPrefill(request_ids[i], int(i), plans[i]) for i in np.flatnonzero(starts_here) if plans[i].is_pruned
+        PrunedPrefill(request_ids[i], int(i), plans[i], choosers[i], recorded.get(request_ids[i]))
+        for i in np.flatnonzero(starts_here)
+        if plans[i].is_pruned
     )
     return StagedStep(full, tuple(stages), prefills)
 

@@ -8,8 +8,9 @@ from typing import Any, Self
 import torch
 
 from vllm_hidrop.engine.batch import StagedStep
-from vllm_hidrop.engine.forward import AttentionInputs, Rows, StagedForward, attention_to
+from vllm_hidrop.engine.forward import AttentionInputs, Enter, Outcome, Rows, StagedForward
 from vllm_hidrop.engine.layout import ImageRun
+from vllm_hidrop.engine.watch import Scores, Watch, attention_to
 
 
 class CompactedForward(StagedForward):
@@ -24,24 +25,30 @@ class CompactedForward(StagedForward):
     **Differs** several images: each is numbered on from the row before it, as in training.
     """
 
-    def __call__(self, step: StagedStep, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def __call__(self, step: StagedStep, embeds: torch.Tensor, positions: torch.Tensor, enter: Enter) -> Outcome:
         """Run all layers; the ids in ``positions`` are those before the first cut."""
-        return super().__call__(step, embeds, positions.clone())
+        return super().__call__(step, embeds, positions.clone(), enter)
 
     def _shorten(self, rows: Rows, runs: list[ImageRun], kept: torch.Tensor, positions: torch.Tensor) -> None:
         super()._shorten(rows, runs, kept, positions)
         renumber(positions, rows.full, runs)
 
-    def _run_cut_layer(self, index: int, rows: Rows, runs: list[ImageRun], positions: torch.Tensor) -> None:
+    def _run_cut_layer(
+        self, rows: Rows, runs: list[ImageRun], positions: torch.Tensor, scores: Scores, watch: Watch
+    ) -> None:
+        index = watch.layers[0]
+        inside = [run for run in runs if run.cuts_inside]
         layer: Any = self.layers[index]
 
         def select(attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> AttentionInputs:
-            kept = self._select(rows, runs, index, attention_to(runs, attention, query, key))
-            self._shorten(rows, runs, kept, positions)
-            return *unrotated.rotate(positions[rows.full], kept), value[kept]
+            kept = self._cut(rows, runs, positions, scores | attention_to(inside, attention, query, key), watch)
+            shortened = *unrotated.rotate(positions[rows.full], kept), value[kept]
+            if watch.looks_at(index):
+                watch.observe(attention, *shortened)
+            return shortened
 
         with _Unrotated(layer.self_attn.rotary_emb) as unrotated:
-            self._run_layer(index, rows, positions[rows.full], select)
+            self._run_layer(index, rows, positions[rows.full], select, watch.edits(index))
 
 
 def renumber(positions: torch.Tensor, full: torch.Tensor, runs: list[ImageRun]) -> None:

@@ -10,16 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_hidrop.engine.batch import StagedStep
-from vllm_hidrop.engine.layout import ImageRun, after_injection, gather_index, image_runs
+from vllm_hidrop.engine.batch import StagedStep, Survivors
+from vllm_hidrop.engine.decisions import Decisions
+from vllm_hidrop.engine.layout import ImageRun, Selections, after_injection, gather_index, image_runs
 from vllm_hidrop.engine.norm import add_norm, can_fuse, fused_add_norm
-from vllm_hidrop.engine.signals import row_attention
+from vllm_hidrop.engine.watch import Edit, Scores, Watch, attention_to, edit_output
 from vllm_hidrop.pruning import Schedule
-from vllm_hidrop.scoring import Scorer, Signal, Signals, select_top
+from vllm_hidrop.scoring import Signals, select_top
 
 AttentionInputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Observer = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], AttentionInputs | None]
 """(attention module, query [T, H * D], key and value [T, G * D]) -> what to attend with, or None for the same."""
+Enter = Callable[[StagedStep, int], None]
+"""(step, stage): called before a stage runs with other rows than were laid out for it."""
 
 
 @dataclass
@@ -38,65 +41,72 @@ class Rows:
         self.full = self.full[index]
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a staged step came to.
+
+    Attributes:
+        hidden: [T, C], final hidden states; rows that the last stage does not hold are zero.
+        step: the step with the counts it ran with.
+        survivors: by request id, what was decided about the adaptive prompts.
+    """
+
+    hidden: torch.Tensor
+    step: StagedStep
+    survivors: dict[str, Survivors]
+
+
 class StagedForward:
     """Runs a step that prefills pruned prompts.
 
     At a cut the first layer of the new stage computes Q, K and V of all current rows once, the scorer reads Q and K,
     and the layer goes on with the gathered Q, K, V and residual: nothing is projected twice. An injected row is the
-    projector's output with residual 0. Rows keep the positions they are given throughout.
+    projector's output with residual 0. Rows keep the positions they are given throughout. What an adaptive method
+    decides under the last layer of a stage shortens the rows before the next one.
 
     Args:
         layers: the decoder layers, in order.
         norm: the final norm of (hidden, residual).
         schedule: the server's stages.
-        signal: what the scorer needs.
-        scorer: scores one image's survivors.
     """
 
-    def __init__(
-        self, layers: Sequence[nn.Module], norm: nn.Module, schedule: Schedule, signal: Signal, scorer: Scorer
-    ) -> None:
+    def __init__(self, layers: Sequence[nn.Module], norm: nn.Module, schedule: Schedule) -> None:
         self.layers = layers
         self.norm = norm
         self.schedule = schedule
-        self.signal = signal
-        self.scorer = scorer
         self.add_norm = fused_add_norm if can_fuse(norm) else add_norm
 
-    def __call__(self, step: StagedStep, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def __call__(self, step: StagedStep, embeds: torch.Tensor, positions: torch.Tensor, enter: Enter) -> Outcome:
         """Run all layers.
 
         Args:
             step: the step's layout.
             embeds: [T, C], input embeddings of the full rows, projector outputs at the vision rows.
             positions: int64 [T], RoPE positions of the full rows.
-
-        Returns:
-            [T, C], final hidden states; rows that the last stage does not hold are zero.
+            enter: see :data:`Enter`.
         """
         rows = Rows(embeds, None, torch.arange(embeds.shape[0], device=embeds.device))
-        scores: dict[tuple[int, int], torch.Tensor] = {}
-        for stage, batch in enumerate(step.stages):
-            first, end = self.schedule.stages[stage].first_layer, self.schedule.end_layers[stage]
+        decisions = Decisions(step)
+        scores: Scores = {}
+        for stage, laid_out in enumerate(step.stages):
+            step = decisions.enter(step, stage)
+            if step.stages[stage] is not laid_out:
+                enter(step, stage)
+            layers = range(self.schedule.stages[stage].first_layer, self.schedule.end_layers[stage])
             runs = self._inject(rows, image_runs(step, stage), embeds)
-            if self._cuts_inside(runs):
-                self._run_cut_layer(first, rows, runs, positions)
-                first += 1
+            watch = Watch.of(step, stage, layers, decisions)
+            if any(run.cuts_inside for run in runs):
+                self._run_cut_layer(rows, runs, positions, scores, watch)
+                layers = layers[1:]
             elif runs:
-                self._shorten(rows, runs, self._select(rows, runs, first, scores), positions)
-            assert rows.hidden.shape[0] == batch.num_tokens, "rows differ from the plan"
-            scores = self._run_layers(first, end, rows, positions, self._upcoming(step, stage))
+                self._cut(rows, runs, positions, scores, watch)
+            assert rows.hidden.shape[0] == step.stages[stage].num_tokens, "rows differ from the plan"
+            here = positions[rows.full]
+            for index in layers:
+                self._run_layer(index, rows, here, watch.observe if watch.looks_at(index) else None, watch.edits(index))
+            scores = watch.settle()
         hidden, _ = self.add_norm(self.norm, rows.hidden, rows.residual)
-        return _scatter(hidden, rows.full, embeds.shape[0])
-
-    def _cuts_inside(self, runs: list[ImageRun]) -> bool:
-        return self.signal is Signal.NEXT_ATTENTION and any(run.selects for run in runs)
-
-    def _upcoming(self, step: StagedStep, stage: int) -> list[ImageRun]:
-        """Images to score under the last layer of this stage, for the next one."""
-        if self.signal is not Signal.PREVIOUS_ATTENTION or stage + 1 == len(step.stages):
-            return []
-        return [run for run in image_runs(step, stage + 1) if run.selects]
+        return Outcome(_scatter(hidden, rows.full, embeds.shape[0]), step, decisions.survivors())
 
     def _inject(self, rows: Rows, runs: list[ImageRun], embeds: torch.Tensor) -> list[ImageRun]:
         """Bring in the images that start here; return the runs that are left, in the new rows."""
@@ -111,102 +121,89 @@ class StagedForward:
         rows.full = torch.cat((rows.full, full_rows))[index]
         return after_injection(runs)
 
-    def _run_layers(
-        self, first: int, end: int, rows: Rows, positions: torch.Tensor, upcoming: list[ImageRun]
-    ) -> dict[tuple[int, int], torch.Tensor]:
-        """Run layers on unchanging rows; return the attention of the last one to the images named in ``upcoming``."""
-        scores: dict[tuple[int, int], torch.Tensor] = {}
-        if first == end:
-            assert not upcoming, "a stage of one layer is its own cut layer"
-            return scores
-        here = positions[rows.full]
+    def _run_cut_layer(
+        self, rows: Rows, runs: list[ImageRun], positions: torch.Tensor, scores: Scores, watch: Watch
+    ) -> None:
+        """The first layer of a stage, shortened once its Q, K and V are there to score by."""
+        index = watch.layers[0]
+        inside = [run for run in runs if run.cuts_inside]
 
-        def observe(attention: Any, query: torch.Tensor, key: torch.Tensor, _: torch.Tensor) -> None:
-            scores.update(attention_to(upcoming, attention, query, key))
-
-        for index in range(first, end - 1):
-            self._run_layer(index, rows, here, None)
-        self._run_layer(end - 1, rows, here, observe if upcoming else None)
-        return scores
-
-    def _run_cut_layer(self, index: int, rows: Rows, runs: list[ImageRun], positions: torch.Tensor) -> None:
         def select(attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> AttentionInputs:
-            kept = self._select(rows, runs, index, attention_to(runs, attention, query, key))
-            self._shorten(rows, runs, kept, positions)
-            return query[kept], key[kept], value[kept]
+            kept = self._cut(rows, runs, positions, scores | attention_to(inside, attention, query, key), watch)
+            shortened = query[kept], key[kept], value[kept]
+            if watch.looks_at(index):
+                watch.observe(attention, *shortened)
+            return shortened
 
-        self._run_layer(index, rows, positions[rows.full], select)
+        self._run_layer(index, rows, positions[rows.full], select, watch.edits(index))
+
+    def _cut(
+        self, rows: Rows, runs: list[ImageRun], positions: torch.Tensor, scores: Scores, watch: Watch
+    ) -> torch.Tensor:
+        kept = self._select(rows, runs, scores, watch)
+        self._shorten(rows, runs, kept, positions)
+        return kept
 
     def _shorten(self, rows: Rows, runs: list[ImageRun], kept: torch.Tensor, positions: torch.Tensor) -> None:
         """Go on with the rows that a change of stage left."""
         rows.gather(kept)
 
-    def _run_layer(self, index: int, rows: Rows, here: torch.Tensor, observer: Observer | None) -> None:
+    def _run_layer(
+        self, index: int, rows: Rows, here: torch.Tensor, observer: Observer | None, edits: list[Edit]
+    ) -> None:
         """One decoder layer in the standard form; ``observer`` may shorten ``rows`` at its attention."""
         layer: Any = self.layers[index]
         normed, rows.residual = self.add_norm(layer.input_layernorm, rows.hidden, rows.residual)
         rows.hidden = normed
-        with _Observed(layer.self_attn.attn, observer):
+        with _Hooked(layer.self_attn.attn, observer, edits):
             attended = layer.self_attn(positions=here, hidden_states=normed)
         normed, rows.residual = self.add_norm(layer.post_attention_layernorm, attended, rows.residual)
         rows.hidden = layer.mlp(normed)
 
-    def _select(
-        self, rows: Rows, runs: list[ImageRun], layer: int, attention: dict[tuple[int, int], torch.Tensor]
-    ) -> torch.Tensor:
-        """Score every image that must choose; return the index of the rows that stay."""
-        selections = {}
-        for run in runs:
-            if run.selects:
-                survivors = rows.full[run.first_row : run.first_row + run.num_rows] - run.full_first_row
-                size = run.prefill.plan.spans[run.image].length
-                signals = Signals(layer, run.keep, size, survivors, attention.get(run.key))
-                selections[run.key] = select_top(self.scorer(signals), run.keep)
+    def _select(self, rows: Rows, runs: list[ImageRun], scores: Scores, watch: Watch) -> torch.Tensor:
+        """Choose in every image that must shrink; return the index of the rows that stay."""
+        selections: Selections = {
+            run.key: watch.decisions.selection(run.key)
+            if run.prefill.plan.adaptive
+            else self._select_top(rows, run, watch.layers[0], scores.get(run.key))
+            for run in runs
+            if run.selects
+        }
         return gather_index(runs, rows.hidden.shape[0], selections, rows.hidden.device)
 
+    def _select_top(self, rows: Rows, run: ImageRun, layer: int, attention: torch.Tensor | None) -> torch.Tensor:
+        survivors = rows.full[run.first_row : run.first_row + run.num_rows] - run.full_first_row
+        size = run.prefill.plan.spans[run.image].length
+        signals = Signals(layer, run.keep, size, survivors, attention)
+        return select_top(run.prefill.chooser.score(signals), run.keep)
 
-class _Observed:
-    """While entered, ``observer`` sees an attention module's Q, K (after RoPE) and V and may replace them."""
 
-    def __init__(self, attention: nn.Module, observer: Observer | None) -> None:
+class _Hooked:
+    """While entered, ``observer`` sees an attention module's Q, K and V, and may replace them; its output is edited."""
+
+    def __init__(self, attention: nn.Module, observer: Observer | None, edits: list[Edit]) -> None:
         self.attention = attention
         self.observer = observer
+        self.edits = edits
 
     def __enter__(self) -> None:
+        self.handles = []
         if self.observer is not None:
-            self.handle = self.attention.register_forward_pre_hook(self._observe)
+            self.handles.append(self.attention.register_forward_pre_hook(self._observe))
+        if self.edits:
+            self.handles.append(self.attention.register_forward_hook(self._edit))
 
     def __exit__(self, *_: object) -> None:
-        if self.observer is not None:
-            self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
 
     def _observe(self, attention: nn.Module, inputs: AttentionInputs) -> AttentionInputs | None:
         assert self.observer is not None
         return self.observer(attention, *inputs)
 
-
-def attention_to(
-    runs: list[ImageRun], attention: Any, query: torch.Tensor, key: torch.Tensor
-) -> dict[tuple[int, int], torch.Tensor]:
-    """Attention of each request's last prompt row to its images that must choose, float32 [V] each."""
-    result = {}
-    by_request: dict[int, list[ImageRun]] = {}
-    for run in runs:
-        if run.selects:
-            by_request.setdefault(run.prefill.index, []).append(run)
-    for group in by_request.values():
-        first, last = group[0].prompt_first_row, group[0].prompt_last_row
-        weights = row_attention(
-            query[last],
-            key[first : last + 1],
-            attention.num_heads,
-            attention.num_kv_heads,
-            attention.impl.scale,
-        )
-        for run in group:
-            start = run.first_row - first
-            result[run.key] = weights[start : start + run.num_rows]
-    return result
+    def _edit(self, attention: nn.Module, inputs: AttentionInputs, output: torch.Tensor) -> None:
+        for edit in self.edits:
+            edit_output(edit, attention, inputs, output)
 
 
 def _scatter(hidden: torch.Tensor, full: torch.Tensor, num_rows: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
@@ -68,6 +69,15 @@ class StageManager(FullAttentionManager):
         """The allocation of vLLM, for this stage's share of ``num_tokens``."""
         stage_tokens = self._stage_tokens(request_id, num_tokens)
         return super().allocate_new_blocks(request_id, stage_tokens, stage_tokens)
+
+    def trim(self, request_id: str, num_tokens: int) -> int:
+        """Free the blocks beyond those for this stage's share of ``num_tokens``; return how many."""
+        blocks = self.req_to_blocks[request_id]
+        num_needed = cdiv(self._stage_tokens(request_id, num_tokens), self.block_size)
+        tail = blocks[num_needed:]
+        del blocks[num_needed:]
+        self.block_pool.free_blocks(reversed(tail))
+        return len(tail)
 
 
 def register_stage_spec() -> None:

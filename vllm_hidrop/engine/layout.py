@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 
 from vllm_hidrop.engine.batch import PrunedPrefill, StageBatch, StagedStep
+from vllm_hidrop.scoring import Signal
 
-Selections = Mapping[tuple[int, int], torch.Tensor]
+Selections = Mapping[tuple[int, int], torch.Tensor | npt.NDArray[np.int64]]
 """(request's place in the batch, image) -> int64 [keep], chosen rows inside the image's current run."""
 
 
@@ -46,6 +47,16 @@ class ImageRun:
     def selects(self) -> bool:
         """Whether a score decides who stays."""
         return 0 < self.keep < self.num_rows
+
+    @property
+    def cuts_inside(self) -> bool:
+        """Whether the first layer of the new stage scores."""
+        return self.selects and self.prefill.chooser.signal is Signal.NEXT_ATTENTION
+
+    @property
+    def scores_before(self) -> bool:
+        """Whether the last layer of the old stage scores."""
+        return self.selects and self.prefill.chooser.signal is Signal.PREVIOUS_ATTENTION
 
     def shifted(self, num_rows: int) -> "ImageRun":
         """The same run, ``num_rows`` rows further on."""
@@ -114,21 +125,54 @@ def gather_index(runs: list[ImageRun], num_rows: int, selections: Selections, de
         int64 [T_next].
     """
     pieces: list[npt.NDArray[np.int64]] = []
-    chosen: list[tuple[int, ImageRun]] = []
+    chosen: list[tuple[int, int, torch.Tensor]] = []
     cursor = length = 0
     for run in runs:
         pieces.append(np.arange(cursor, run.first_row))
         length += run.first_row - cursor
         if run.injects:
             pieces.append(np.arange(run.full_first_row, run.full_first_row + run.keep) + num_rows)
-        else:
-            pieces.append(np.zeros(run.keep, dtype=np.int64))
-            if run.keep:
-                chosen.append((length, run))
+        elif run.keep:
+            selection = selections[run.key]
+            if isinstance(selection, np.ndarray):
+                pieces.append(selection + run.first_row)
+            else:
+                pieces.append(np.zeros(run.keep, dtype=np.int64))
+                chosen.append((length, run.first_row, selection))
         length += run.keep
         cursor = run.first_row + run.num_rows
     pieces.append(np.arange(cursor, num_rows))
     index = torch.from_numpy(np.concatenate(pieces)).to(device, non_blocking=True)
-    for first, run in chosen:
-        index[first : first + run.keep] = selections[run.key] + run.first_row
+    for first, first_row, selection in chosen:
+        index[first : first + len(selection)] = selection + first_row
     return index
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """Where one prompt's rows stand in a stage."""
+
+    first: int
+    end: int
+    images: list[tuple[int, int]]
+    """First row, counted from ``first``, and number of rows of every image."""
+
+    def text_after_images(self) -> torch.Tensor:
+        """Text rows after the first image, counted from ``first``, int64 [N]."""
+        is_text = np.ones(self.end - self.first, dtype=np.bool_)
+        is_text[: self.images[0][0]] = False
+        for first, length in self.images:
+            is_text[first : first + length] = False
+        return torch.from_numpy(np.flatnonzero(is_text))
+
+
+def prompt_rows(step: StagedStep, stage: int, prefill: PrunedPrefill) -> PromptRows:
+    """A prompt's rows in ``stage``; those of tokens it had generated before a preemption follow them."""
+    plan = prefill.plan
+    first = int(step.stages[stage].row_starts[prefill.index])
+    images = []
+    missing = 0
+    for span, kept in zip(plan.spans, plan.kept[stage], strict=True):
+        images.append((span.offset - missing, kept))
+        missing += span.length - kept
+    return PromptRows(first, first + plan.num_prompt_tokens - plan.dropped[stage], images)

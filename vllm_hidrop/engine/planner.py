@@ -4,7 +4,7 @@ Knows the server's schedule as plain data; not methods.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_hidrop.positions import PositionScheme
@@ -14,8 +14,35 @@ from vllm_hidrop.scoring import Signal
 REQUEST_KEYS = {
     "hidrop": 'on (default) or off: "off" keeps every vision token in every layer, equal to stock vLLM',
     "hidrop_keep": 'one keep per stage of the server: "all", a count, or a fraction',
+    "hidrop_method": "another method whose cuts fall on the server's stages, at its default preset",
 }
 """What a request may say in ``vllm_xargs`` / ``SamplingParams.extra_args``."""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A method that requests of a server may use.
+
+    Attributes:
+        schedule: its keeps over the server's stages.
+        signal: what it reads; None when it cannot score (no selection possible).
+        adaptive: whether it decides the counts itself, so that the keeps are upper bounds.
+    """
+
+    schedule: Schedule
+    signal: Signal | None
+    adaptive: bool
+
+    @classmethod
+    def load(cls, data: Mapping[str, Any]) -> "Alternative":
+        """Read what :meth:`dump` wrote."""
+        signal = data["signal"]
+        return cls(Schedule.load(data["schedule"]), None if signal is None else Signal(signal), data["adaptive"])
+
+    def dump(self) -> dict[str, Any]:
+        """Plain data, so that it can travel inside an engine configuration."""
+        signal = None if self.signal is None else str(self.signal)
+        return {"schedule": self.schedule.dump(), "signal": signal, "adaptive": self.adaptive}
 
 
 @dataclass(frozen=True)
@@ -23,41 +50,45 @@ class Planner:
     """Makes plans for one server.
 
     Attributes:
-        method: name, for reports.
+        method: name of the server's own, for reports.
         preset: name, for reports; None when there is none.
-        schedule: the server's stages.
-        signal: what the method's scorer needs; None when the method cannot score (no selection possible).
+        methods: by name, the server's own and those that fit its stages.
         max_prompt_tokens: longest prompt that can be pruned, the step's token budget.
         positions: RoPE ids of every request's rows.
+        reduces_images: whether the vision tower makes fewer tokens for requests that are pruned.
     """
 
     method: str
     preset: str | None
-    schedule: Schedule
-    signal: Signal | None
+    methods: Mapping[str, Alternative]
     max_prompt_tokens: int
     positions: PositionScheme
+    reduces_images: bool = False
 
     @classmethod
     def from_vllm_config(cls, vllm_config: Any) -> "Planner":
         """Read what the model's configuration hook resolved at start."""
         resolved = vllm_config.additional_config["hidrop"]["resolved"]
-        signal = resolved["signal"]
         limits = vllm_config.scheduler_config
         return cls(
             method=resolved["method"],
             preset=resolved["preset"],
-            schedule=Schedule.load(resolved["schedule"]),
-            signal=None if signal is None else Signal(signal),
+            methods={name: Alternative.load(data) for name, data in resolved["methods"].items()},
             max_prompt_tokens=limits.max_num_scheduled_tokens or limits.max_num_batched_tokens,
             positions=PositionScheme(resolved["positions"]),
+            reduces_images=resolved["reduces_images"],
         )
+
+    @property
+    def schedule(self) -> Schedule:
+        """The server's stages."""
+        return self.methods[self.method].schedule
 
     @property
     def is_staged(self) -> bool:
         """Whether any request can hold fewer tokens in one layer than in another, or have ids that are not vLLM's."""
         stages = self.schedule.stages
-        prunes = len(stages) > 1 or not stages[0].keep.is_all
+        prunes = len(stages) > 1 or not stages[0].keep.is_all or self.methods[self.method].adaptive
         return prunes or self.positions is PositionScheme.GROUPED
 
     def plan(
@@ -86,8 +117,12 @@ class Planner:
         mode = wishes.get("hidrop", "on")
         if mode not in ("on", "off"):
             raise ValueError(f'request option "hidrop" must be "on" or "off", got {mode!r}')
-        plan = make_plan(self._wished(wishes.get("hidrop_keep"), mode), num_prompt_tokens, spans, mode == "off")
-        self._check_selections(plan)
+        name, method = self._wished_method(wishes)
+        keeps = wishes.get("hidrop_keep")
+        schedule = self._wished_keeps(keeps, mode, name, method)
+        plan = make_plan(schedule, num_prompt_tokens, spans, mode == "off", method.adaptive)
+        plan = replace(plan, method=name)
+        self._check_selections(plan, method)
         if wants_prompt_logprobs and plan.is_pruned:
             raise ValueError(
                 "prompt_logprobs and echo need every prompt row, and pruning drops some: "
@@ -114,29 +149,41 @@ class Planner:
             wants_prompt_logprobs = params is not None and params.prompt_logprobs is not None
             return self.plan(num_prompt_tokens, spans, extra_args, wants_prompt_logprobs), None
         except ValueError as error:
-            return make_plan(self.schedule, num_prompt_tokens, spans, keep_all=True), str(error)
+            plan = make_plan(self.schedule, num_prompt_tokens, spans, keep_all=True)
+            return replace(plan, method=self.method), str(error)
 
-    def _wished(self, keeps: Sequence[KeepValue] | None, mode: str) -> Schedule:
+    def _wished_method(self, wishes: Mapping[str, Any]) -> tuple[str, Alternative]:
+        name = wishes.get("hidrop_method", self.method)
+        if name not in self.methods:
+            raise ValueError(
+                f"this server cannot run {name!r}: its cuts do not fall on the stages of {self.method!r}, or it is "
+                f"unknown; requests may use {', '.join(self.methods)}"
+            )
+        return name, self.methods[name]
+
+    def _wished_keeps(self, keeps: Sequence[KeepValue] | None, mode: str, name: str, method: Alternative) -> Schedule:
         if keeps is None:
-            return self.schedule
+            return method.schedule
+        if method.adaptive:
+            raise ValueError(f'method {name!r} decides itself how many tokens stay: do not send "hidrop_keep"')
         if mode == "off":
             raise ValueError('"hidrop": "off" keeps everything: do not send "hidrop_keep" with it')
         if isinstance(keeps, str) or not isinstance(keeps, Sequence):
             raise ValueError(f'request option "hidrop_keep" must be a list, got {keeps!r}')
         try:
-            return self.schedule.with_keeps(keeps)
+            return method.schedule.with_keeps(keeps)
         except ValueError as error:
             raise ValueError(f'request option "hidrop_keep": {error}') from None
 
-    def _check_selections(self, plan: Plan) -> None:
+    def _check_selections(self, plan: Plan, method: Alternative) -> None:
         for image, span in enumerate(plan.spans):
             before = span.length
             for stage, kept in enumerate(plan.kept):
                 now = kept[image]
-                if 0 < now < before and self.signal is None:
-                    raise ValueError(f"method {self.method!r} cannot choose tokens: keep must be all or 0")
-                if 0 < now < before and stage == 0 and self.signal is Signal.PREVIOUS_ATTENTION:
-                    raise ValueError(f"method {self.method!r} ranks by the layer before: stage 0 must keep all or 0")
+                if 0 < now < before and method.signal is None:
+                    raise ValueError(f"method {plan.method!r} cannot choose tokens: keep must be all or 0")
+                if 0 < now < before and stage == 0 and method.signal is Signal.PREVIOUS_ATTENTION:
+                    raise ValueError(f"method {plan.method!r} ranks by the layer before: stage 0 must keep all or 0")
                 before = now or before
 
 

@@ -1,6 +1,7 @@
 """What one finished request held and ran, read from the engine: the ``hidrop`` object users see."""
 
 from collections.abc import Sequence
+from itertools import dropwhile
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
@@ -10,7 +11,12 @@ from vllm_hidrop.pruning import Plan
 
 
 def make_report(
-    planner: Planner, plan: Plan, rows_run: tuple[int, ...] | None, managers: Sequence[Any], request: Any
+    planner: Planner,
+    plan: Plan,
+    rows_run: tuple[int, ...] | None,
+    managers: Sequence[Any],
+    request: Any,
+    blocks_returned: int,
 ) -> dict[str, Any]:
     """Read a request's state just before its blocks are freed.
 
@@ -20,6 +26,7 @@ def make_report(
         rows_run: rows of every stage in the prompt's prefill, as the worker ran them; None when the prompt ran dense.
         managers: vLLM's block managers, one per KV group.
         request: vLLM's request.
+        blocks_returned: blocks that were allocated for an upper bound and given back.
 
     Returns:
         Plain data; ``kv_blocks`` are blocks of the shared pool, ``layer_tokens`` rows summed over layers.
@@ -31,29 +38,42 @@ def make_report(
         stage = getattr(manager.kv_cache_spec, "stage", 0)
         blocks[stage] += len(manager.req_to_blocks.get(request.request_id, ()))
     num_text_tokens = plan.num_prompt_tokens - plan.num_vision_tokens
+    cached = plan.after_prefill(schedule)
     stages = [
         {
             "first_layer": stage.first_layer,
             "end_layer": end,
             "kept": rows[i] - num_text_tokens,
             "rows": rows[i],
+            "cached": sum(cached.kept[i]),
             "kv_blocks": blocks[i],
         }
         for i, (stage, end) in enumerate(zip(schedule.stages, schedule.end_layers, strict=True))
     ]
     return {
-        "method": planner.method,
-        "preset": planner.preset,
+        "method": plan.method,
+        "preset": planner.preset if plan.method == planner.method else None,
         "mode": _mode(plan),
         "fallback": plan.fallback,
         "prompt_tokens": plan.num_prompt_tokens,
         "vision_tokens": plan.num_vision_tokens,
         "stages": stages,
+        **_cut_and_exit(stages, plan.num_vision_tokens),
         "kv_blocks": sum(blocks),
+        "kv_blocks_returned": blocks_returned,
         "kv_blocks_dense": sum(cdiv(request.num_computed_tokens, m.block_size) for m in managers),
         "layer_tokens": sum(n * schedule.layers_in(i) for i, n in enumerate(rows)),
         "layer_tokens_dense": plan.num_prompt_tokens * schedule.num_layers,
     }
+
+
+def _cut_and_exit(stages: Sequence[dict[str, Any]], num_vision_tokens: int) -> dict[str, int | None]:
+    """The first layer that runs with fewer vision tokens than there are, once there are any, and the first without."""
+    held = [(stage["first_layer"], stage["kept"]) for stage in stages]
+    since_injection = list(dropwhile(lambda stage: not stage[1], held))
+    cut = (layer for layer, kept in since_injection if kept < num_vision_tokens)
+    left = (layer for layer, kept in since_injection if not kept)
+    return {"cut_layer": next(cut, None), "exit_layer": next(left, None)}
 
 
 def _mode(plan: Plan) -> str:

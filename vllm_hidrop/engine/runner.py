@@ -5,30 +5,50 @@ hooks below. Everything they call is in ``batch``, ``kv_cache`` and ``forward``.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.worker.block_table import SlotMappingMode
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_hidrop.engine.batch import StageBatch, StagedStep, grouped_positions, make_step
+from vllm_hidrop.engine.batch import PrunedPrefill, StageBatch, StagedStep, Survivors, grouped_positions, make_step
+from vllm_hidrop.engine.forward import Outcome
 from vllm_hidrop.engine.kv_cache import StageSpec
 from vllm_hidrop.engine.planner import Planner
+from vllm_hidrop.engine.slots import SlotLayout, places_cached
+from vllm_hidrop.merging import Reduced
 from vllm_hidrop.positions import PositionScheme
 from vllm_hidrop.pruning import Plan
+
+
+@dataclasses.dataclass
+class Tracked:
+    """What the worker knows of a request."""
+
+    plan: Plan
+    """Of its prompt's prefill."""
+    cached: Plan
+    """What its caches hold afterwards."""
+    survivors: Survivors | None = None
+    """What was decided, once it was; a preempted prompt runs by it again."""
 
 
 class StagedRunner(GPUModelRunner):
     """Overrides of a V1 model runner (the CPU runner derives from the GPU one); state is set by :func:`adopt`."""
 
     planner: Planner
-    plans: dict[str, Plan]
+    tracked: dict[str, Tracked]
+    reduced: dict[str, Reduced]
     step: StagedStep | None
+    built: dict[StageBatch, Any]
+    slot_layouts: dict[str, SlotLayout]
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """The specs vLLM finds, each with its layer's stage."""
@@ -46,29 +66,46 @@ class StagedRunner(GPUModelRunner):
             table.slot_mapping_mode = SlotMappingMode.NONE
 
     def _update_states(self, scheduler_output: Any) -> Any:
-        """Forget the plans of finished requests, then vLLM's update; also in steps that run nothing."""
+        """Forget what is finished and freed, then vLLM's update; also in steps that run nothing."""
         for request_id in scheduler_output.finished_req_ids:
-            self.plans.pop(request_id, None)
+            self.tracked.pop(request_id, None)
+        for identifier in scheduler_output.free_encoder_mm_hashes:
+            self.reduced.pop(identifier, None)
+        for request_id, num_blocks in getattr(scheduler_output, "trimmed", {}).items():
+            self._trim(request_id, num_blocks)
         return super()._update_states(scheduler_output)
+
+    def _trim(self, request_id: str, num_blocks: Sequence[int]) -> None:
+        """Forget the last blocks of a request's tables: the scheduler has taken them back."""
+        for blocks, left in zip(self.requests[request_id].block_ids, num_blocks, strict=True):
+            del blocks[left:]
+        index = self.input_batch.req_id_to_index.get(request_id)
+        if index is not None:
+            for table, left in zip(self.input_batch.block_table.block_tables, num_blocks, strict=True):
+                table.num_blocks_per_row[index] = left
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: npt.NDArray[np.int32]) -> Any:
         """The inputs vLLM prepares, then this step's layout."""
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         batch = self.input_batch
+        computed = batch.num_computed_tokens_cpu[: batch.num_reqs]
+        tracked = [self._track(request_id) for request_id in batch.req_ids]
         self.step = make_step(
             batch.req_ids,
-            [self._plan(request_id) for request_id in batch.req_ids],
-            batch.num_computed_tokens_cpu[: batch.num_reqs],
+            [each.cached if has_run else each.plan for each, has_run in zip(tracked, computed, strict=True)],
+            computed,
             num_scheduled_tokens,
+            [self.model.choosers[each.plan.method] for each in tracked],
+            {name: each.survivors for name, each in zip(batch.req_ids, tracked, strict=True) if each.survivors},
         )
         return prepared
 
-    def _plan(self, request_id: str) -> Plan:
-        plan = self.plans.get(request_id)
-        if plan is None:
+    def _track(self, request_id: str) -> Tracked:
+        tracked = self.tracked.get(request_id)
+        if tracked is None:
             plan, _ = self.planner.plan_or_refuse(self.requests[request_id])
-            self.plans[request_id] = plan
-        return plan
+            tracked = self.tracked[request_id] = Tracked(plan, plan.after_prefill(self.planner.schedule))
+        return tracked
 
     def _get_slot_mappings(self, *args: Any, **kwargs: Any) -> Any:
         """Compact slots of every group's stage, by group and by layer."""
@@ -92,22 +129,33 @@ class StagedRunner(GPUModelRunner):
         """Metadata built once per distinct set of rows; groups that share it differ in tables and slots only."""
         if self.step is None:
             return super()._build_attention_metadata(*args, **kwargs)
-        slot_mappings = kwargs["slot_mappings"]
-        built: dict[int, Any] = {}
+        self.built = {}
         by_layer = {}
         for group_index, group in enumerate(self.kv_cache_config.kv_cache_groups):
-            batch = self.step.stages[group.kv_cache_spec.stage]
-            tables = self.input_batch.block_table[group_index].get_device_tensor(len(batch.num_rows))
-            (attention_group,) = self.attn_groups[group_index]
-            if id(batch) in built:
-                metadata = dataclasses.replace(
-                    built[id(batch)], block_table=tables, slot_mapping=slot_mappings[group_index]
-                )
-            else:
-                common = self._common_metadata(batch, tables, slot_mappings[group_index])
-                metadata = built[id(batch)] = attention_group.build_metadata(common, 0)
+            slots = kwargs["slot_mappings"][group_index]
+            metadata = self._metadata(group_index, self.step.stages[group.kv_cache_spec.stage], slots)
             by_layer.update(dict.fromkeys(group.layer_names, metadata))
         return by_layer, None
+
+    def _metadata(self, group_index: int, batch: StageBatch, slots: torch.Tensor) -> Any:
+        tables = self.input_batch.block_table[group_index].get_device_tensor(len(batch.num_rows))
+        if batch in self.built:
+            return dataclasses.replace(self.built[batch], block_table=tables, slot_mapping=slots)
+        (attention_group,) = self.attn_groups[group_index]
+        common = self._common_metadata(batch, tables, slots)
+        self.built[batch] = attention_group.build_metadata(common, 0)
+        return self.built[batch]
+
+    def _enter(self, step: StagedStep, stage: int) -> None:
+        """Lay a stage out anew in the running step: it has fewer rows than were planned for."""
+        context = get_forward_context()
+        batch = step.stages[stage]
+        for group_index, group in enumerate(self.kv_cache_config.kv_cache_groups):
+            if group.kv_cache_spec.stage == stage:
+                slots = self._slots(group_index, batch)
+                metadata = self._metadata(group_index, batch, slots)
+                context.slot_mapping.update(dict.fromkeys(group.layer_names, slots))
+                context.attn_metadata.update(dict.fromkeys(group.layer_names, metadata))
 
     def _common_metadata(self, batch: StageBatch, tables: torch.Tensor, slots: torch.Tensor) -> CommonAttentionMetadata:
         row_starts = torch.from_numpy(batch.row_starts)
@@ -145,12 +193,72 @@ class StagedRunner(GPUModelRunner):
         num_tokens = self.step.full.num_tokens
         assert inputs_embeds is not None
         assert positions is not None
-        return self.model.forward_staged(self.step, inputs_embeds[:num_tokens], positions[:num_tokens])
+        step = self._with_reduced(self.step)
+        outcome = self.model.forward_staged(step, inputs_embeds[:num_tokens], positions[:num_tokens], self._enter)
+        self.step = outcome.step
+        self._settle(outcome)
+        return outcome.hidden
+
+    def _with_reduced(self, step: StagedStep) -> StagedStep:
+        """The step with what the vision tower left of its images."""
+        if not self.reduced:
+            return step
+        return dataclasses.replace(step, prefills=tuple(self._prefill_with_reduced(p) for p in step.prefills))
+
+    def _prefill_with_reduced(self, prefill: PrunedPrefill) -> PrunedPrefill:
+        if not prefill.plan.adaptive:
+            return prefill
+        features = sorted(self.requests[prefill.request_id].mm_features, key=lambda feature: feature.mm_position.offset)
+        return dataclasses.replace(prefill, reduced=tuple(self.reduced[feature.identifier] for feature in features))
+
+    def _execute_mm_encoder(self, scheduler_output: Any) -> Any:
+        """The vision tower of vLLM; ours reduces the images of requests whose method says so, and tells what is left.
+
+        A request that is not pruned has its images under other identifiers, see the scheduler.
+        """
+        tower = getattr(self.model, "reducing_tower", None)
+        if tower is None or not scheduler_output.scheduled_encoder_inputs:
+            return super()._execute_mm_encoder(scheduler_output)
+        identifiers, _, places = self._batch_mm_inputs_from_scheduler(scheduler_output)
+        with tower.expecting([self._track(request_id).plan.adaptive for request_id, _ in places]) as found:
+            outputs = super()._execute_mm_encoder(scheduler_output)
+        self.reduced.update({name: each for name, each in zip(identifiers, found, strict=True) if each is not None})
+        return outputs
+
+    def _settle(self, outcome: Outcome) -> None:
+        """Remember what was decided, and close up the caches that hold less than ran."""
+        for prefill in outcome.step.prefills:
+            if prefill.plan.adaptive:
+                tracked = self.tracked[prefill.request_id]
+                tracked.survivors = outcome.survivors[prefill.request_id]
+                tracked.plan = dataclasses.replace(prefill.plan, decided=True)
+                tracked.cached = tracked.plan.after_prefill(self.planner.schedule)
+                self._close_up(prefill.index, tracked)
+
+    def _close_up(self, index: int, tracked: Tracked) -> None:
+        """Move the K and V that stay in each stage's caches to a request's first slots."""
+        assert tracked.survivors is not None
+        for group_index, group in enumerate(self.kv_cache_config.kv_cache_groups):
+            stage = group.kv_cache_spec.stage
+            if tracked.cached.dropped[stage] == tracked.plan.dropped[stage]:
+                continue
+            table = self.input_batch.block_table[group_index]
+            source = places_cached(tracked.plan, tracked.survivors, stage, self.planner.schedule.stages[stage].cached)
+            blocks = table.block_table.np[index]
+            for name in group.layer_names:
+                attention = self.compilation_config.static_forward_context[name]
+                layout = self._slot_layout(name, attention)
+                layout.close_up(attention.kv_cache, blocks, source)
+
+    def _slot_layout(self, name: str, attention: Any) -> SlotLayout:
+        if name not in self.slot_layouts:
+            self.slot_layouts[name] = SlotLayout.of(attention)
+        return self.slot_layouts[name]
 
     def _group(self, step: StagedStep, positions: torch.Tensor | None) -> None:
         """Number the step's rows the grouped way, in place in the buffer that vLLM fills anew in every step."""
         assert positions is not None
-        ids = grouped_positions(step.full, [self.plans[name] for name in self.input_batch.req_ids])
+        ids = grouped_positions(step.full, [self.tracked[name].plan for name in self.input_batch.req_ids])
         positions[: len(ids)].copy_(torch.from_numpy(ids))
 
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -159,7 +267,9 @@ class StagedRunner(GPUModelRunner):
         step, self.step = self.step, None
         if step is not None and step.prefills:
             # The asynchronous wrapper carries the plain output inside.
-            getattr(output, "_model_runner_output", output).rows_run = step.rows_run()
+            plain = getattr(output, "_model_runner_output", output)
+            plain.rows_run = step.rows_run()
+            plain.decided = {p.request_id: p.plan.kept for p in step.prefills if p.plan.adaptive}
         return output
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
@@ -176,5 +286,7 @@ def adopt(runner: Any, planner: Planner) -> None:
     """
     runner.__class__ = type(f"Staged{type(runner).__name__}", (StagedRunner, type(runner)), {})
     runner.planner = planner
-    runner.plans = {}
+    runner.tracked = {}
+    runner.reduced = {}
+    runner.slot_layouts = {}
     runner.step = None

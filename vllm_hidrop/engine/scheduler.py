@@ -6,11 +6,15 @@ Rules, on top of vLLM's own:
 2. A pruned prompt is prefilled whole, in one step: scoring needs its last row beside every vision row. Until the step
 has room (token budget, encoder budget, blocks) it waits at the head of the queue, so it cannot starve.
 3. Text-only and ``off`` requests are scheduled, chunked and preempted as in vLLM.
-4. A preempted request is prefilled again under the same plan; tokens it had generated may follow in the same step.
-5. A request whose options are invalid (the server refuses those with a 400 before they get here) ends with an error;
+4. A preempted request is prefilled again under the same plan; tokens it had generated may follow in the same step,
+   or, where the method decides the counts, in the next one: they see what the caches hold after the prompt.
+5. Where the method decides the counts, blocks are allocated for their upper bounds; the blocks that the worker's
+   report shows to be unneeded are free again before the next step is scheduled. What was decided stays so.
+6. A request whose options are invalid (the server refuses those with a 400 before they get here) ends with an error;
    nothing else is touched.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.logger import init_logger
@@ -28,6 +32,9 @@ from vllm_hidrop.pruning import Plan
 
 logger = init_logger(__name__)
 
+DENSE_IMAGE = ":dense"
+"""Ends the identifier of an image that is encoded in full on a server whose tower reduces images."""
+
 
 class StagedScheduler(Scheduler):
     """vLLM's scheduler with the rules above."""
@@ -36,6 +43,9 @@ class StagedScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self.planner = Planner.from_vllm_config(self.vllm_config)
         self.plans: dict[str, Plan] = {}
+        self.prefill_plans: dict[str, Plan] = {}
+        self.trimmed: dict[str, list[int]] = {}
+        self.blocks_returned: dict[str, int] = {}
         self.rows_run: dict[str, tuple[int, ...]] = {}
         self.unreported: set[str] = set()
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
@@ -43,10 +53,15 @@ class StagedScheduler(Scheduler):
                 manager.follow(self.plans)
 
     def add_request(self, request: Request) -> None:
-        """Plan the request, then vLLM's admission (rules 1 and 5)."""
+        """Plan the request, then vLLM's admission (rules 1 and 6)."""
         if request.request_id not in self.requests:
             self.unreported.add(request.request_id)
-            self.plans[request.request_id], refusal = self.planner.plan_or_refuse(request)
+            plan, refusal = self.planner.plan_or_refuse(request)
+            self.plans[request.request_id] = self.prefill_plans[request.request_id] = plan
+            if self.planner.reduces_images and not plan.adaptive:
+                # The tower then makes other features of the same image, and both must be cached.
+                for feature in request.mm_features:
+                    feature.identifier += DENSE_IMAGE
             if refusal is not None:
                 logger.error("request %s refused: %s", request.request_id, refusal)
                 # vLLM ends the requests of this set with an error at its next update.
@@ -54,23 +69,53 @@ class StagedScheduler(Scheduler):
         super().add_request(request)
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """The last word of vLLM on a prefill chunk's length: all of a pruned prompt or nothing (rule 2)."""
+        """The last word of vLLM on a prefill chunk's length: all of a pruned prompt or nothing (rules 2 and 4)."""
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         plan = self.plans[request.request_id]
         if plan.is_pruned and 0 < num_computed_tokens + num_new_tokens < plan.num_prompt_tokens:
             return 0
+        if plan.adaptive and num_computed_tokens == 0:
+            return min(num_new_tokens, plan.num_prompt_tokens)
         return num_new_tokens
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """The step that vLLM schedules, and the blocks that the worker must forget before it."""
+        output = super().schedule(*args, **kwargs)
+        output.trimmed, self.trimmed = self.trimmed, {}
+        return output
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """Its prompt will run again, by the plan it ran by (rule 4)."""
+        super()._preempt_request(request, *args, **kwargs)
+        self.plans[request.request_id] = self.prefill_plans[request.request_id]
+        self.trimmed.pop(request.request_id, None)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Take the worker's word on the rows it ran, then vLLM's update, then the first reports."""
         self.rows_run.update(getattr(model_runner_output, "rows_run", {}))
+        for request_id, kept in getattr(model_runner_output, "decided", {}).items():
+            if request_id in self.requests:
+                self._settle(self.requests[request_id], kept)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for of_client in outputs.values():
             for output in of_client.outputs:
                 self._report_early(output)
         return outputs
+
+    def _settle(self, request: Request, kept: Sequence[Sequence[int]]) -> None:
+        """Go on by the counts that the worker decided, and take back the blocks beyond them (rule 5)."""
+        name = request.request_id
+        plan = self.prefill_plans[name] = self.prefill_plans[name].settled(kept)
+        if request.num_computed_tokens == 0:
+            return  # preempted since; its blocks are free already
+        self.plans[name] = plan.after_prefill(self.planner.schedule)
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        returned = sum(manager.trim(name, request.num_computed_tokens) for manager in managers)
+        if returned:
+            self.trimmed[name] = [len(manager.req_to_blocks[name]) for manager in managers]
+            self.blocks_returned[name] = self.blocks_returned.get(name, 0) + returned
 
     def _report_early(self, output: EngineCoreOutput) -> None:
         """Report with a request's first token too: one that the client ends (stop string, abort) has no last output."""
@@ -81,15 +126,18 @@ class StagedScheduler(Scheduler):
     def _report(self, request: Request) -> dict[str, Any]:
         managers = self.kv_cache_manager.coordinator.single_type_managers
         name = request.request_id
-        return make_report(self.planner, self.plans[name], self.rows_run.get(name), managers, request)
+        returned = self.blocks_returned.get(name, 0)
+        plan, rows_run = self.prefill_plans[name], self.rows_run.get(name)
+        return make_report(self.planner, plan, rows_run, managers, request, returned)
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
         """Report what the request held, free it as vLLM does, forget its plan."""
         report = self._report(request)
         self.unreported.discard(request.request_id)
-        self.rows_run.pop(request.request_id, None)
+        for by_request in (self.rows_run, self.trimmed, self.blocks_returned):
+            by_request.pop(request.request_id, None)
         kv_transfer_params, ec_transfer_params = super()._free_request(request, delay_free_blocks)
-        del self.plans[request.request_id]
+        del self.plans[request.request_id], self.prefill_plans[request.request_id]
         return {**(kv_transfer_params or {}), "hidrop": report}, ec_transfer_params
 
 

@@ -5,6 +5,11 @@ Float32 statistics whatever the model's dtype. To add a signal: one function her
 
 import torch
 
+from vllm_hidrop.scoring import Contribution, TextAttention
+
+MAX_WEIGHTS = 1 << 22
+"""Attention weights computed at a time, all heads together: 16 MiB in float32."""
+
 
 def row_attention(
     query: torch.Tensor, key: torch.Tensor, num_heads: int, num_kv_heads: int, scale: float
@@ -26,3 +31,73 @@ def row_attention(
     grouped_key = key.float().view(-1, num_kv_heads, head_size)
     logits = torch.einsum("ghd,tgd->ght", grouped_query, grouped_key) * scale
     return logits.softmax(dim=-1).mean(dim=(0, 1))
+
+
+def contribution(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_heads: int, num_kv_heads: int, scale: float
+) -> Contribution:
+    """What each of a run of rows adds to the attention output o of the row that ends it.
+
+    Never a [T, H * D] tensor: with weights a, ||c_j||^2 = sum_h a_hj^2 ||v_hj||^2 and <c_j, o> = sum_h a_hj <v_hj, o_h>
+    give both statistics (VisiPruner equations 6 to 8).
+
+    Args:
+        query: [H * D], the last row's query after RoPE.
+        key: [T, G * D], keys after RoPE of all rows the query may see; G KV heads.
+        value: [T, G * D].
+        num_heads: H.
+        num_kv_heads: G, divides H.
+        scale: of the logits.
+
+    Returns:
+        Statistics of all T rows.
+    """
+    shape = (-1, num_kv_heads, query.shape[-1] // num_heads)
+    queries = query.float().view(num_kv_heads, num_heads // num_kv_heads, shape[-1])
+    keys, values = (rows.float().view(shape).transpose(0, 1) for rows in (key, value))
+    weights = ((queries @ keys.transpose(1, 2)) * scale).softmax(dim=-1)  # [G, H / G, T]
+    output = weights @ values
+    along = (weights * (output @ values.transpose(1, 2))).sum((0, 1))
+    squared = (weights.square().sum(1) * values.square().sum(-1)).sum(0)
+    whole = output.square().sum()
+    cosine = (whole - along) * (whole * (whole - 2 * along + squared).clamp_min(0)).rsqrt()
+    return Contribution(squared.sqrt(), cosine)
+
+
+def text_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    rows: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+) -> TextAttention:
+    """Sum and maximum over some rows of the attention they pay, head mean first; at most ``MAX_WEIGHTS`` at a time.
+
+    Args:
+        query: [N, H * D], queries after RoPE of the rows that look.
+        key: [T, G * D], keys after RoPE of the prompt.
+        rows: int64 [N], the rows' places among the T: each sees itself and what is before.
+        num_heads: H.
+        num_kv_heads: G, divides H.
+        scale: of the logits.
+
+    Returns:
+        Statistics of all T rows (MustDrop section 3.2).
+    """
+    num_keys = key.shape[0]
+    head_size = query.shape[-1] // num_heads
+    keys = key.float().view(num_keys, num_kv_heads, head_size).permute(1, 2, 0)
+    total = keys.new_zeros(num_keys)
+    peak = keys.new_zeros(num_keys)
+    places = torch.arange(num_keys, device=key.device)
+    tile = max(1, MAX_WEIGHTS // (num_heads * num_keys))
+    for start in range(0, len(rows), tile):
+        here = rows[start : start + tile]
+        queries = query[start : start + tile].float().view(len(here), num_kv_heads, -1, head_size)
+        logits = torch.matmul(queries.permute(1, 2, 0, 3), keys[:, None]) * scale  # [G, H / G, n, T]
+        logits.masked_fill_(places > here[:, None], -torch.inf)
+        paid = logits.softmax(dim=-1).mean(dim=(0, 1))
+        total += paid.sum(0)
+        peak = torch.maximum(peak, paid.amax(0))
+    return TextAttention(total, peak)

@@ -9,6 +9,9 @@ from typing import ClassVar, Self
 
 import torch
 
+from vllm_hidrop.deciding import Memory, Verdict
+from vllm_hidrop.edits import AttentionEdit
+from vllm_hidrop.merging import EncoderReduction
 from vllm_hidrop.pruning import Schedule
 from vllm_hidrop.scoring import Signal, Signals
 
@@ -47,6 +50,14 @@ class Method:
             raise ValueError(f"method {cls.name!r} has no preset {preset!r}; known: {known}")
         return cls(**cls.presets[preset])
 
+    def fitted(self, shape: ModelShape) -> Self:
+        """The method with its layer numbers scaled to a model of this shape, if they are not written for it.
+
+        Raises:
+            ValueError: the hyper-parameters are for another model.
+        """
+        return self
+
     def schedule(self, shape: ModelShape) -> Schedule:
         """The stages for a model of this shape.
 
@@ -58,3 +69,32 @@ class Method:
     def score(self, signals: Signals) -> torch.Tensor:
         """One float32 score per surviving vision token of one image, [V]; higher means keep."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Adaptive(Method):
+    """Base of the methods that decide how many tokens stay while a prompt runs; a :class:`deciding.Decider`.
+
+    The keeps of the schedule are upper bounds.
+    """
+
+    @property
+    def reduction(self) -> EncoderReduction | None:
+        """What happens in the vision tower: nothing."""
+        return None
+
+    def edit(self, layer: int) -> AttentionEdit | None:
+        """How the prompt's attention in ``layer`` is edited: not at all."""
+        return None
+
+    def judges(self, layer: int, memory: Memory) -> bool:
+        """Whether there is something to decide on entry to the stage that starts at ``layer``."""
+        raise NotImplementedError
+
+    def judge(self, signals: Signals, memory: Memory) -> Verdict:
+        """Decide about one image. No host synchronisation."""
+        raise NotImplementedError
+
+    def remember(self, memory: Memory, event: bool) -> Memory:
+        """The memory after a decision: the same."""
+        return memory

@@ -1,21 +1,64 @@
 """LLaVA-1.5 with a CLIP or SigLIP tower and a Llama, Mistral or Qwen2 text model."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from vllm.config import VllmConfig
-from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+from vllm.model_executor.models.llava import LlavaForConditionalGeneration, LlavaImagePixelInputs
 
 from vllm_hidrop.engine.batch import StagedStep
-from vllm_hidrop.models.staged import staged_forward
+from vllm_hidrop.engine.forward import Enter, Outcome
+from vllm_hidrop.merging import KeyLayer
+from vllm_hidrop.models.reducing import ClassAttention, ReducingTower
+from vllm_hidrop.models.staged import choosers, reduction_of, staged_forward
 
 
 class HidropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
-    """vLLM's LLaVA, whose decoder layers can also run stage by stage."""
+    """vLLM's LLaVA, whose decoder layers can also run stage by stage, and its tower on fewer rows."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         text = self.language_model.model
         self._staged = staged_forward(vllm_config, text.layers, text.norm)
+        self.choosers = choosers(vllm_config)
+        self.reducing_tower: ReducingTower | None = None
+        reduction = reduction_of(self.choosers.values())
+        if reduction is not None:
+            tower = self.vision_tower.vision_model
+            is_last = reduction.key_layer is KeyLayer.LAST
+            layer = self.config.vision_config.num_hidden_layers if is_last else len(tower.encoder.layers)
+            self.class_attention = ClassAttention(self.config.vision_config, layer - 1)
+            self.reducing_tower = ReducingTower(tower, reduction, self.class_attention)
 
-    def forward_staged(self, step: StagedStep, inputs_embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Final hidden states [T, C] of a step that prefills pruned prompts; see ``engine.forward.StagedForward``."""
-        return self._staged(step, inputs_embeds, positions)
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Stock loading; a tower that reduces also needs a piece of a layer that vLLM does not load."""
+        if self.reducing_tower is None:
+            return super().load_weights(weights)
+        loaded = super().load_weights(self.class_attention.load(weights))
+        return loaded | {f"class_attention.{name}" for name, _ in self.class_attention.named_parameters()}
+
+    def _process_image_input(self, image_input: Any) -> Any:
+        if self.reducing_tower is None or not isinstance(image_input, LlavaImagePixelInputs):
+            return super()._process_image_input(image_input)
+        pixels = image_input["pixel_values"]
+        reduces = self.reducing_tower.takes(len(pixels))
+        if not any(reduces):
+            self.reducing_tower.found += [None] * len(pixels)
+            return super()._process_image_input(image_input)
+        return [self._encode(image, is_reduced) for image, is_reduced in zip(pixels, reduces, strict=True)]
+
+    def _encode(self, pixels: torch.Tensor, is_reduced: bool) -> torch.Tensor:
+        assert self.reducing_tower is not None
+        if is_reduced:
+            return self.reducing_tower.encode(pixels, self.multi_modal_projector)
+        self.reducing_tower.found.append(None)
+        features: torch.Tensor = self._image_pixels_to_features(self.vision_tower, pixels[None])
+        projected: torch.Tensor = self.multi_modal_projector(features)[0]
+        return projected
+
+    def forward_staged(
+        self, step: StagedStep, inputs_embeds: torch.Tensor, positions: torch.Tensor, enter: Enter
+    ) -> Outcome:
+        """Run a step that prefills pruned prompts; see ``engine.forward.StagedForward``."""
+        return self._staged(step, inputs_embeds, positions, enter)

@@ -1,18 +1,23 @@
 """What every family shares: the configuration hook of its architecture, and its staged forward."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 from vllm.logger import init_logger
 
-from vllm_hidrop.config import HidropConfig, make_method, resolve
+from vllm_hidrop.config import HidropConfig, Resolved, make_method, resolve
+from vllm_hidrop.deciding import Chooser
 from vllm_hidrop.engine.compacted import CompactedForward
 from vllm_hidrop.engine.forward import StagedForward
 from vllm_hidrop.engine.gate import check_gate
-from vllm_hidrop.engine.planner import Planner
+from vllm_hidrop.engine.planner import Alternative, Planner
+from vllm_hidrop.merging import EncoderReduction
+from vllm_hidrop.methods import METHODS, Adaptive, Method, ModelShape
 from vllm_hidrop.models.families import family_of
 from vllm_hidrop.positions import PositionScheme
+from vllm_hidrop.pruning import Cached, Schedule
 
 logger = init_logger(__name__)
 
@@ -34,6 +39,7 @@ def configure(vllm_config: Any) -> None:
     resolved = resolve(config, family.shape(hf_config), getattr(hf_config, "hidrop", None))
     if resolved.positions is not PositionScheme.PERSISTENT:
         check_rope(hf_config.text_config, resolved.positions)
+    check_adaptive(resolved, hf_config)
     name = resolved.method.name
     vllm_config.additional_config["hidrop"] = {
         **config.model_dump(mode="json"),
@@ -41,9 +47,9 @@ def configure(vllm_config: Any) -> None:
             "method": name,
             "preset": resolved.preset,
             "options": resolved.options,
-            "schedule": resolved.schedule.dump(),
-            "signal": None if name == "none" else str(resolved.method.signal),
+            "methods": {name: each.dump() for name, each in alternatives(resolved, family.shape(hf_config)).items()},
             "positions": str(resolved.positions),
+            "reduces_images": reduction_of([resolved.method]) is not None,
         },
     }
     check_gate(vllm_config)
@@ -51,6 +57,30 @@ def configure(vllm_config: Any) -> None:
     if Planner.from_vllm_config(vllm_config).is_staged:
         _set_limits(vllm_config)
         _set_kernels(vllm_config)
+
+
+def check_adaptive(resolved: Resolved, hf_config: Any) -> None:
+    """Refuse what a method that decides its own counts cannot run with.
+
+    Raises:
+        ValueError: names it.
+    """
+    if isinstance(resolved.method, Adaptive) and resolved.positions is PositionScheme.COMPACTED:
+        raise ValueError(f"method {resolved.method.name!r} needs persistent positions, not compacted ones")
+    reduction = reduction_of([resolved.method])
+    if reduction is not None:
+        vision = hf_config.vision_config
+        has_class_token = vision.model_type == "clip_vision_model"
+        if has_class_token and not _features_are_patches(hf_config):
+            raise ValueError(f"method {resolved.method.name!r} needs one feature layer, its patches alone")
+        try:
+            reduction.check((vision.image_size // vision.patch_size) ** 2, has_class_token)
+        except ValueError as error:
+            raise ValueError(f"method {resolved.method.name!r}: {error}") from None
+
+
+def _features_are_patches(hf_config: Any) -> bool:
+    return isinstance(hf_config.vision_feature_layer, int) and hf_config.vision_feature_select_strategy == "default"
 
 
 def check_rope(text_config: Any, positions: PositionScheme) -> None:
@@ -104,10 +134,61 @@ def _set_kernels(vllm_config: Any) -> None:
         custom_ops.append("+rotary_embedding")
 
 
+def alternatives(resolved: Resolved, shape: ModelShape) -> dict[str, Alternative]:
+    """The server's own method, then those at their default preset whose cuts fall on its stages."""
+    own = resolved.method
+    found = {own.name: _alternative(own, resolved.schedule)}
+    for name in METHODS:
+        if own.name not in (name, "none"):
+            schedule = _over_stages(_default(name), resolved.schedule, shape)
+            if schedule is not None:
+                found[name] = _alternative(_default(name), schedule)
+    return found
+
+
+def choosers(vllm_config: Any) -> dict[str, Chooser]:
+    """By name, the methods that requests may use."""
+    hf_config = vllm_config.model_config.hf_config
+    shape = family_of(vllm_config.model_config.architecture).shape(hf_config)
+    chosen = vllm_config.additional_config["hidrop"]["resolved"]
+    own = make_method(chosen["method"], chosen["preset"], chosen["options"]).fitted(shape)
+    others = {name: _default(name).fitted(shape) for name in chosen["methods"] if name != own.name}
+    return {own.name: own, **others}
+
+
+def reduction_of(methods: Iterable[Chooser]) -> EncoderReduction | None:
+    """What the methods of a server do in the vision tower; at most one of them, the server's own, does anything."""
+    found = (method.reduction for method in methods if isinstance(method, Adaptive))
+    return next((reduction for reduction in found if reduction is not None), None)
+
+
+def _alternative(method: Method, schedule: Schedule) -> Alternative:
+    signal = None if method.name == "none" else method.signal
+    return Alternative(schedule, signal, isinstance(method, Adaptive))
+
+
+def _default(name: str) -> Method:
+    """A method as it is without options, scaled to whatever model where it is written for one."""
+    method = make_method(name, METHODS[name].default_preset)
+    return dataclasses.replace(method, scale=True) if hasattr(method, "scale") else method  # type: ignore[call-arg]
+
+
+def _over_stages(method: Method, stages: Schedule, shape: ModelShape) -> Schedule | None:
+    """A method's keeps over the server's stages, or None: a cut inside a stage, or other caches after prefill."""
+    try:
+        own = method.schedule(shape)
+    except ValueError:
+        return None
+    firsts = {stage.first_layer for stage in stages.stages}
+    plain = all(stage.cached is Cached.KEPT for stage in (*own.stages, *stages.stages))
+    if not plain or reduction_of([method]) is not None or not all(stage.first_layer in firsts for stage in own.stages):
+        return None
+    keeps = {s.first_layer: own.stages[own.stage_of_layer(s.first_layer)].keep.dump() for s in stages.stages}
+    return Schedule.of(keeps, shape.num_layers)
+
+
 def staged_forward(vllm_config: Any, layers: Sequence[nn.Module], norm: nn.Module) -> StagedForward:
     """The staged layer loop of a model, under the resolved choice."""
-    chosen = vllm_config.additional_config["hidrop"]["resolved"]
-    method = make_method(chosen["method"], chosen["preset"], chosen["options"])
     planner = Planner.from_vllm_config(vllm_config)
     forward = CompactedForward if planner.positions is PositionScheme.COMPACTED else StagedForward
-    return forward(layers, norm, planner.schedule, method.signal, method.score)
+    return forward(layers, norm, planner.schedule)

@@ -1,0 +1,91 @@
+"""Closing up a request's KV cache: the slots that stay move to its first ones, inside its own blocks.
+
+Knows how a page stores a slot by having watched a page being written; so it works for every cache layout and dtype.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_hidrop.engine.batch import Survivors
+from vllm_hidrop.pruning import Cached, Plan
+
+DIGITS = 16
+"""Whole numbers up to 16 are exact in every cache dtype, fp8 included."""
+
+
+@dataclass(frozen=True)
+class SlotLayout:
+    """Where in a page's elements each slot's K and V stand, the same for every head and block.
+
+    Attributes:
+        elements: int64 [slots, 2 * D], for every slot the places of its elements in the flattened page of one head.
+    """
+
+    elements: torch.Tensor
+
+    @classmethod
+    def of(cls, attention: Any) -> "SlotLayout":
+        """Learn the layout of an attention module's cache from scratch pages, one per digit of an element's number.
+
+        Raises:
+            ValueError: a page does not hold every element of every slot exactly once.
+        """
+        cache = attention.kv_cache
+        num_heads, block_size = cache.shape[1], cache.shape[2]
+        head_size = attention.head_size
+        numbers = torch.arange(block_size * 2 * head_size, device=cache.device).view(block_size, 2 * head_size)
+        found = numbers.new_zeros(block_size * 2 * head_size)
+        place = 1
+        while place <= int(numbers[-1, -1]):
+            digits = (numbers // place % DIGITS).to(attention.dtype)
+            rows = digits[:, None].expand(-1, num_heads, -1)
+            key, value = rows[..., :head_size].contiguous(), rows[..., head_size:].contiguous()
+            page = torch.zeros_like(cache[:1])
+            slots = torch.arange(block_size, device=cache.device)
+            attention.impl.do_kv_cache_update(attention, key, value, page, slots)
+            stored = page[0, 0].flatten()
+            found += torch.unique(stored.float(), return_inverse=True)[1] * place
+            place *= DIGITS
+        order = found.argsort()
+        if not torch.equal(found[order], numbers.flatten()):
+            raise ValueError("this KV cache layout cannot be closed up: a page does not hold each element once")
+        return cls(order.view(block_size, 2 * head_size))
+
+    def close_up(self, cache: torch.Tensor, blocks: npt.NDArray[np.int32], source: npt.NDArray[np.int64]) -> None:
+        """Move the slots ``source`` of a request, ascending, to its slots 0, 1, 2, ...
+
+        Args:
+            cache: [blocks, G, slots, 2 * D], pages of all requests; changed in place.
+            blocks: int32 [B], the request's blocks in order.
+            source: int64 [n].
+        """
+        moved = np.flatnonzero(source != np.arange(len(source)))
+        pages = cache.view(cache.shape[0], cache.shape[1], -1)
+        from_block, from_elements = self._at(blocks, source[moved])
+        to_block, to_elements = self._at(blocks, moved)
+        heads = torch.arange(pages.shape[1], device=cache.device)[None, :, None]
+        pages[to_block, heads, to_elements] = pages[from_block, heads, from_elements]
+
+    def _at(self, blocks: npt.NDArray[np.int32], slots: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Blocks [n, 1, 1] and elements [n, 1, 2 * D] of a request's slots."""
+        block_size = self.elements.shape[0]
+        device = self.elements.device
+        held_in = torch.from_numpy(blocks[slots // block_size].astype(np.int64)).to(device)
+        elements = self.elements[torch.from_numpy(slots % block_size).to(device)]
+        return held_in[:, None, None], elements[:, None]
+
+
+def places_cached(plan: Plan, survivors: Survivors, stage: int, cached: Cached) -> npt.NDArray[np.int64]:
+    """Slots of a prompt in ``stage``, as it ran, that stay in the cache afterwards, int64 [n], ascending."""
+    stays = np.ones(plan.num_prompt_tokens, dtype=np.bool_)
+    ran = stays.copy()
+    for image, span in enumerate(plan.spans):
+        ran[span.offset : span.end] = stays[span.offset : span.end] = False
+        ran[span.offset + survivors[stage][image]] = True
+        if cached is Cached.FINAL:
+            stays[span.offset + survivors[-1][image]] = True
+    return np.flatnonzero(stays[ran])

@@ -1,0 +1,169 @@
+"""VisiPruner: quiet shallow layers, one cut where vision is first read, an exit where it no longer is."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from vllm_hidrop.deciding import Memory, Verdict
+from vllm_hidrop.edits import AttentionEdit, Sight
+from vllm_hidrop.methods.base import Adaptive, ModelShape
+from vllm_hidrop.pruning import Cached, KeepValue, Schedule
+from vllm_hidrop.scoring import Signal, Signals, select_top
+
+Part = Literal["shallow", "middle", "deep"]
+_SINKS = {"first": Sight.FIRST, "half": Sight.SECOND_HALF}
+
+
+@dataclass(frozen=True)
+class VisiPruner(Adaptive):
+    """Edit the shallow layers' attention, find the layer that reads the image, keep what it reads, then leave.
+
+    *Shallow*: in the layers before ``shallow_layers`` text rows see nothing of the images, and in layer 0 only a sink;
+    vision rows see no vision in layer 0. *Middle*: from layer ``shallow_layers + 1`` on, c_j is what vision token j
+    adds to the last prompt row's attention output o. In the first layer where some cos(o - c_j, o) < ``cosine``, the
+    tokens with ||c_j|| > ``norm`` stay, possibly none. *Deep*: after ``exit_count`` later layers in which no token has
+    cos(o - c_j, o) < ``exit_cosine``, the rest go. A layer decides for the layers after it; statistics are float32.
+
+    **Source** arXiv 2510.17205 sections 3.3, 3.6, 4.4 and 5.3, equations 6 to 8; layer numbers here are zero-based, as
+    in the released code (the paper's are one-based). Thresholds are magnitudes of one model's value space: those for
+    LLaVA-1.5 are published, the others belong to their checkpoint.
+
+    **Differs** every image of a prompt has its own test, cut and exit, its own sink and its own half; the code treats
+    all as one. Rows of the shallow edit are not renormalised, as in the code; ``form`` "pre_softmax" is another
+    function. Vision rows see vision in the layers after the first, as in the code, not in the paper's list. The exit
+    needs consecutive layers, as in the paper; the code counts all. Tests are made in float32, the code's in float16.
+
+    **Options** ``parts`` (which of shallow, middle, deep), ``shallow_layers``, ``cosine``, ``norm``, ``exit_cosine``,
+    ``exit_count``, ``exit_consecutive``, ``sink`` ("first" token of the image as for 7B, second "half" as for 13B),
+    ``form`` ("substitution", "pre_softmax"), ``shape`` and ``scale`` as for HiDrop. Deviations by choice:
+    ``test_every`` n-th layer only; ``filter_layer`` fixes the deciding layer, where the ``keep`` highest ||c_j|| stay
+    ("calibrated"); ``exit_layer`` fixes the first layer without vision; ``drop_shallow_kv`` frees the shallow layers'
+    vision KV after prefill (the paper's claim, section 6, not its code).
+    """
+
+    name = "visipruner"
+    paper = "arXiv 2510.17205"
+    summary = "all, then what the layer that reads the image uses, then nothing"
+    signal = Signal.CONTRIBUTION
+    default_preset = "llava-1.5-7b"
+    presets = {  # noqa: RUF012
+        "llava-1.5-7b": {},
+        "llava-1.5-13b": {"sink": "half", "shape": (40, 576)},
+    }
+
+    parts: tuple[Part, ...] = ("shallow", "middle", "deep")
+    shallow_layers: int = 6
+    cosine: float = 0.995
+    norm: float = 0.2
+    exit_cosine: float = 0.999
+    exit_count: int = 2
+    exit_consecutive: bool = True
+    sink: Literal["first", "half"] = "first"
+    form: Literal["substitution", "pre_softmax"] = "substitution"
+    test_every: int = 1
+    filter_layer: int | None = None
+    keep: int = 16
+    exit_layer: int | None = None
+    drop_shallow_kv: bool = False
+    shape: tuple[int, int] = (32, 576)
+    scale: bool = False
+
+    def __post_init__(self) -> None:
+        for option in ("cosine", "exit_cosine"):
+            if not -1 <= getattr(self, option) <= 1:
+                raise ValueError(f"{option} must be in [-1, 1], got {getattr(self, option)}")
+        if not self.norm >= 0:
+            raise ValueError(f"norm must be >= 0, got {self.norm}")
+        if self.exit_layer is not None and "deep" not in self.parts:
+            raise ValueError('exit_layer needs "deep" among parts')
+        for option, least in (("shallow_layers", 0), ("exit_count", 1), ("test_every", 1), ("keep", 0)):
+            if getattr(self, option) < least:
+                raise ValueError(f"{option} must be >= {least}, got {getattr(self, option)}")
+
+    def fitted(self, shape: ModelShape) -> "VisiPruner":
+        """Layer numbers scaled by depth and rounded; at least one layer before the first test."""
+        if shape.num_layers == self.shape[0]:
+            return self
+        if not self.scale:
+            raise ValueError(
+                f"this visipruner preset is for {self.shape[0]} layers, the model has {shape.num_layers}; "
+                'choose the checkpoint\'s own preset, or set "scale": true'
+            )
+        depth = shape.num_layers / self.shape[0]
+        return replace(
+            self,
+            shallow_layers=round(self.shallow_layers * depth),
+            filter_layer=None if self.filter_layer is None else round(self.filter_layer * depth),
+            exit_layer=None if self.exit_layer is None else round(self.exit_layer * depth),
+            shape=(shape.num_layers, shape.tokens_per_image),
+        )
+
+    def schedule(self, shape: ModelShape) -> Schedule:
+        """A stage from every layer on that a test may change, and at most one each for a fixed cut and exit."""
+        fitted = self.fitted(shape)
+        keeps: dict[int, KeepValue] = {0: "all"}
+        keeps |= dict.fromkeys(fitted._decided_layers(), "all")
+        if fitted.drop_shallow_kv and fitted.shallow_layers:
+            keeps[fitted.shallow_layers] = "all"
+        if fitted.filter_layer is not None and "middle" in fitted.parts:
+            fitted._check_fixed("filter_layer", fitted.filter_layer + 1)
+            keeps |= {layer: fitted.keep for layer in (*keeps, fitted.filter_layer + 1) if layer > fitted.filter_layer}
+        if fitted.exit_layer is not None:
+            fitted._check_fixed("exit_layer", fitted.exit_layer)
+            keeps |= {layer: 0 for layer in (*keeps, fitted.exit_layer) if layer >= fitted.exit_layer}
+        cached = {0: Cached.NONE} if fitted.drop_shallow_kv and fitted.shallow_layers else {}
+        return Schedule.of(keeps, shape.num_layers, cached)
+
+    def _check_fixed(self, option: str, first_layer: int) -> None:
+        if not self.shallow_layers < first_layer < self.shape[0]:
+            raise ValueError(f"{option} {getattr(self, option)} must leave layers on both sides, past the shallow ones")
+
+    def _decided_layers(self) -> tuple[int, ...]:
+        """First layers of the stages that a test decides on; a test in the last layer would change nothing."""
+        tests_cut = "middle" in self.parts and self.filter_layer is None
+        if not tests_cut and not self._tests_exit():
+            return ()
+        start = -1 if self.filter_layer is None else self.filter_layer + 1
+        end = self.shape[0] if self.exit_layer is None else self.exit_layer
+        return tuple(
+            layer for layer in range(self.shallow_layers + 2, self.shape[0], self.test_every) if start < layer < end
+        )
+
+    def _tests_exit(self) -> bool:
+        return "middle" in self.parts and "deep" in self.parts and self.exit_layer is None
+
+    def edit(self, layer: int) -> AttentionEdit | None:
+        """Sinks in layer 0, nothing of the images for text rows in the other shallow layers."""
+        if "shallow" not in self.parts or layer >= self.shallow_layers:
+            return None
+        sees = _SINKS[self.sink] if layer == 0 else Sight.NONE
+        return AttentionEdit(sees, vision_is_blind=layer == 0, renormalise=self.form == "pre_softmax")
+
+    def judges(self, layer: int, memory: Memory) -> bool:
+        """The middle test until it has cut, then the exit test."""
+        if memory is None and self.filter_layer is not None:
+            return "middle" in self.parts and layer == self.filter_layer + 1
+        return layer in self._decided_layers() and (memory is None or self._tests_exit())
+
+    def judge(self, signals: Signals, memory: Memory) -> Verdict:
+        """When by the cosine, which by the norm (equations 6 to 8); then, whether to leave."""
+        assert signals.contribution is not None
+        norm, cosine = signals.contribution
+        if memory is not None:
+            passes = ~(cosine < self.exit_cosine).any()
+            return Verdict(~(passes & (memory + 1 >= self.exit_count)).expand(len(norm)), passes)
+        if self.filter_layer is not None:
+            best = torch.zeros_like(norm, dtype=torch.bool)
+            best[select_top(norm.nan_to_num(0), min(self.keep, len(norm)))] = True
+            return Verdict(best, best.new_ones(()))
+        triggers = (cosine < self.cosine).any()
+        return Verdict((norm > self.norm) | ~triggers, triggers)
+
+    def remember(self, memory: Memory, event: bool) -> Memory:
+        """None before the cut; then the layers that have passed the exit test, in a row unless all count."""
+        if memory is None:
+            return 0 if event else None
+        if event:
+            return memory + 1
+        return 0 if self.exit_consecutive else memory
