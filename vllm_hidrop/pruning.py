@@ -232,6 +232,7 @@ class Plan:
     the prompt runs (``decided`` False), it is an upper bound until the worker has told. ``fallback`` says why a request
     that could have been pruned is not, and is None otherwise. ``adaptive``: the method acts on this request even where
     the counts do not show it. ``method`` names it.
+    ``has_run``: the counts are those of the caches once the prompt has run, which may be any.
     """
 
     num_prompt_tokens: int
@@ -241,8 +242,11 @@ class Plan:
     adaptive: bool = False
     decided: bool = True
     method: str = ""
+    has_run: bool = False
 
     def __post_init__(self) -> None:
+        if self.has_run:
+            return
         for image, span in enumerate(self.spans):
             column = [stage[image] for stage in self.kept]
             before = span.length
@@ -289,7 +293,7 @@ class Plan:
         if not self.adaptive:
             return self
         kept = tuple(held.get(stage.cached, ran) for stage, ran in zip(schedule.stages, self.kept, strict=True))
-        return replace(self, kept=kept)
+        return replace(self, kept=kept, has_run=True)
 
     def stage_tokens(self, stage: int, num_tokens: int) -> int:
         """Tokens of ``stage`` among the first ``num_tokens`` tokens of the request.

@@ -14,7 +14,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from tests.tiny_models import IMAGE_SIZE, IMAGE_TOKEN
-from vllm_hidrop.scoring import Signals, select_top
+from vllm_hidrop.scoring import Signal, Signals, select_top
 
 ARCHITECTURE = "HidropLlavaForConditionalGeneration"
 
@@ -91,26 +91,41 @@ class Engine:
         assert not self.scheduler.requests
         if hasattr(self.scheduler, "plans"):
             assert not self.scheduler.plans
+            assert not self.scheduler.prefill_plans
+            assert not self.scheduler.blocks_returned
             assert not self.scheduler.rows_run
 
     @contextmanager
     def record_selections(self) -> Iterator[dict[int, list[list[int]]]]:
         """What every cut keeps while entered: first layer of the stage -> per image, in the order they are scored."""
-        staged = self.runner.model._staged
+        method = self.scheduler.planner.method
+        choosers = self.runner.model.choosers
+        own = choosers[method]
         kept: dict[int, list[list[int]]] = {}
-        score = staged.scorer
-
-        def recording(signals: Signals) -> torch.Tensor:
-            scores = score(signals)
-            chosen = signals.survivors[select_top(scores, signals.keep)]
-            kept.setdefault(signals.layer, []).append(chosen.tolist())
-            return scores
-
-        staged.scorer = recording
+        choosers[method] = _Recording(own, kept)
         try:
             yield kept
         finally:
-            staged.scorer = score
+            choosers[method] = own
+
+
+@dataclass
+class _Recording:
+    """A method that tells what it would keep."""
+
+    chooser: Any
+    kept: dict[int, list[list[int]]]
+
+    @property
+    def signal(self) -> Signal:
+        signal: Signal = self.chooser.signal
+        return signal
+
+    def score(self, signals: Signals) -> torch.Tensor:
+        scores: torch.Tensor = self.chooser.score(signals)
+        chosen = signals.survivors[select_top(scores, signals.keep)]
+        self.kept.setdefault(signals.layer, []).append(chosen.tolist())
+        return scores
 
 
 def _answer(output: Any) -> Answer:
