@@ -154,10 +154,16 @@ class Traffic(RuleBasedStateMachine):
         self.scheduler._preempt_request(request, 0.0)
 
     def check_tables(self) -> None:
-        """What the worker believes is what the scheduler holds, for every request of the step."""
-        for name in self.in_flight[-1][0].num_scheduled_tokens:
+        """What the worker believes is what the scheduler holds, and a prompt has blocks for all it runs with."""
+        output, result = self.in_flight[-1]
+        for name in output.num_scheduled_tokens:
             held = [[block.block_id for block in manager.req_to_blocks[name]] for manager in self.managers]
             assert self.worker.tables[name] == held
+        for name, kept in result.decided.items():
+            plan = self.scheduler.prefill_plans[name]
+            for manager in self.managers:
+                rows = plan.num_prompt_tokens - plan.num_vision_tokens + sum(kept[manager.kv_cache_spec.stage])
+                assert len(manager.req_to_blocks[name]) >= -(-rows // BLOCK)
 
     def check_exact(self, name: str) -> None:
         """After a report, a request holds the blocks of what it keeps, no more."""

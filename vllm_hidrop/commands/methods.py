@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from vllm_hidrop.methods import METHODS, Method
 
@@ -32,7 +32,8 @@ def _describe(method: type[Method]) -> dict[str, Any]:
 
 
 def _table(catalogue: list[dict[str, Any]]) -> Table:
-    table = Table("Method", "What it keeps", "Options and defaults", "Presets", title="Pruning methods")
+    options = Column("Options and defaults", min_width=2 + max(len(o) for row in catalogue for o in row["options"]))
+    table = Table("Method", "What it keeps", options, "Presets", title="Pruning methods")
     for row in catalogue:
         presets = [f"{name} (default)" if name == row["default_preset"] else name for name in row["presets"]]
         summary = f"{row['summary']}\n{row['paper']}"

@@ -88,7 +88,6 @@ class StagedScheduler(Scheduler):
         """Its prompt will run again, by the plan it ran by (rule 4)."""
         super()._preempt_request(request, *args, **kwargs)
         self.plans[request.request_id] = self.prefill_plans[request.request_id]
-        self.trimmed.pop(request.request_id, None)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

@@ -75,7 +75,7 @@ class Method:
 class Adaptive(Method):
     """Base of the methods that decide how many tokens stay while a prompt runs; a :class:`deciding.Decider`.
 
-    The keeps of the schedule are upper bounds.
+    The keeps of the schedule are upper bounds, and there is no score.
     """
 
     @property
