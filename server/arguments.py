@@ -14,7 +14,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from hidrop_server.choice import check_choice
 from hidrop_server.errors import StartError
 from vllm_hidrop.config import HidropConfig, resolve
-from vllm_hidrop.embedded import MODEL_DIR
+from vllm_hidrop.embedded import CHECKPOINTS, MODEL_DIR, MODEL_METHOD
 from vllm_hidrop.models.families import FAMILIES, Family
 
 EMBEDDED_NAME = "hidrop-embedded"
@@ -34,8 +34,10 @@ class _Parser(FlexibleArgumentParser):
         raise StartError(f"{message} (vLLM's flags: hidrop serve --vllm-help all)")
 
 
-def parse(model: str | None, vllm_args: list[str]) -> Namespace:
+def parse(model: str | None, vllm_args: list[str], method: str | None = None) -> Namespace:
     """Parse vLLM's flags; without any model, the embedded one with its defaults.
+
+    The embedded checkpoint is the one trained for ``method``, and the dense one for methods that need no training.
 
     Raises:
         StartError: what vLLM's parser and its checks refuse, and launch modes that are vLLM's alone.
@@ -47,7 +49,7 @@ def parse(model: str | None, vllm_args: list[str]) -> Namespace:
     if named is None:
         parser.set_defaults(**EMBEDDED_DEFAULTS, **_dtype())
         args = parser.parse_args(argv)
-        named = str(MODEL_DIR)
+        named = str(MODEL_DIR if method in (None, MODEL_METHOD) else CHECKPOINTS["dense"])
     args.model = named
     _refuse_other_launchers(args)
     try:

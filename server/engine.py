@@ -38,7 +38,7 @@ class HidropLLM(AsyncLLM):
         self.metrics = HidropMetrics(
             model_name=_served_name(vllm_config.model_config),
             method=self.planner.method,
-            num_stages=len(self.planner.schedule.stages),
+            first_layers=[stage.first_layer for stage in self.planner.schedule.stages],
         )
         super().__init__(vllm_config, *args, **kwargs)
 

@@ -27,9 +27,16 @@ def describe(planner: Planner) -> dict[str, Any]:
         "method": planner.method,
         "preset": planner.preset,
         "positions": str(planner.positions),
+        "keeps_are_bounds": planner.methods[planner.method].adaptive,
+        "request_methods": list(planner.methods),
         "schedule": schedule.dump(),
         "stages": [
-            {"first_layer": stage.first_layer, "end_layer": end, "keep": stage.keep.dump()}
+            {
+                "first_layer": stage.first_layer,
+                "end_layer": end,
+                "keep": stage.keep.dump(),
+                "cached": str(stage.cached),
+            }
             for stage, end in zip(schedule.stages, schedule.end_layers, strict=True)
         ],
     }

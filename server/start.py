@@ -63,7 +63,7 @@ def configure(model: str | None, choice: "HidropConfig", vllm_args: list[str]) -
     from hidrop_server import arguments
 
     cli_env_setup()
-    args = arguments.parse(model, vllm_args)
+    args = arguments.parse(model, vllm_args, choice.method)
     configure_logging_from_args(args)
     arguments.apply_choice(args, choice)
     return args, engine_config(args)

@@ -76,7 +76,7 @@ def resolve(config: HidropConfig, shape: ModelShape, trained: Mapping[str, Any] 
     if config.method is None and config.preset is None and not config.options:
         config = config.model_copy(update=own.model_dump(exclude={"force", "positions"}))
     name = config.method or own.method or "none"
-    preset = config.preset or (own.preset if name == own.method else METHODS[_known(name)].default_preset)
+    preset = config.preset or (own.preset if name == own.method else METHODS[_known(name)].preset_for(shape))
     if own.method and name == own.method and preset != own.preset and not config.force:
         raise ValueError(
             f"this checkpoint was trained for {own.method} preset {own.preset!r}, not {preset!r}; "

@@ -28,11 +28,14 @@ REPORT_FIELDS = {
     "vision_tokens",
     "stages",
     "kv_blocks",
+    "kv_blocks_returned",
     "kv_blocks_dense",
+    "cut_layer",
+    "exit_layer",
     "layer_tokens",
     "layer_tokens_dense",
 }
-STAGE_FIELDS = {"first_layer", "end_layer", "kept", "rows", "kv_blocks"}
+STAGE_FIELDS = {"first_layer", "end_layer", "kept", "rows", "cached", "kv_blocks"}
 
 
 @dataclass(frozen=True)

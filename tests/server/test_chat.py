@@ -159,7 +159,8 @@ def test_several_choices_share_one_report(server: Server) -> None:
 def test_the_model_list_and_hidrop_describe_the_schedule(server: Server) -> None:
     (card,) = server.http.get("/v1/models").json()["data"]
     description = server.http.get("/hidrop").json()
-    assert card["hidrop"].keys() == {"method", "preset", "positions", "schedule", "stages"}
+    fields = {"method", "preset", "positions", "schedule", "stages", "keeps_are_bounds", "request_methods"}
+    assert card["hidrop"].keys() == fields
     assert card["hidrop"].items() <= description.items()
     assert [stage["end_layer"] for stage in card["hidrop"]["stages"]] == list(server.schedule.end_layers)
     assert set(description["request_options"]) == {"hidrop", "hidrop_keep"}

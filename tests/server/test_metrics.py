@@ -17,6 +17,7 @@ SUMS = {
     "vllm_hidrop_layer_tokens_dense_total": "layer_tokens_dense",
     "vllm_hidrop_kv_blocks_held_total": "kv_blocks",
     "vllm_hidrop_kv_blocks_dense_total": "kv_blocks_dense",
+    "vllm_hidrop_kv_blocks_returned_total": "kv_blocks_returned",
 }
 
 
@@ -86,9 +87,10 @@ def test_a_client_that_leaves_is_counted_and_its_blocks_are_freed(server: Server
 
 COUNT = """
 from hidrop_server.metrics import HidropMetrics
-report = {"mode": "pruned", "vision_tokens": 5, "layer_tokens": 7, "layer_tokens_dense": 9, "kv_blocks": 1,
-          "kv_blocks_dense": 2, "stages": [{"kept": 5}, {"kept": 3}]}
-HidropMetrics("m", "hidrop", 2).ended(report)
+report = {"mode": "pruned", "method": "hidrop", "vision_tokens": 5, "layer_tokens": 7, "layer_tokens_dense": 9,
+          "kv_blocks": 1, "kv_blocks_returned": 0, "kv_blocks_dense": 2, "cut_layer": 4, "exit_layer": None,
+          "stages": [{"kept": 5, "cached": 5}, {"kept": 3, "cached": 3}]}
+HidropMetrics("m", "hidrop", [0, 4]).ended(report)
 """
 SHOW = """
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
@@ -108,5 +110,7 @@ def test_several_processes_count_into_one(tmp_path: Path) -> None:
     run(COUNT)
     shown = run(SHOW)
     assert 'vllm_hidrop_layer_tokens_run_total{method="hidrop",model_name="m"} 14.0' in shown
+    assert 'vllm_hidrop_cut_layer_bucket{le="4.0",method="hidrop",model_name="m"} 2.0' in shown
+    assert 'vllm_hidrop_exit_layer_count{method="hidrop",model_name="m"} 0.0' in shown
     assert 'vllm_hidrop_requests_total{method="hidrop",mode="pruned",model_name="m"} 2.0' in shown
     assert 'vllm_hidrop_vision_tokens_kept_total{method="hidrop",model_name="m",stage="1"} 6.0' in shown

@@ -7,3 +7,5 @@ CHECKPOINTS: dict[str, Path] = {"dense": _HERE / "dense", "hidrop": _HERE / "hid
 """Checkpoint directories for ``from_pretrained`` and for vLLM, trained alike but for the schedule."""
 MODEL_DIR: Path = CHECKPOINTS["hidrop"]
 """What ``hidrop serve`` serves unless told otherwise."""
+MODEL_METHOD = "hidrop"
+"""What the default checkpoint was trained for."""

@@ -3,6 +3,7 @@
 Knows no vLLM and no model.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -49,6 +50,13 @@ class Method:
             known = ", ".join(cls.presets) or "none"
             raise ValueError(f"method {cls.name!r} has no preset {preset!r}; known: {known}")
         return cls(**cls.presets[preset])
+
+    @classmethod
+    def preset_for(cls, shape: ModelShape) -> str | None:
+        """The default preset, or the first one that is written for a model of this shape when that one is not."""
+        fits = [name for name, values in cls.presets.items() if values.get("shape") == dataclasses.astuple(shape)]
+        default = cls.default_preset
+        return default if default is None or default in fits or not fits else fits[0]
 
     def fitted(self, shape: ModelShape) -> Self:
         """The method with its layer numbers scaled to a model of this shape, if they are not written for it.

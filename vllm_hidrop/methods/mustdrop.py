@@ -22,7 +22,8 @@ class MustDrop(Adaptive):
     the last one kept.
 
     **Source** arXiv 2411.10803; details from the released code: zero-based layers 2, 6, 10, 14 of 32, and the threshold
-    presets of its TextVQA scripts, tuned by the authors to average 192, 128 or 64 tokens over LLaVA-1.5's layers.
+    presets of its TextVQA scripts, tuned by the authors to average 192, 128 or 64 tokens over LLaVA-1.5's layers;
+    "embedded" is tuned the same way on scenes that no table shows.
 
     **Differs** original positions are kept (the code renumbers them, inconsistently between layers in decode), and the
     tokens stay in raster order: a merged token has the place of its window's bottom-right patch. Every image merges by
@@ -43,6 +44,12 @@ class MustDrop(Adaptive):
         "tok192": {"global_threshold": 0.001, "individual_threshold": 0.001},
         "tok128": {"global_threshold": 0.0012, "individual_threshold": 0.001},
         "tok64": {"global_threshold": 0.011, "individual_threshold": 0.01},
+        "embedded": {
+            "global_threshold": 0.0065,
+            "individual_threshold": 0.01,
+            "filter_layers": (1, 3, 5, 7),
+            "shape": (12, 576),
+        },
     }
 
     global_threshold: float = 0.011

@@ -50,6 +50,8 @@ class VisiPruner(Adaptive):
     presets = {  # noqa: RUF012
         "llava-1.5-7b": {},
         "llava-1.5-13b": {"sink": "half", "shape": (40, 576)},
+        "embedded": {"shallow_layers": 2, "shape": (12, 576)},
+        "embedded-topk": {"shallow_layers": 2, "filter_layer": 5, "keep": 32, "shape": (12, 576)},
     }
 
     parts: tuple[Part, ...] = ("shallow", "middle", "deep")

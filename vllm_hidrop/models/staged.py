@@ -140,9 +140,9 @@ def alternatives(resolved: Resolved, shape: ModelShape) -> dict[str, Alternative
     found = {own.name: _alternative(own, resolved.schedule)}
     for name in METHODS:
         if own.name not in (name, "none"):
-            schedule = _over_stages(_default(name), resolved.schedule, shape)
+            schedule = _over_stages(_default(name, shape), resolved.schedule, shape)
             if schedule is not None:
-                found[name] = _alternative(_default(name), schedule)
+                found[name] = _alternative(_default(name, shape), schedule)
     return found
 
 
@@ -152,7 +152,7 @@ def choosers(vllm_config: Any) -> dict[str, Chooser]:
     shape = family_of(vllm_config.model_config.architecture).shape(hf_config)
     chosen = vllm_config.additional_config["hidrop"]["resolved"]
     own = make_method(chosen["method"], chosen["preset"], chosen["options"]).fitted(shape)
-    others = {name: _default(name).fitted(shape) for name in chosen["methods"] if name != own.name}
+    others = {name: _default(name, shape).fitted(shape) for name in chosen["methods"] if name != own.name}
     return {own.name: own, **others}
 
 
@@ -167,9 +167,9 @@ def _alternative(method: Method, schedule: Schedule) -> Alternative:
     return Alternative(schedule, signal, isinstance(method, Adaptive))
 
 
-def _default(name: str) -> Method:
+def _default(name: str, shape: ModelShape) -> Method:
     """A method as it is without options, scaled to whatever model where it is written for one."""
-    method = make_method(name, METHODS[name].default_preset)
+    method = make_method(name, METHODS[name].preset_for(shape))
     return dataclasses.replace(method, scale=True) if hasattr(method, "scale") else method  # type: ignore[call-arg]
 
 
