@@ -257,7 +257,7 @@ def prefill(  # noqa: PLR0913, PLR0917 (one argument is one option)
     images: Annotated[int, typer.Option(min=0, max=16, help="Images of the prompt.")] = 1,
     text: Annotated[int, typer.Option(min=2, help="Text tokens of the prompt.")] = 64,
     method: Annotated[str, typer.Option(help="Pruning method.")] = "hidrop",
-    preset: Annotated[str | None, typer.Option(help="Named schedule (hidrop: tok48, scaled).")] = None,
+    preset: Annotated[str | None, typer.Option(help="Named schedule [default: tok48 of hidrop, tok64 of mustdrop].")] = None,
     options: Annotated[str, typer.Option(help="The method's options, a JSON object.")] = "{}",
     shape: Shape = "bench",
     runs: Runs = 15,
@@ -269,11 +269,11 @@ def prefill(  # noqa: PLR0913, PLR0917 (one argument is one option)
         from vllm_hidrop.commands import bench as command
 
         choice: dict[str, Any] = {"method": method, "options": parse_object(options, "--options")}
-        if method == "hidrop":
-            choice["preset"] = preset or "tok48"
-            choice["options"].setdefault("scale", True)
-        elif preset:
+        preset = preset or {"hidrop": "tok48", "mustdrop": "tok64"}.get(method)
+        if preset:
             choice["preset"] = preset
+        if method in ("hidrop", "visipruner", "mustdrop"):
+            choice["options"].setdefault("scale", True)
         command.run_prefill(command.Bench(shape, runs, not compiled), choice, images, text, json_file)
 
 

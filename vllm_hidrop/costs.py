@@ -83,19 +83,25 @@ class VisionShape:
     text_hidden_size: int
     num_channels: int = 3
 
-    @property
-    def flops_per_image(self) -> int:
+    def flops(self, tokens_left: int | None = None) -> int:
         """FLOPs of one image: ``2 P c p^2 C``, ``L (T (8 C^2 + 4 C M) + 4 C T^2)``, projector.
 
         P patches of side p and c channels, T rows, L layers, C hidden size, M MLP size; attention
         is bidirectional. The projector is ``2 P (C_in C_text + C_text^2)``.
+
+        Args:
+            tokens_left: of the image's patches, those that the layers after the first and the projector still run.
         """
-        hidden, rows = self.hidden_size, self.num_tokens
-        patches = 2 * self.num_patches * self.num_channels * self.patch_size**2 * hidden
-        projections = rows * (8 * hidden**2 + 4 * hidden * self.intermediate_size)
-        layers = self.num_layers * (projections + 4 * hidden * rows**2)
+        left = self.num_patches if tokens_left is None else tokens_left
+        later = left + self.num_tokens - self.num_patches
+        patches = 2 * self.num_patches * self.num_channels * self.patch_size**2 * self.hidden_size
+        layers = self._layer_flops(self.num_tokens) + (self.num_layers - 1) * self._layer_flops(later)
         into, out = self.projector_input_size, self.text_hidden_size
-        return patches + layers + 2 * self.num_patches * (into * out + out**2)
+        return patches + layers + 2 * left * (into * out + out**2)
+
+    def _layer_flops(self, rows: int) -> int:
+        hidden = self.hidden_size
+        return rows * (8 * hidden**2 + 4 * hidden * self.intermediate_size) + 4 * hidden * rows**2
 
 
 LLAVA_7B_VISION = VisionShape(23, 1024, 4096, 14, 576, 577, 1024, 4096)
@@ -159,12 +165,13 @@ class StageCosts:
 
 @dataclass(frozen=True)
 class RequestCosts:
-    """One request's costs; ``encoder_flops`` is None where the vision tower's shape is unknown."""
+    """One request's costs; the encoder's FLOPs are None where the vision tower's shape is unknown."""
 
     stages: tuple[StageCosts, ...]
     group_size: int
     lm_head_flops: int
     encoder_flops: int | None
+    dense_encoder_flops: int | None
 
     @property
     def num_layers(self) -> int:
@@ -218,10 +225,10 @@ class RequestCosts:
 
     @property
     def ideal_speedup_with_encoder(self) -> float | None:
-        """The same with the vision tower and projector, which run in full either way."""
-        if self.encoder_flops is None:
+        """The same with the vision tower and projector, which run in full unless the method merges tokens there."""
+        if self.encoder_flops is None or self.dense_encoder_flops is None:
             return None
-        return (self.dense_flops + self.encoder_flops) / (self.flops + self.encoder_flops)
+        return (self.dense_flops + self.dense_encoder_flops) / (self.flops + self.encoder_flops)
 
 
 def request_costs(
@@ -237,7 +244,7 @@ def request_costs(
     Args:
         shape: the text model.
         schedule: its stages.
-        plan: the request's tokens in every stage of ``schedule``.
+        plan: the request's tokens in every stage of ``schedule``; where a method decides them, the decided ones.
         signal: what the method reads at a cut.
         block_size: tokens of a KV block.
         vision: the tower and projector, run once per image; None if unknown.
@@ -254,8 +261,16 @@ def request_costs(
         tuple(_stage_costs(shape, schedule, plan, signal, block_size, stage) for stage in stages),
         group_size(schedule),
         shape.lm_head_flops,
-        None if vision is None else vision.flops_per_image * len(plan.spans),
+        None if vision is None else sum(vision.flops(left) for left in _tokens_left(plan, vision)),
+        None if vision is None else vision.flops() * len(plan.spans),
     )
+
+
+def _tokens_left(plan: Plan, vision: VisionShape) -> list[int | None]:
+    """Per image, the tokens that the tower's later layers run: all, unless a method merged some there."""
+    if not plan.adaptive:
+        return [None] * len(plan.spans)
+    return [vision.num_patches * kept // span.length for kept, span in zip(plan.kept[0], plan.spans, strict=True)]
 
 
 def _stage_costs(
@@ -263,7 +278,8 @@ def _stage_costs(
 ) -> StageCosts:
     layers = schedule.layers_in(stage)
     rows, dense_rows = plan.num_prompt_tokens - plan.dropped[stage], plan.num_prompt_tokens
-    blocks, dense_blocks = _ceil_div(rows, block_size), _ceil_div(dense_rows, block_size)
+    cached = plan.num_prompt_tokens - plan.after_prefill(schedule).dropped[stage]
+    blocks, dense_blocks = _ceil_div(cached, block_size), _ceil_div(dense_rows, block_size)
     groups = num_groups(schedule, stage)
     layer_block_bytes = block_size * shape.kv_bytes_per_row
     return StageCosts(
@@ -288,15 +304,20 @@ def _cut_flops(shape: TextShape, plan: Plan, signal: Signal, stage: int) -> int:
     """FLOPs of scoring at the cut before ``stage``; 0 where nothing has to be chosen.
 
     The one query row meets every row's K: ``2 H D T``. Under the next layer's Q and K, that layer's
-    Q, K and V are projected for the rows before the cut, of which its own costs hold the kept ones.
+    Q, K and V are projected for the rows before the cut, of which its own costs hold the kept ones. What an adaptive
+    method reads: the same row with K and twice with V, or all text rows with K.
     """
     if stage == 0 or signal is Signal.NONE:
         return 0
+    rows_before = plan.num_prompt_tokens - plan.dropped[stage - 1]
+    width = shape.num_heads * shape.head_size
+    if plan.adaptive:  # judged on entry to every stage, whether it changes or not
+        rows = 3 if signal is Signal.CONTRIBUTION else plan.num_prompt_tokens - plan.num_vision_tokens
+        return 2 * width * rows * rows_before if sum(plan.kept[stage - 1]) else 0
     images = zip(plan.kept[stage - 1], plan.kept[stage], strict=True)
     if not any(0 < now < before for before, now in images):
         return 0
-    rows_before = plan.num_prompt_tokens - plan.dropped[stage - 1]
-    flops = 2 * shape.num_heads * shape.head_size * rows_before
+    flops = 2 * width * rows_before
     if signal is Signal.NEXT_ATTENTION:
         rows_gone = plan.dropped[stage] - plan.dropped[stage - 1]
         flops += shape.qkv_flops_per_row * rows_gone

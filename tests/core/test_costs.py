@@ -185,7 +185,7 @@ def test_the_vision_tower_bounds_the_ideal_speedup() -> None:
     schedule = HiDrop().schedule(PAPER)
     plan = make_plan(schedule, 2 * 576 + 64, [Span(0, 576), Span(576, 576)])
     found = request_costs(LLAVA_7B, schedule, plan, Signal.NEXT_ATTENTION, 32, LLAVA_7B_VISION)
-    assert found.encoder_flops == 2 * LLAVA_7B_VISION.flops_per_image
+    assert found.encoder_flops == 2 * LLAVA_7B_VISION.flops()
     assert found.ideal_speedup_with_encoder is not None
     assert 1 < found.ideal_speedup_with_encoder < found.ideal_speedup
     exact = Fraction(found.dense_flops + found.encoder_flops, found.flops + found.encoder_flops)
@@ -197,7 +197,7 @@ def test_the_vision_towers_flops_are_the_sum_of_its_parts() -> None:
     patches = 2 * 576 * (3 * 14 * 14) * 1024
     layer = 577 * 2 * (4 * 1024 * 1024 + 2 * 1024 * 4096) + 2 * 2 * 577 * 577 * 1024
     projector = 2 * 576 * (1024 * 4096 + 4096 * 4096)
-    assert LLAVA_7B_VISION.flops_per_image == patches + 23 * layer + projector
+    assert LLAVA_7B_VISION.flops() == patches + 23 * layer + projector
 
 
 def test_a_schedule_for_another_depth_is_refused() -> None:

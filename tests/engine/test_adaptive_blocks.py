@@ -152,10 +152,10 @@ def test_requests_of_one_step_may_use_different_methods(model: Path) -> None:
     others = {name: {"method": name} for name in ("pyramiddrop", "random", "fastv", "uniform")}
     tokens = prompt(np.random.default_rng(9), "3i5")
     expected = {}
-    for name, own in others.items():
-        with engine(model, own) as running:
+    for name, of_its_own in others.items():
+        with engine(model, of_its_own) as running:
             expected[name] = running.ask([Ask(tokens, (3,))])[0]
-    server = {"method": "visipruner", "options": VISIPRUNER["options"] | {"shallow_layers": 0}}
+    server = {"method": "visipruner", "options": SHAPE | {"shallow_layers": 0, "cosine": 0.96, "norm": 0.3}}
     with engine(model, server) as running:
         alone = running.ask([Ask(tokens, (3,))])[0]
         wishes: list[dict[str, Any]] = [{"hidrop_method": name} for name in others]

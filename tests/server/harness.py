@@ -29,6 +29,7 @@ REPORT_FIELDS = {
     "stages",
     "kv_blocks",
     "kv_blocks_returned",
+    "selection_ms",
     "kv_blocks_dense",
     "cut_layer",
     "exit_layer",

@@ -50,7 +50,8 @@ class MeasuredEngine:
             seed: of pixels and tokens.
 
         Returns:
-            ``step_seconds`` (the first is the prefill, tower included), ``kv_blocks`` held after prefill, ``tokens``.
+            ``step_seconds`` (the first is the prefill, tower included), ``kv_blocks`` held after prefill, ``tokens``,
+            and the engine's ``report`` if it is ours.
         """
         from vllm import SamplingParams
 
@@ -69,6 +70,7 @@ class MeasuredEngine:
             "step_seconds": step_seconds,
             "kv_blocks": kv_blocks,
             "tokens": list(outputs[0].outputs[0].token_ids),
+            "report": (outputs[0].kv_transfer_params or {}).get("hidrop"),
         }
 
     def _num_free(self) -> int:

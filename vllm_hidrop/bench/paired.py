@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, median_low
 from typing import Any, Self
 
 from rich.progress import Progress
@@ -135,6 +135,23 @@ class Measured:
         """Bytes of the blocks held after prefill."""
         per_block = (self.stock_bytes_per_block, self.our_bytes_per_block)[engine]
         return int(self.runs[0][engine]["kv_blocks"]) * per_block
+
+    @property
+    def kept(self) -> list[int]:
+        """Vision tokens that every stage of ours ran with; the median over the runs."""
+        stages = zip(*(run[1]["report"]["stages"] for run in self.runs), strict=True)
+        return [int(median_low(stage["kept"] for stage in of_runs)) for of_runs in stages]
+
+    @property
+    def cached(self) -> list[int]:
+        """Vision tokens in the cache of every stage of ours after prefill; the median over the runs."""
+        stages = zip(*(run[1]["report"]["stages"] for run in self.runs), strict=True)
+        return [int(median_low(stage["cached"] for stage in of_runs)) for of_runs in stages]
+
+    @property
+    def selection_share(self) -> float:
+        """Time on signals and selections, as a share of our prefill; the median over the runs."""
+        return median(run[1]["report"]["selection_ms"] / 1000 / run[1]["step_seconds"][0] for run in self.runs)
 
     @property
     def kv_blocks(self) -> int:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 IMAGE_TOKEN = 32000
+PEAK = 20
+"""How much wider than at initialisation the queries of a peaked layer are."""
 HUB_NAMES = {
     "model.vision_tower.": "vision_tower.vision_model.",
     "model.multi_modal_projector.": "multi_modal_projector.",
@@ -29,11 +31,14 @@ class BenchShape:
     vision_layers: int
     vision_hidden_size: int
     vision_heads: int
+    peaked_layer: int | None = None
+    """A text layer whose attention is far from flat, as one is in a trained model and none in random weights."""
 
 
 SHAPES = {
     "tiny": BenchShape(8, 128, 4, 256, 2, 64, 2),
     "bench": BenchShape(16, 1024, 16, 2816, 6, 256, 4),
+    "bench-peaked": BenchShape(16, 1024, 16, 2816, 6, 256, 4, peaked_layer=7),
     "2.7b": BenchShape(32, 2560, 32, 6912, 24, 1024, 16),
     "7b": BenchShape(32, 4096, 32, 11008, 24, 1024, 16),
 }
@@ -52,7 +57,10 @@ def make_checkpoint(shape: BenchShape, directory: Path, dtype: str = "bfloat16")
     config.save_pretrained(directory)
     save_word_tokenizer(directory, IMAGE_TOKEN)
     _save_processor(directory)
-    save_hub_weights(_build(config, dtype), directory)
+    model = _build(config, dtype)
+    if shape.peaked_layer is not None:
+        model.model.language_model.layers[shape.peaked_layer].self_attn.q_proj.weight.data.mul_(PEAK)
+    save_hub_weights(model, directory)
     (directory / "complete").touch()
     return directory
 

@@ -74,14 +74,17 @@ def _cpu() -> str:
 def measure_prefill(bench: Bench, hidrop: dict[str, Any], images: int, text: int, progress: Progress) -> dict[str, Any]:
     """One prompt of ``images`` images and ``text`` text tokens, vision tower included, in both engines."""
     model = bench.model()
-    costs = _costs(model, hidrop, images, text)
     length = _model_len(images, text)
     stock = engine_settings(model, None, bench.eager, length)
     ours = engine_settings(model, hidrop, bench.eager, length)
     title = f"prefill, {images} images"
     with running_pair(stock, ours, progress) as pair:
         measured = pair.measure(Workload(images, text, max_tokens=2), bench.runs, progress, title)
+    costs = _costs(model, hidrop, images, text, measured)
     return _row(f"prefill {hidrop['method']} {images} image(s) + {text} text", measured, bench) | {
+        "kept": measured.kept,
+        "cached": measured.cached,
+        "selection_share": measured.selection_share,
         "ideal_speedup": costs.ideal_speedup_with_encoder,
         "ideal_speedup_text_model": costs.ideal_speedup,
         "share_of_ideal": measured.speedup / (costs.ideal_speedup_with_encoder or costs.ideal_speedup),
@@ -148,11 +151,13 @@ def _versions() -> dict[str, Any]:
     }
 
 
-def _costs(model: Path, hidrop: dict[str, Any], images: int, text: int) -> Any:
+def _costs(model: Path, hidrop: dict[str, Any], images: int, text: int, measured: Measured) -> Any:
+    """What the request costs on paper, by its schedule or, where the method decides, by the counts it decided."""
     known = planning.read_model(str(model))
     resolved = resolve(HidropConfig.parse(hidrop), ModelShape(known.text.num_layers, TOKENS_PER_IMAGE))
-    workload = planning.Workload((TOKENS_PER_IMAGE,) * images, text, BLOCK_SIZE)
-    return planning.request_costs(known, resolved, workload)
+    return planning.request_costs(
+        known, resolved, planning.Workload((TOKENS_PER_IMAGE,) * images, text, BLOCK_SIZE), measured.kept
+    )
 
 
 def _model_len(images: int, text: int) -> int:
@@ -165,7 +170,7 @@ def _progress() -> Progress:
 
 
 def _print_rows(rows: list[dict[str, Any]]) -> None:
-    headings = ("stock ms", "ours ms", "speed-up", "ideal", "of ideal", "KV blocks (plan)", "KV of stock")
+    headings = ("stock ms", "ours ms", "speed-up", "ideal", "of ideal", "selection", "KV blocks (plan)", "KV of stock")
     table = Table("what", *headings)
     for row in rows:
         table.add_row(
@@ -175,6 +180,7 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
             f"{row['speedup']:.2f}x",
             f"{row['ideal_speedup']:.2f}x" if "ideal_speedup" in row else "",
             f"{row['share_of_ideal']:.0%}" if "share_of_ideal" in row else "",
+            f"{row['selection_share']:.1%}" if "selection_share" in row else "",
             f"{row['kv_blocks']} ({row['kv_blocks_planned']})" if "kv_blocks" in row else "",
             f"{row['kv_share_of_stock']:.1%}" if "kv_share_of_stock" in row else "",
         )

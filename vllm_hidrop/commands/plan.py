@@ -6,7 +6,7 @@ Reads a model's configuration, never its weights. All numbers are arithmetic; no
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from rich.table import Table
 from vllm_hidrop import costs
 from vllm_hidrop.config import HidropConfig, Resolved, resolve
 from vllm_hidrop.costs import RequestCosts, StageCosts, TextShape, VisionShape
-from vllm_hidrop.methods import ModelShape
+from vllm_hidrop.methods import Adaptive, ModelShape
 from vllm_hidrop.pruning import Span, make_plan
 
 EMBEDDED = "embedded"
@@ -78,13 +78,22 @@ def run(
         _print_table(model, resolved, workload, found)
 
 
-def request_costs(model: Model, resolved: Resolved, workload: Workload) -> RequestCosts:
-    """Costs of one request whose images come before its text."""
+def request_costs(
+    model: Model, resolved: Resolved, workload: Workload, decided: Sequence[int] | None = None
+) -> RequestCosts:
+    """Costs of one request whose images come before its text.
+
+    A method that decides how many tokens stay costs what its schedule bounds, or what it ``decided``: vision tokens of
+    every stage, all images together.
+    """
     spans, offset = [], 0
     for num_tokens in workload.images:
         spans.append(Span(offset, num_tokens))
         offset += num_tokens
-    plan = make_plan(resolved.schedule, offset + workload.text, spans)
+    adaptive = isinstance(resolved.method, Adaptive)
+    plan = make_plan(resolved.schedule, offset + workload.text, spans, adaptive=adaptive)
+    if adaptive and decided is not None and spans:
+        plan = replace(plan, spans=(Span(0, offset),), kept=tuple((count,) for count in decided), decided=True)
     schedule, signal = resolved.schedule, resolved.method.signal
     return costs.request_costs(model.text, schedule, plan, signal, workload.block_size, model.vision)
 
@@ -164,6 +173,7 @@ def _as_json(model: str, resolved: Resolved, workload: Workload, found: RequestC
         "model": model,
         "method": resolved.method.name,
         "preset": resolved.preset,
+        "are_bounds": isinstance(resolved.method, Adaptive),
         **dataclasses.asdict(workload),
         "group_size": found.group_size,
         "stages": [dataclasses.asdict(stage) for stage in found.stages],
@@ -202,6 +212,12 @@ def _print_table(model: str, resolved: Resolved, workload: Workload, found: Requ
     console = Console()
     console.print(table)
     console.print(_notes(workload, found), highlight=False)
+    if isinstance(resolved.method, Adaptive):
+        console.print(
+            f"{resolved.method.name} decides while a prompt runs how many tokens stay: these are upper bounds; "
+            "what a request held is in its response.",
+            highlight=False,
+        )
 
 
 def _cells(stage: StageCosts) -> tuple[str, ...]:

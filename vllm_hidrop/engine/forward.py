@@ -5,6 +5,7 @@ Knows a decoder layer's standard form (norm, attention, norm, MLP on a residual 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -49,11 +50,13 @@ class Outcome:
         hidden: [T, C], final hidden states; rows that the last stage does not hold are zero.
         step: the step with the counts it ran with.
         survivors: by request id, what was decided about the adaptive prompts.
+        selection_seconds: spent on signals and selections, by the host's clock.
     """
 
     hidden: torch.Tensor
     step: StagedStep
     survivors: dict[str, Survivors]
+    selection_seconds: float
 
 
 class StagedForward:
@@ -88,6 +91,7 @@ class StagedForward:
         rows = Rows(embeds, None, torch.arange(embeds.shape[0], device=embeds.device))
         decisions = Decisions(step)
         scores: Scores = {}
+        seconds = 0.0
         for stage, laid_out in enumerate(step.stages):
             step = decisions.enter(step, stage)
             if step.stages[stage] is not laid_out:
@@ -105,8 +109,9 @@ class StagedForward:
             for index in layers:
                 self._run_layer(index, rows, here, watch.observe if watch.looks_at(index) else None, watch.edits(index))
             scores = watch.settle()
+            seconds += watch.seconds
         hidden, _ = self.add_norm(self.norm, rows.hidden, rows.residual)
-        return Outcome(_scatter(hidden, rows.full, embeds.shape[0]), step, decisions.survivors())
+        return Outcome(_scatter(hidden, rows.full, embeds.shape[0]), step, decisions.survivors(), seconds)
 
     def _inject(self, rows: Rows, runs: list[ImageRun], embeds: torch.Tensor) -> list[ImageRun]:
         """Bring in the images that start here; return the runs that are left, in the new rows."""
@@ -129,7 +134,10 @@ class StagedForward:
         inside = [run for run in runs if run.cuts_inside]
 
         def select(attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> AttentionInputs:
-            kept = self._cut(rows, runs, positions, scores | attention_to(inside, attention, query, key), watch)
+            start = perf_counter()
+            found = scores | attention_to(inside, attention, query, key)
+            watch.seconds += perf_counter() - start
+            kept = self._cut(rows, runs, positions, found, watch)
             shortened = query[kept], key[kept], value[kept]
             if watch.looks_at(index):
                 watch.observe(attention, *shortened)
@@ -140,7 +148,9 @@ class StagedForward:
     def _cut(
         self, rows: Rows, runs: list[ImageRun], positions: torch.Tensor, scores: Scores, watch: Watch
     ) -> torch.Tensor:
+        start = perf_counter()
         kept = self._select(rows, runs, scores, watch)
+        watch.seconds += perf_counter() - start
         self._shorten(rows, runs, kept, positions)
         return kept
 

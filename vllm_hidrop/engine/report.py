@@ -16,7 +16,6 @@ def make_report(
     rows_run: tuple[int, ...] | None,
     managers: Sequence[Any],
     request: Any,
-    blocks_returned: int,
 ) -> dict[str, Any]:
     """Read a request's state just before its blocks are freed.
 
@@ -26,7 +25,6 @@ def make_report(
         rows_run: rows of every stage in the prompt's prefill, as the worker ran them; None when the prompt ran dense.
         managers: vLLM's block managers, one per KV group.
         request: vLLM's request.
-        blocks_returned: blocks that were allocated for an upper bound and given back.
 
     Returns:
         Plain data; ``kv_blocks`` are blocks of the shared pool, ``layer_tokens`` rows summed over layers.
@@ -60,7 +58,6 @@ def make_report(
         "stages": stages,
         **_cut_and_exit(stages, plan.num_vision_tokens),
         "kv_blocks": sum(blocks),
-        "kv_blocks_returned": blocks_returned,
         "kv_blocks_dense": sum(cdiv(request.num_computed_tokens, m.block_size) for m in managers),
         "layer_tokens": sum(n * schedule.layers_in(i) for i, n in enumerate(rows)),
         "layer_tokens_dense": plan.num_prompt_tokens * schedule.num_layers,

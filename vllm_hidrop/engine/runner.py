@@ -47,6 +47,7 @@ class StagedRunner(GPUModelRunner):
     tracked: dict[str, Tracked]
     reduced: dict[str, Reduced]
     step: StagedStep | None
+    selection_seconds: float
     built: dict[StageBatch, Any]
     slot_layouts: dict[str, SlotLayout]
 
@@ -195,7 +196,7 @@ class StagedRunner(GPUModelRunner):
         assert positions is not None
         step = self._with_reduced(self.step)
         outcome = self.model.forward_staged(step, inputs_embeds[:num_tokens], positions[:num_tokens], self._enter)
-        self.step = outcome.step
+        self.step, self.selection_seconds = outcome.step, outcome.selection_seconds
         self._settle(outcome)
         return outcome.hidden
 
@@ -269,6 +270,7 @@ class StagedRunner(GPUModelRunner):
             # The asynchronous wrapper carries the plain output inside.
             plain = getattr(output, "_model_runner_output", output)
             plain.rows_run = step.rows_run()
+            plain.selection_seconds = self.selection_seconds
             plain.decided = {p.request_id: p.plan.kept for p in step.prefills if p.plan.adaptive}
         return output
 

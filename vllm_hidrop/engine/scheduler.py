@@ -47,6 +47,7 @@ class StagedScheduler(Scheduler):
         self.trimmed: dict[str, list[int]] = {}
         self.blocks_returned: dict[str, int] = {}
         self.rows_run: dict[str, tuple[int, ...]] = {}
+        self.selection_ms: dict[str, float] = {}
         self.unreported: set[str] = set()
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if isinstance(manager, StageManager):
@@ -93,7 +94,9 @@ class StagedScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Take the worker's word on the rows it ran, then vLLM's update, then the first reports."""
-        self.rows_run.update(getattr(model_runner_output, "rows_run", {}))
+        rows_run = getattr(model_runner_output, "rows_run", {})
+        self.rows_run.update(rows_run)
+        self.selection_ms.update(dict.fromkeys(rows_run, 1000 * getattr(model_runner_output, "selection_seconds", 0)))
         for request_id, kept in getattr(model_runner_output, "decided", {}).items():
             if request_id in self.requests:
                 self._settle(self.requests[request_id], kept)
@@ -125,15 +128,17 @@ class StagedScheduler(Scheduler):
     def _report(self, request: Request) -> dict[str, Any]:
         managers = self.kv_cache_manager.coordinator.single_type_managers
         name = request.request_id
-        returned = self.blocks_returned.get(name, 0)
         plan, rows_run = self.prefill_plans[name], self.rows_run.get(name)
-        return make_report(self.planner, plan, rows_run, managers, request, returned)
+        return make_report(self.planner, plan, rows_run, managers, request) | {
+            "kv_blocks_returned": self.blocks_returned.get(name, 0),
+            "selection_ms": self.selection_ms.get(name, 0.0),
+        }
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
         """Report what the request held, free it as vLLM does, forget its plan."""
         report = self._report(request)
         self.unreported.discard(request.request_id)
-        for by_request in (self.rows_run, self.trimmed, self.blocks_returned):
+        for by_request in (self.rows_run, self.selection_ms, self.trimmed, self.blocks_returned):
             by_request.pop(request.request_id, None)
         kv_transfer_params, ec_transfer_params = super()._free_request(request, delay_free_blocks)
         del self.plans[request.request_id], self.prefill_plans[request.request_id]

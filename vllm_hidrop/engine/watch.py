@@ -4,6 +4,7 @@ Knows where rows stand and who asks for which signal; not the layers themselves.
 """
 
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class Watch:
     """Adaptive prompts, their rows in this stage, and their images to decide about under the last layer."""
     bounds: dict[Key, int]
     scores: Scores = field(default_factory=dict)
+    seconds: float = 0.0
+    """Spent on signals and verdicts, by the host's clock."""
     verdicts: list[tuple[Key, Verdict]] = field(default_factory=list)
 
     @classmethod
@@ -64,10 +67,12 @@ class Watch:
 
     def observe(self, attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Score and judge by the last layer's Q [T, H * D], K and V [T, G * D]; see ``forward.Observer``."""
+        start = perf_counter()
         self.scores.update(attention_to(self.upcoming, attention, query, key))
         for prefill, rows, images in self.adaptive:
             if images:
                 self._judge(prefill, rows, images, _statistics(prefill, rows, attention, query, key, value))
+        self.seconds += perf_counter() - start
 
     def _judge(
         self, prefill: PrunedPrefill, rows: PromptRows, images: list[int], found: Contribution | TextAttention
@@ -81,7 +86,9 @@ class Watch:
 
     def settle(self) -> Scores:
         """Act on the verdicts; return the scores."""
+        start = perf_counter()
         self.decisions.take(self.verdicts)
+        self.seconds += perf_counter() - start
         return self.scores
 
 
