@@ -1,0 +1,154 @@
+"""Signals of adaptive methods against their explicit definitions, in float64."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cosine_similarity
+
+from vllm_hidrop.engine import signals
+from vllm_hidrop.engine.signals import contribution, text_attention
+
+settings.load_profile("ci")  # no deadline on a shared machine, the same examples every time
+
+SIZE = 8
+SCALE = 0.4
+heads = st.sampled_from([(4, 4), (4, 2), (6, 1), (1, 1)])
+"""Query heads, KV heads."""
+
+
+def random_rows(num_rows: int, num_heads: int, seed: int) -> torch.Tensor:
+    return torch.randn(num_rows, num_heads * SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def per_head(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """float64 [T, H, D], KV heads repeated."""
+    own = rows.double().view(len(rows), -1, SIZE)
+    return own.repeat_interleave(num_heads // own.shape[1], dim=1)
+
+
+def weights_of(query: torch.Tensor, key: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """[N, H, T], softmax over all keys."""
+    logits = torch.einsum("nhd,thd->nht", per_head(query, num_heads), per_head(key, num_heads)) * SCALE
+    return logits.softmax(dim=-1)
+
+
+@given(heads, st.integers(2, 20), st.integers(0, 99))
+def test_contribution_is_that_of_the_explicit_vectors(shape: tuple[int, int], num_rows: int, seed: int) -> None:
+    num_heads, num_kv_heads = shape
+    query = random_rows(1, num_heads, seed)
+    key, value = (random_rows(num_rows, num_kv_heads, seed + n) for n in (1, 2))
+    weights = weights_of(query, key, num_heads)[0]
+    shares = torch.einsum("ht,thd->thd", weights, per_head(value, num_heads)).flatten(1)
+    output = shares.sum(0)
+    found = contribution(query[0], key, value, *shape, SCALE)
+    torch.testing.assert_close(found.norm.double(), shares.norm(dim=1), atol=1e-6, rtol=1e-5)
+    rest = cosine_similarity(output - shares, output[None])
+    torch.testing.assert_close(found.cosine.double(), rest, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_contribution_is_float32_as_if_its_inputs_were(dtype: torch.dtype) -> None:
+    query, key, value = (
+        random_rows(1, 4, 0)[0].to(dtype),
+        random_rows(9, 2, 1).to(dtype),
+        random_rows(9, 2, 2).to(dtype),
+    )
+    found = contribution(query, key, value, 4, 2, SCALE)
+    exact = contribution(query.float(), key.float(), value.float(), 4, 2, SCALE)
+    assert all(part.dtype == torch.float32 and part.shape == (9,) for part in found)
+    assert all(torch.equal(part, other) for part, other in zip(found, exact, strict=True))
+
+
+def test_values_of_zero_have_no_cosine() -> None:
+    found = contribution(random_rows(1, 4, 0)[0], random_rows(5, 2, 1), torch.zeros(5, 2 * SIZE), 4, 2, SCALE)
+    assert found.norm.eq(0).all()
+    assert found.cosine.isnan().all()
+
+
+def test_a_token_that_adds_nothing_changes_nothing() -> None:
+    value = random_rows(5, 2, 2)
+    value[3] = 0
+    found = contribution(random_rows(1, 4, 0)[0], random_rows(5, 2, 1), value, 4, 2, SCALE)
+    assert found.norm[3] == 0
+    torch.testing.assert_close(found.cosine[3], torch.tensor(1.0))
+
+
+@st.composite
+def lookers(draw: st.DrawFn) -> tuple[int, list[int]]:
+    """Rows of a prompt, and which of them look, ascending."""
+    num_rows = draw(st.integers(1, 20))
+    return num_rows, sorted(draw(st.sets(st.integers(0, num_rows - 1), min_size=1)))
+
+
+def expected_attention(query: torch.Tensor, key: torch.Tensor, rows: list[int], num_heads: int) -> torch.Tensor:
+    """float64 [N, T], head mean of every row's attention to itself and what is before."""
+    paid = torch.zeros(len(rows), len(key), dtype=torch.float64)
+    for n, row in enumerate(rows):
+        paid[n, : row + 1] = weights_of(query[n : n + 1], key[: row + 1], num_heads)[0].mean(0)
+    return paid
+
+
+@given(heads, lookers(), st.integers(0, 99), st.sampled_from([1, 50, 1 << 22]))
+def test_text_attention_is_that_of_the_explicit_block(
+    shape: tuple[int, int], prompt: tuple[int, list[int]], seed: int, max_weights: int
+) -> None:
+    num_heads, num_kv_heads = shape
+    num_rows, rows = prompt
+    query, key = random_rows(len(rows), num_heads, seed), random_rows(num_rows, num_kv_heads, seed + 1)
+    paid = expected_attention(query, key, rows, num_heads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signals, "MAX_WEIGHTS", max_weights)
+        found = text_attention(query, key, torch.tensor(rows), *shape, SCALE)
+    torch.testing.assert_close(found.total.double(), paid.sum(0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.peak.double(), paid.amax(0), atol=1e-6, rtol=0)
+
+
+def test_text_attention_never_holds_more_weights_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.arange(4, 12)
+    query, key = random_rows(8, 4, 0), random_rows(12, 2, 1)
+    whole = text_attention(query, key, rows, 4, 2, SCALE)
+    sizes = []
+    matmul = torch.matmul
+
+    def measured(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        product = matmul(left, right)
+        sizes.append(product.numel())
+        return product
+
+    monkeypatch.setattr(signals, "MAX_WEIGHTS", 3 * 4 * 12)
+    monkeypatch.setattr(torch, "matmul", measured)
+    tiled = text_attention(query, key, rows, 4, 2, SCALE)
+    assert sizes == [3 * 4 * 12, 3 * 4 * 12, 2 * 4 * 12]
+    torch.testing.assert_close(tiled, whole)
+
+
+def test_text_attention_is_float32_as_if_its_inputs_were() -> None:
+    query, key, rows = random_rows(3, 4, 0).bfloat16(), random_rows(9, 2, 1).bfloat16(), torch.tensor([2, 5, 8])
+    found = text_attention(query, key, rows, 4, 2, SCALE)
+    exact = text_attention(query.float(), key.float(), rows, 4, 2, SCALE)
+    assert all(part.dtype == torch.float32 and part.shape == (9,) for part in found)
+    assert all(torch.equal(part, other) for part, other in zip(found, exact, strict=True))
+
+
+def test_each_row_pays_one_in_all_and_nothing_ahead() -> None:
+    for last in (2, 5, 8):
+        found = text_attention(random_rows(1, 4, last), random_rows(9, 2, 1), torch.tensor([last]), 4, 2, SCALE)
+        assert torch.equal(found.total, found.peak)
+        assert found.total[last + 1 :].eq(0).all()
+        torch.testing.assert_close(found.total.sum(), torch.tensor(1.0))
+
+
+def test_no_row_pays_nothing() -> None:
+    found = text_attention(torch.empty(0, 4 * SIZE), random_rows(9, 2, 1), torch.arange(0), 4, 2, SCALE)
+    assert not any(part.any() for part in found)
+
+
+def test_a_common_factor_of_the_values_scales_norms_alone() -> None:
+    query, key, value = random_rows(1, 4, 0)[0], random_rows(9, 2, 1), random_rows(9, 2, 2)
+    found = [contribution(query, key, factor * value, 4, 2, SCALE) for factor in (1, 4)]
+    for one, other in pairwise(found):
+        torch.testing.assert_close(other.norm, 4 * one.norm)
+        torch.testing.assert_close(other.cosine, one.cosine)
