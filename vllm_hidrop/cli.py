@@ -257,7 +257,9 @@ def prefill(  # noqa: PLR0913, PLR0917 (one argument is one option)
     images: Annotated[int, typer.Option(min=0, max=16, help="Images of the prompt.")] = 1,
     text: Annotated[int, typer.Option(min=2, help="Text tokens of the prompt.")] = 64,
     method: Annotated[str, typer.Option(help="Pruning method.")] = "hidrop",
-    preset: Annotated[str | None, typer.Option(help="Named schedule [default: tok48 of hidrop, tok64 of mustdrop].")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Named schedule [default: tok48 of hidrop, tok64 of mustdrop].")
+    ] = None,
     options: Annotated[str, typer.Option(help="The method's options, a JSON object.")] = "{}",
     shape: Shape = "bench",
     runs: Runs = 15,

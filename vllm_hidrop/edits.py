@@ -114,6 +114,8 @@ def _blind_vision(
     edit: AttentionEdit, heads: Heads, is_vision: npt.NDArray[np.bool_]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     vision = np.flatnonzero(is_vision)
+    if not len(vision):
+        return
     if edit.renormalise:
         for rows in _tiles(vision, heads):
             yield _attend(heads, heads.value, rows, vision)

@@ -5,6 +5,7 @@ Knows one image's rows on a square grid; not the tower they come from.
 
 from dataclasses import dataclass
 from enum import StrEnum
+from fractions import Fraction
 from math import ceil, isqrt
 from typing import NamedTuple
 
@@ -136,4 +137,4 @@ def key_rows(class_attention: torch.Tensor, key_rate: float) -> torch.Tensor:
         class_attention: float32 [V'], mean over heads.
         key_rate: share of them, in [0, 1].
     """
-    return select_top(class_attention, ceil(key_rate * len(class_attention)))
+    return select_top(class_attention, ceil(Fraction(str(key_rate)) * len(class_attention)))

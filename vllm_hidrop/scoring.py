@@ -33,7 +33,7 @@ class Contribution(NamedTuple):
     norm: torch.Tensor
     """float32 [V], L2 norm of the token's share c of o."""
     cosine: torch.Tensor
-    """float32 [V], cosine between o - c and o; NaN where either is zero."""
+    """float32 [V], cosine between o - c and o; 0 where c is all of o, NaN where o is zero."""
 
 
 class TextAttention(NamedTuple):

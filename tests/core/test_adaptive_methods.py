@@ -76,6 +76,10 @@ def told(verdict: Verdict) -> tuple[list[bool], bool]:
         *[("visipruner", {option: 0}) for option in ("exit_count", "test_every")],
         *[("visipruner", {option: -1}) for option in ("shallow_layers", "keep")],
         ("visipruner", {"parts": ("shallow", "middle"), "exit_layer": 20}),
+        ("visipruner", {"parts": ("shallow",), "filter_layer": 17}),
+        ("visipruner", {"filter_layer": 17, "exit_layer": 17}),
+        ("visipruner", {"shape": (0, 576)}),
+        ("mustdrop", {"shape": (32, 0)}),
         *[("mustdrop", {"global_threshold": value}) for value in (nan, 1.01, -0.01)],
         *[("mustdrop", {"individual_threshold": value}) for value in (nan, 1.01, -0.01)],
         *[("mustdrop", {"key_rate": value}) for value in (nan, 1.01, -0.01)],
@@ -130,7 +134,6 @@ class TestVisiPrunerSchedule:
             ({"exit_layer": 7}, all_from() | {7: 0}),
             ({"parts": ("deep",), "exit_layer": 24}, all_from() | {24: 0}),
             ({"parts": ("middle",), "filter_layer": 17}, {0: "all", 18: 16}),
-            ({"parts": ("shallow",), "filter_layer": 17}, all_from()),
             ({"filter_layer": 17, "keep": 9}, {0: "all"} | dict.fromkeys(range(18, 32), 9)),
             ({"filter_layer": 6, "parts": ("middle",), "drop_shallow_kv": True}, {0: "all", 6: "all", 7: 16}),
             ({"filter_layer": 17, "exit_layer": 24}, {0: "all", 18: 16, 24: 0}),
@@ -194,7 +197,7 @@ class TestVisiPrunerSchedule:
     def test_every_layer_is_covered_once_and_judged_at_boundaries_only(self, data: st.DataObject) -> None:
         num_layers = data.draw(st.sampled_from([32, 40, 16, 12, 8]))
         method = VisiPruner(
-            parts=data.draw(st.sampled_from([("middle",), ("middle", "deep"), ("shallow", "middle", "deep"), ()])),
+            parts=data.draw(st.sampled_from([("middle",), ("middle", "deep"), ("shallow", "middle", "deep")])),
             shallow_layers=data.draw(st.integers(0, 8)),
             test_every=data.draw(st.integers(1, 5)),
             filter_layer=data.draw(st.sampled_from([None, 17])),
@@ -302,7 +305,6 @@ class TestVisiPrunerVerdicts:
         assert asked(0, filter_layer=17, exit_layer=24) == []
         assert asked(None, exit_layer=24) == list(range(8, 24))
         assert asked(0, exit_layer=24) == []
-        assert asked(None, filter_layer=17, parts=("shallow",)) == []
 
 
 @dataclass

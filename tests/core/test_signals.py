@@ -152,3 +152,10 @@ def test_a_common_factor_of_the_values_scales_norms_alone() -> None:
     for one, other in pairwise(found):
         torch.testing.assert_close(other.norm, 4 * one.norm)
         torch.testing.assert_close(other.cosine, one.cosine)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_token_that_is_all_of_the_output_has_cosine_zero(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (torch.randn(size, generator=generator) for size in ((128,), (1, 64), (1, 64)))
+    assert contribution(query, key, value, 4, 2, 0.1).cosine.tolist() == [0.0]

@@ -203,3 +203,25 @@ def test_bad_numbers_in_the_image_harm_nobody(
     assert beside.token_ids == again.token_ids == alone
     kept = [stage["kept"] for stage in report["stages"]]
     assert kept == sorted(kept, reverse=True)
+
+
+@pytest.mark.parametrize("cache", ["fp8_e4m3", "fp8_e5m2"])
+def test_an_fp8_cache_gives_stocks_tokens_and_survives_preemption(
+    model: Path, choice: dict[str, Any], cache: str
+) -> None:
+    settings: dict[str, Any] = {"dtype": "bfloat16", "kv_cache_dtype": cache}
+    with engine(model, None, **settings) as running:
+        stock = [running.ask([ask])[0].token_ids for ask in asks({})]
+    with engine(model, choice, **settings) as running:
+        assert [running.ask([ask])[0].token_ids for ask in asks({"hidrop": "off"})] == stock
+        ask = asks({})[2]
+        alone = running.ask([ask])[0]
+        running.add("again", ask)
+        for _ in range(5):
+            running.step()
+        request = running.scheduler.running.pop()
+        running.scheduler._preempt_request(request, 0.0)
+        while running.llm.llm_engine.has_unfinished_requests():
+            outputs = running.step()
+    assert list(outputs[0].outputs[0].token_ids) == alone.token_ids
+    assert alone.report["kv_blocks"] < alone.report["kv_blocks_dense"]

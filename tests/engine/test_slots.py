@@ -22,7 +22,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
     "bfloat16, blocks of 64": {"dtype": "bfloat16", "block_size": 64},
-    "fp8": {"dtype": "bfloat16", "kv_cache_dtype": "fp8"},  # e4m3; on stock vLLM, as the gate refuses it
+    "fp8": {"dtype": "bfloat16", "kv_cache_dtype": "fp8"},  # e4m3
+    "fp8_e5m2": {"dtype": "bfloat16", "kv_cache_dtype": "fp8_e5m2"},
 }
 
 

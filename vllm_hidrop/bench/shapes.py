@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 IMAGE_TOKEN = 32000
-PEAK = 20
+PEAK = 6
 """How much wider than at initialisation the queries of a peaked layer are."""
 HUB_NAMES = {
     "model.vision_tower.": "vision_tower.vision_model.",

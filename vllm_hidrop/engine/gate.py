@@ -31,6 +31,8 @@ def _is_cuda_graph(config: Any) -> bool:
     return not current_platform.is_cpu() and not config.model_config.enforce_eager
 
 
+CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
+
 RULES = (
     Rule(
         "--tensor-parallel-size > 1",
@@ -62,9 +64,9 @@ RULES = (
     ),
     Rule("--ec-transfer-config", "not tested yet", lambda c: c.ec_transfer_config is not None),
     Rule(
-        "--kv-cache-dtype other than auto",
+        "--kv-cache-dtype other than auto or fp8",
         "not tested yet",
-        lambda c: c.cache_config.cache_dtype not in ("auto", "bfloat16", "float16"),
+        lambda c: c.cache_config.cache_dtype not in CACHE_DTYPES,
     ),
     Rule("--runner pooling", "pooling reads every prompt row", lambda c: c.model_config.runner_type == "pooling"),
     Rule("--enable-prompt-embeds", "spans come from image placeholders", lambda c: c.model_config.enable_prompt_embeds),

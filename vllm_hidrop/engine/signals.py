@@ -9,6 +9,8 @@ from vllm_hidrop.scoring import Contribution, TextAttention
 
 MAX_WEIGHTS = 1 << 22
 """Attention weights computed at a time, all heads together: 16 MiB in float32."""
+NOTHING_LEFT = 1e-5
+"""Share of ||o||^2 below which o - c is zero in float32: the token is all of the output, and the cosine counts as 0."""
 
 
 def row_attention(
@@ -60,7 +62,8 @@ def contribution(
     along = (weights * (output @ values.transpose(1, 2))).sum((0, 1))
     squared = (weights.square().sum(1) * values.square().sum(-1)).sum(0)
     whole = output.square().sum()
-    cosine = (whole - along) * (whole * (whole - 2 * along + squared).clamp_min(0)).rsqrt()
+    left = whole - 2 * along + squared
+    cosine = ((whole - along) * (whole * left).rsqrt()).masked_fill_(left < NOTHING_LEFT * whole, 0)
     return Contribution(squared.sqrt(), cosine)
 
 

@@ -13,8 +13,8 @@ import torch
 from vllm_hidrop.engine.batch import Survivors
 from vllm_hidrop.pruning import Cached, Plan
 
-DIGITS = 16
-"""Whole numbers up to 16 are exact in every cache dtype, fp8 included."""
+DIGITS = 8
+"""Whole numbers up to 8 are exact in every cache dtype, both kinds of fp8 included."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ class SlotLayout:
 
 def places_cached(plan: Plan, survivors: Survivors, stage: int, cached: Cached) -> npt.NDArray[np.int64]:
     """Slots of a prompt in ``stage``, as it ran, that stay in the cache afterwards, int64 [n], ascending."""
+    if cached is Cached.KEPT:
+        return np.arange(plan.num_prompt_tokens - plan.dropped[stage])
     stays = np.ones(plan.num_prompt_tokens, dtype=np.bool_)
     ran = stays.copy()
     for image, span in enumerate(plan.spans):

@@ -25,6 +25,16 @@ class ModelShape:
     tokens_per_image: int
 
 
+def check_shape(shape: tuple[int, int]) -> None:
+    """Check the (layers, tokens per image) that a method's numbers are written for.
+
+    Raises:
+        ValueError: one of them is not positive.
+    """
+    if min(shape) < 1:
+        raise ValueError(f"shape is (layers, tokens per image), both >= 1, got {shape}")
+
+
 @dataclass(frozen=True)
 class Method:
     """Base of all methods: a frozen dataclass whose fields are the paper's hyper-parameters.

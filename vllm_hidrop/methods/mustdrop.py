@@ -6,7 +6,7 @@ from typing import Literal
 
 from vllm_hidrop.deciding import Memory, Verdict
 from vllm_hidrop.merging import EncoderReduction, KeyLayer
-from vllm_hidrop.methods.base import Adaptive, ModelShape
+from vllm_hidrop.methods.base import Adaptive, ModelShape, check_shape
 from vllm_hidrop.pruning import Cached, KeepValue, Schedule
 from vllm_hidrop.scoring import Signal, Signals
 
@@ -69,6 +69,7 @@ class MustDrop(Adaptive):
                 raise ValueError(f"{option} must be in [0, 1], got {getattr(self, option)}")
         if self.merge_threshold is not None and not -1 <= self.merge_threshold <= 1:
             raise ValueError(f"merge_threshold must be in [-1, 1], got {self.merge_threshold}")
+        check_shape(self.shape)
         if self.merge_window < 2:
             raise ValueError(f"merge_window must be >= 2, got {self.merge_window}")
         if not self.filter_layers or any(after <= before for before, after in pairwise((-1, *self.filter_layers))):

@@ -7,7 +7,7 @@ import torch
 
 from vllm_hidrop.deciding import Memory, Verdict
 from vllm_hidrop.edits import AttentionEdit, Sight
-from vllm_hidrop.methods.base import Adaptive, ModelShape
+from vllm_hidrop.methods.base import Adaptive, ModelShape, check_shape
 from vllm_hidrop.pruning import Cached, KeepValue, Schedule
 from vllm_hidrop.scoring import Signal, Signals, select_top
 
@@ -79,6 +79,11 @@ class VisiPruner(Adaptive):
             raise ValueError(f"norm must be >= 0, got {self.norm}")
         if self.exit_layer is not None and "deep" not in self.parts:
             raise ValueError('exit_layer needs "deep" among parts')
+        if self.filter_layer is not None and "middle" not in self.parts:
+            raise ValueError('filter_layer needs "middle" among parts')
+        if self.filter_layer is not None and self.exit_layer is not None and self.exit_layer <= self.filter_layer:
+            raise ValueError(f"exit_layer must come after filter_layer, got {self.exit_layer} and {self.filter_layer}")
+        check_shape(self.shape)
         for option, least in (("shallow_layers", 0), ("exit_count", 1), ("test_every", 1), ("keep", 0)):
             if getattr(self, option) < least:
                 raise ValueError(f"{option} must be >= {least}, got {getattr(self, option)}")
