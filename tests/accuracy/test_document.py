@@ -10,6 +10,7 @@ from vllm_hidrop.accuracy.document import document
 from vllm_hidrop.accuracy.figure import dodged, spaced
 from vllm_hidrop.accuracy.generate import servable, write
 from vllm_hidrop.accuracy.rows import Group, all_rows, choose, described, stages_text
+from vllm_hidrop.methods import Adaptive
 from vllm_hidrop.training.schedules import SHAPE
 
 
@@ -78,7 +79,9 @@ def test_labels_and_points_do_not_cover_each_other() -> None:
 
 def test_training_free_methods_keep_hidrops_mean_number_of_tokens() -> None:
     rows = choose(all_rows(None), ["shipped", "equal_tokens"])
-    means = [row.resolved().schedule.mean_kept(SHAPE.tokens_per_image) for row in rows if row.group is Group.EQUAL]
+    chosen = [row.resolved() for row in rows if row.group is Group.EQUAL]
+    fixed = [one for one in chosen if not isinstance(one.method, Adaptive)]  # the others' means are measured
+    means = [one.schedule.mean_kept(SHAPE.tokens_per_image) for one in fixed]
     assert len(means) >= 5
     assert means == pytest.approx([64] * len(means), abs=1)
 

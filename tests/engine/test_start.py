@@ -42,7 +42,7 @@ REFUSED = [
     ({"pipeline_parallel_size": 2}, "pipeline-parallel-size"),
     ({"enable_lora": True}, "enable-lora"),
     ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}}, "speculative"),
-    ({"kv_cache_dtype": "fp8"}, "kv-cache-dtype"),
+    ({"kv_cache_dtype": "int8_per_token_head"}, "kv-cache-dtype"),
     ({"enable_prompt_embeds": True}, "enable-prompt-embeds"),
     ({"long_prefill_token_threshold": 64}, "long-prefill-token-threshold"),
     ({"disable_hybrid_kv_cache_manager": True}, "disable-hybrid-kv-cache-manager"),

@@ -38,7 +38,12 @@ def test_both_forwards_train_the_same_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["--shape", "huge"], "unknown shape"), (["--method", "x"], "unknown")]
+    ("arguments", "message"),
+    [
+        (["--shape", "huge"], "unknown shape"),
+        (["--method", "x"], "unknown"),
+        (["--method", "visipruner"], "decides while a prompt runs"),
+    ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], message: str) -> None:
     ended = CliRunner().invoke(app, ["bench", "train", *arguments])

@@ -30,16 +30,23 @@ Bars are the intervals; the panels have scales of their own.
 """
 
 EQUAL = """\
-The dense checkpoint, which was not trained for any of these. All but the first row cut at layer {layer}: that is what
-64 tokens in the mean ask of a method that starts with every token on {num_layers} layers. The embedded models are
-trained to read the image in layers 3 and deeper only (see the model cards), so a ranking by the attention of shallower
-layers has little to go by here, and FastV's sees layer 0 alone. The table is about this model and this budget, not
-about the methods in general.
+The dense checkpoint, which was not trained for any of these. All but `hidrop` and `mustdrop` cut at layer {layer}:
+that is what 64 tokens in the mean ask of a method that starts with every token on {num_layers} layers. The embedded
+models read the image in layers 3 and deeper only (see the model cards), so a ranking by the attention of
+shallower layers has little to go by here, and FastV's sees layer 0 alone. The table is about this model and budget,
+not about the methods in general.
 """
 
 LATE = """\
 The same checkpoint cut once, at layer {layer}, after it has begun to read the image: more tokens than in the table
 above, and a ranking by attention that training has shaped.
+"""
+
+WIDE = """\
+VisiPruner keeps every token until it has found the layer that reads the image, so it cannot reach the budgets above;
+the others are given about as many tokens as it kept. Its thresholds are those published for LLaVA-1.5-7B, magnitudes of
+another model's values: what they cost here says that a threshold belongs to its model. Its cut comes with the first
+reading, so questions that read twice (`same`, below) lose their second; `visipruner_topk` fixes the layer instead.
 """
 
 ABLATIONS = """\
@@ -149,6 +156,13 @@ def late_section(result: Figures) -> str:
     return f"## One cut where the model reads, no training\n\n{text}\n{_methods_table(of_group(result, Group.LATE))}"
 
 
+def wide_section(result: Figures) -> str:
+    """VisiPruner, and the others at its number of tokens."""
+    return (
+        f"## VisiPruner and others at its tokens, no training\n\n{WIDE}\n{_methods_table(of_group(result, Group.WIDE))}"
+    )
+
+
 def ablation_section(result: Figures) -> str:
     """Trained rows, the noise, and what each row means."""
     rows = of_group(result, Group.ABLATION)
@@ -229,6 +243,7 @@ def document(result: Figures) -> str:
         (Group.SHIPPED, shipped_section),
         (Group.EQUAL, equal_section),
         (Group.LATE, late_section),
+        (Group.WIDE, wide_section),
         (Group.ABLATION, ablation_section),
     ]
     parts += [write(result) for group, write in sections if of_group(result, group)]

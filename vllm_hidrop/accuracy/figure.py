@@ -7,11 +7,17 @@ from typing import Any
 from vllm_hidrop.accuracy.rows import Group
 
 PANELS = (
-    ("shipped checkpoints, and methods without training", (Group.SHIPPED, Group.EQUAL, Group.LATE)),
+    ("shipped checkpoints, and methods without training", (Group.SHIPPED, Group.EQUAL, Group.LATE, Group.WIDE)),
     ("ablations, trained", (Group.ABLATION,)),
 )
-COLOURS = {Group.SHIPPED: "black", Group.EQUAL: "tab:orange", Group.LATE: "tab:green", Group.ABLATION: "tab:blue"}
-SUFFIX = {Group.EQUAL: " (no training)", Group.LATE: " (no training, late cut)"}
+COLOURS = {
+    Group.SHIPPED: "black",
+    Group.EQUAL: "tab:orange",
+    Group.LATE: "tab:green",
+    Group.WIDE: "tab:purple",
+    Group.ABLATION: "tab:blue",
+}
+SUFFIX = {Group.EQUAL: " (no training)", Group.LATE: " (no training, late cut)", Group.WIDE: " (no training)"}
 NUM_LABELS = 22
 """As many fit above each other."""
 LABEL_TOKENS, FULL_TOKENS = 310, 500

@@ -14,9 +14,10 @@ from typing import Any
 from vllm_hidrop.config import HidropConfig, Resolved, resolve
 from vllm_hidrop.embedded import CHECKPOINTS
 from vllm_hidrop.evaluation.arms import Arm
-from vllm_hidrop.methods import Method
+from vllm_hidrop.methods import Adaptive, Method
 from vllm_hidrop.methods.controls import Random, Uniform
 from vllm_hidrop.methods.fastv import FastV
+from vllm_hidrop.methods.pyramiddrop import PyramidDrop
 from vllm_hidrop.pruning import Schedule
 from vllm_hidrop.training.schedules import EARLY_KEEP, EARLY_LAYER, FORMS, HIDROP, SHAPE, method_entry
 
@@ -24,6 +25,9 @@ FLAGS = ("--enforce-eager", "--max-model-len", "1024")
 """Of every server: no compilation, and no more context than the questions need."""
 FLOAT32 = ("--dtype", "float32")
 LATE_LAYER, LATE_KEEP = HIDROP.filter_layers[-1], HIDROP.keeps[-1]
+WIDE_LAYER, WIDE_KEEP = LATE_LAYER, 57
+WIDE_PYRAMID = (200, 100, 44)
+"""With these, 230 tokens in the mean: what VisiPruner kept of the scenes that its preset was tried on."""
 
 
 class Group(StrEnum):
@@ -33,6 +37,7 @@ class Group(StrEnum):
     FLOAT32 = "float32"
     EQUAL = "equal_tokens"
     LATE = "late_cut"
+    WIDE = "visipruner_tokens"
     ABLATION = "ablation"
 
 
@@ -93,6 +98,29 @@ class Row:
             parts.update((self.checkpoint / file).read_bytes())
         parts.update(json.dumps([self.arguments, dict(self.xargs)]).encode())
         return parts.hexdigest()[:12]
+
+
+ADAPTIVE_ROWS: tuple[dict[str, Any], ...] = (
+    {
+        "group": Group.EQUAL,
+        "label": "mustdrop",
+        "meaning": "MustDrop: alike patches merged, key patches kept, the rest by all text rows",
+        "choice": {"method": "mustdrop", "preset": "embedded"},
+    },
+    {
+        "group": Group.WIDE,
+        "label": "visipruner",
+        "meaning": "VisiPruner with the published thresholds; cut and exit where they say",
+        "choice": {"method": "visipruner", "preset": "embedded"},
+    },
+    {
+        "group": Group.WIDE,
+        "label": "visipruner_topk",
+        "meaning": "VisiPruner told to cut after layer 5, to 32 tokens (a deviation)",
+        "choice": {"method": "visipruner", "preset": "embedded-topk"},
+    },
+)
+"""Rows whose counts the method decides; their means are what the server reported."""
 
 
 def trained_entry_of(checkpoint: Path) -> dict[str, Any] | None:
@@ -160,11 +188,22 @@ def training_free_rows() -> list[Row]:
         "uniform": (Uniform(layer=LATE_LAYER, keep=LATE_KEEP), "evenly spaced tokens"),
     }
     dense = shipped_rows()[0]
-    return [
+    rows = [
         replace(dense, group=group, label=label, meaning=meaning, choice=method_entry(method))
-        for group, methods in ((Group.EQUAL, equal), (Group.LATE, late))
+        for group, methods in ((Group.EQUAL, equal), (Group.LATE, late), (Group.WIDE, _wide()))
         for label, (method, meaning) in methods.items()
     ]
+    return [*rows, *(replace(dense, **given) for given in ADAPTIVE_ROWS)]
+
+
+def _wide() -> dict[str, tuple[Method, str]]:
+    """The others at about as many tokens as VisiPruner keeps, which holds all until it has found its layer."""
+    return {
+        "fastv": (FastV(layer=WIDE_LAYER, keep=WIDE_KEEP), "FastV: scored by the attention of the layer before"),
+        "pyramiddrop": (PyramidDrop(keeps=WIDE_PYRAMID), "PyramidDrop: three cuts, at layers 3, 6 and 9"),
+        "random": (Random(layer=WIDE_LAYER, keep=WIDE_KEEP), "any tokens"),
+        "uniform": (Uniform(layer=WIDE_LAYER, keep=WIDE_KEEP), "evenly spaced tokens"),
+    }
 
 
 def ablation_rows(directory: Path) -> list[Row]:
@@ -213,8 +252,10 @@ def choose(rows: Sequence[Row], only: Sequence[str]) -> list[Row]:
 
 def described(row: Row) -> dict[str, Any]:
     """What the figures' file says of a row; no path of this machine."""
-    is_off = row.xargs.get("hidrop") == "off"
-    stages = "every vision token in every layer" if is_off else stages_text(row.resolved().schedule)
+    resolved = row.resolved()
+    stages = "as decided for each request" if isinstance(resolved.method, Adaptive) else stages_text(resolved.schedule)
+    if row.xargs.get("hidrop") == "off":
+        stages = "every vision token in every layer"
     plain = {key: value for key, value in asdict(row).items() if key != "checkpoint"}
     own = trained_entry_of(row.checkpoint) or {}
     return {"name": row.name, **plain, "trained": own, "stages": stages, "key": row.key()}

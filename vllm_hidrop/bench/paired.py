@@ -149,6 +149,12 @@ class Measured:
         return [int(median_low(stage["cached"] for stage in of_runs)) for of_runs in stages]
 
     @property
+    def cut_layer(self) -> int | None:
+        """First layer of ours that ran with fewer vision tokens, in the last run."""
+        layer: int | None = self.runs[-1][1]["report"]["cut_layer"]
+        return layer
+
+    @property
     def selection_share(self) -> float:
         """Time on signals and selections, as a share of our prefill; the median over the runs."""
         return median(run[1]["report"]["selection_ms"] / 1000 / run[1]["step_seconds"][0] for run in self.runs)

@@ -20,6 +20,12 @@ from vllm_hidrop.methods import ModelShape
 
 BLOCK_SIZE = 32
 TOKENS_PER_IMAGE = 576
+ADAPTIVE: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("bench", {"method": "visipruner", "options": {"scale": True}}),
+    ("bench-peaked", {"method": "visipruner", "options": {"scale": True}}),
+    ("bench", {"method": "mustdrop", "preset": "tok64", "options": {"scale": True}}),
+)
+"""Flat attention never makes VisiPruner cut; one peaked layer half way does."""
 TOK48 = {"method": "hidrop", "preset": "tok48", "options": {"scale": True}}
 
 
@@ -59,6 +65,7 @@ def run_all(bench: Bench, json_file: Path | None) -> None:
     """Measure every figure the documentation quotes: prefill in both modes, then what must not cost anything."""
     with _progress() as progress:
         rows = [measure_prefill(replace(bench, eager=eager), TOK48, 1, 64, progress) for eager in (True, False)]
+        rows += [measure_prefill(replace(bench, shape=shape), choice, 1, 64, progress) for shape, choice in ADAPTIVE]
         rows += measure_overhead(bench, {"method": "none"}, "none", (1, 0), progress)
         rows += measure_overhead(bench, TOK48, "hidrop", (0,), progress)
     _print_rows(rows)
@@ -81,7 +88,10 @@ def measure_prefill(bench: Bench, hidrop: dict[str, Any], images: int, text: int
     with running_pair(stock, ours, progress) as pair:
         measured = pair.measure(Workload(images, text, max_tokens=2), bench.runs, progress, title)
     costs = _costs(model, hidrop, images, text, measured)
-    return _row(f"prefill {hidrop['method']} {images} image(s) + {text} text", measured, bench) | {
+    what = f"prefill {hidrop['method']} {images} image(s) + {text} text"
+    if hidrop["method"] == "visipruner":
+        what += f", {'no layer' if measured.cut_layer is None else f'layer {measured.cut_layer - 1}'} triggers"
+    return _row(what, measured, bench) | {
         "kept": measured.kept,
         "cached": measured.cached,
         "selection_share": measured.selection_share,

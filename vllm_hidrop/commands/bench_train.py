@@ -36,11 +36,13 @@ def run(
     Raises:
         ValueError: no such shape, method, preset or option, or a schedule that does not fit.
     """
+    from vllm_hidrop.training.staged import check_trainable
     from vllm_hidrop.training.step_cost import measure
 
     if shape not in SHAPES:
         raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
     method = make_method(*choice)
+    check_trainable(method)
     model = random_model(SHAPES[shape], "float32")
     num_vision = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
     method.schedule(ModelShape(SHAPES[shape].num_layers, num_vision))

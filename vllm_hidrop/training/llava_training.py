@@ -15,7 +15,7 @@ from vllm_hidrop.models.families import FAMILIES
 from vllm_hidrop.training.prompts import IGNORED, Batch, PromptEncoder
 from vllm_hidrop.training.ratio import Ratio, make_ratio
 from vllm_hidrop.training.run_config import StageName, TrainConfig
-from vllm_hidrop.training.staged import StagedTraining
+from vllm_hidrop.training.staged import StagedTraining, check_trainable
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def load_checkpoint(config: TrainConfig) -> Checkpoint:
     resolved = resolve(
         HidropConfig.parse(choice or {}), shape, None if choice else getattr(model_config, "hidrop", None)
     )
+    check_trainable(resolved.method)
     resolved = replace(resolved, positions=config.positions or resolved.positions)
     ratio = make_ratio(resolved, shape, config.ratio_weight) if config.ratio == "learnable" else None
     processor = AutoProcessor.from_pretrained(directory)

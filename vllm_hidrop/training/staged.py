@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vllm_hidrop.methods import Method, ModelShape
+from vllm_hidrop.methods import Adaptive, Method, ModelShape
 from vllm_hidrop.positions import PositionScheme
 from vllm_hidrop.pruning import ALL, Keep, Schedule
 from vllm_hidrop.scoring import Scorer, Signal, Signals, select_top
@@ -105,6 +105,19 @@ def query_attention(query: Tensor, key: Tensor, rows: Rows) -> Tensor:
     weights = logits.masked_fill(is_hidden[:, None, None], float("-inf")).softmax(-1).mean((1, 2))
     is_asked = rows.is_query.gather(1, order)
     return (weights * is_asked[:, :, None]).sum(1) / num_queries.clamp_min(1)[:, None]
+
+
+def check_trainable(method: Method) -> None:
+    """Refuse a method that has no schedule to train with.
+
+    Raises:
+        ValueError: it decides while a prompt runs how many tokens stay.
+    """
+    if isinstance(method, Adaptive):
+        raise ValueError(
+            f"{method.name} decides while a prompt runs how many tokens stay, and is made for models trained dense: "
+            "serve it, do not train with it"
+        )
 
 
 class StagedTraining(nn.Module):
