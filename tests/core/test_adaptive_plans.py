@@ -144,3 +144,11 @@ def test_caches_hold_what_ran_or_what_was_left_or_nothing() -> None:
 def test_a_plan_that_is_not_adaptive_caches_what_ran() -> None:
     plan = make_plan(STAGES.with_keeps(["all", 5, 1]), 30, SPANS)
     assert plan.after_prefill(STAGES) is plan
+
+
+def test_an_image_without_tokens_is_planned_like_any_other() -> None:
+    plan = make_plan(STAGES, 9, [Span(2, 0), Span(3, 4)], adaptive=True)
+    assert plan.kept == ((0, 4), (0, 4), (0, 4))
+    settled = plan.settled([(0, 4), (0, 1), (0, 0)])
+    assert settled.after_prefill(STAGES).kept == ((0, 0), (0, 0), (0, 0))
+    assert settled.stage_tokens(1, 9) == 6
