@@ -59,7 +59,8 @@ def edited_rows(edit: AttentionEdit, heads: Heads, images: Images) -> Iterator[t
     """The rows that an edit changes and their attention outputs: (int64 [n], [n, H, D]) pairs.
 
     An edit is exact without an edited weight: a token whose weight would be 0 has value 0 instead, one whose weight
-    moves to another token has that token's value.
+    moves to another token has that token's value. Vision rows that are blind without renormalisation are not among
+    them: the attention kernel itself, given such values, is faster for so many rows.
     """
     is_vision = np.zeros(len(heads.query), dtype=np.bool_)
     for first, length in images:
@@ -70,8 +71,10 @@ def edited_rows(edit: AttentionEdit, heads: Heads, images: Images) -> Iterator[t
     value = heads.value if edit.renormalise else _value_seen(edit.text_sees, heads.value, images, hidden)
     for rows in _tiles(text_rows, heads):
         yield _attend(heads, value, rows, hidden if edit.renormalise else None)
-    if edit.vision_is_blind:
-        yield from _blind_vision(edit, heads, is_vision)
+    if edit.vision_is_blind and edit.renormalise:
+        vision = np.flatnonzero(is_vision)
+        for rows in _tiles(vision, heads):
+            yield _attend(heads, heads.value, rows, vision)
 
 
 def _unseen(sight: Sight, images: Images, num_rows: int) -> npt.NDArray[np.bool_]:
@@ -108,21 +111,3 @@ def _attend(
     query, key, seen = (t.transpose(0, 1)[None] for t in (heads.query[rows], heads.key, value))
     attended = scaled_dot_product_attention(query, key, seen, attn_mask=sees, scale=heads.scale, enable_gqa=True)
     return rows, attended[0].transpose(0, 1).masked_fill(~sees.any(1)[:, None, None], 0)
-
-
-def _blind_vision(
-    edit: AttentionEdit, heads: Heads, is_vision: npt.NDArray[np.bool_]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    vision = np.flatnonzero(is_vision)
-    if not len(vision):
-        return
-    if edit.renormalise:
-        for rows in _tiles(vision, heads):
-            yield _attend(heads, heads.value, rows, vision)
-        return
-    rows = torch.from_numpy(vision).to(heads.query.device)
-    end = int(vision[-1]) + 1
-    value = heads.value[:end].index_fill(0, rows, 0)
-    query, key, seen = (t.transpose(0, 1)[None] for t in (heads.query[:end], heads.key[:end], value))
-    attended = scaled_dot_product_attention(query, key, seen, is_causal=True, scale=heads.scale, enable_gqa=True)
-    yield rows, attended[0].transpose(0, 1)[rows]

@@ -1,5 +1,6 @@
 """Edited attention against its definition: the weights themselves, edited row by row."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -53,9 +54,17 @@ def dense(edit: AttentionEdit | None, heads: Heads, images: Images) -> torch.Ten
 
 
 def edited(edit: AttentionEdit, heads: Heads, images: Images) -> torch.Tensor:
-    """What plain attention becomes once the edited rows are put in."""
+    """What plain attention becomes once the edited rows are put in.
+
+    Blind rows that are not renormalised are the engine's: plain attention with the images' values zero.
+    """
     output = dense(None, heads, images)
     seen: list[int] = []
+    if edit.vision_is_blind and not edit.renormalise:
+        vision = torch.cat([torch.arange(first, first + length) for first, length in images])
+        without = replace(heads, value=heads.value.index_fill(0, vision, 0))
+        output[vision] = dense(None, without, images)[vision]
+        seen += vision.tolist()
     for rows, values in edited_rows(edit, heads, images):
         assert values.shape == (len(rows), *output.shape[1:])
         seen += rows.tolist()
@@ -135,7 +144,9 @@ def test_blind_vision_at_the_prompts_start_sees_nothing(renormalise: bool) -> No
 def test_rows_before_the_first_image_are_left_alone() -> None:
     for edit in EDITS:
         rows = torch.cat([rows for rows, _ in edited_rows(edit, random_heads(9, 2, 2, seed=3), [(2, 3), (6, 1)])])
-        assert sorted(rows.tolist()) == ([2, 3, 4, 5, 6, 7, 8] if edit.vision_is_blind else [5, 7, 8])
+        assert sorted(rows.tolist()) == (
+            [2, 3, 4, 5, 6, 7, 8] if edit.vision_is_blind and edit.renormalise else [5, 7, 8]
+        )
 
 
 def test_outputs_have_the_models_type_and_the_inputs_stay_as_they_are() -> None:

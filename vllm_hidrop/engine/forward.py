@@ -212,8 +212,7 @@ class _Hooked:
         return self.observer(attention, *inputs)
 
     def _edit(self, attention: nn.Module, inputs: AttentionInputs, output: torch.Tensor) -> None:
-        for edit in self.edits:
-            edit_output(edit, attention, inputs, output)
+        edit_output(self.edits, attention, inputs, output)
 
 
 def _scatter(hidden: torch.Tensor, full: torch.Tensor, num_rows: int) -> torch.Tensor:

@@ -157,6 +157,10 @@ class PromptRows:
     images: list[tuple[int, int]]
     """First row, counted from ``first``, and number of rows of every image."""
 
+    def vision_rows(self) -> torch.Tensor:
+        """All images' rows in the stage, int64 [N]."""
+        return torch.cat([torch.arange(length) + self.first + first for first, length in self.images])
+
     def text_after_images(self) -> torch.Tensor:
         """Text rows after the first image, counted from ``first``, int64 [N]."""
         is_text = np.ones(self.end - self.first, dtype=np.bool_)

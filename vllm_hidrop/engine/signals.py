@@ -55,9 +55,9 @@ def contribution(
         Statistics of all T rows.
     """
     shape = (-1, num_kv_heads, query.shape[-1] // num_heads)
-    queries = query.float().view(num_kv_heads, num_heads // num_kv_heads, shape[-1])
+    queries = (query.float() * scale).view(num_kv_heads, num_heads // num_kv_heads, shape[-1])
     keys, values = (rows.float().view(shape).transpose(0, 1) for rows in (key, value))
-    weights = ((queries @ keys.transpose(1, 2)) * scale).softmax(dim=-1)  # [G, H / G, T]
+    weights = (queries @ keys.transpose(1, 2)).softmax(dim=-1)  # [G, H / G, T]
     output = weights @ values
     along = (weights * (output @ values.transpose(1, 2))).sum((0, 1))
     squared = (weights.square().sum(1) * values.square().sum(-1)).sum(0)
@@ -80,7 +80,7 @@ def text_attention(
     Args:
         query: [N, H * D], queries after RoPE of the rows that look.
         key: [T, G * D], keys after RoPE of the prompt.
-        rows: int64 [N], the rows' places among the T: each sees itself and what is before.
+        rows: int64 [N] on the host, the rows' places among the T, ascending: each sees itself and what is before.
         num_heads: H.
         num_kv_heads: G, divides H.
         scale: of the logits.
@@ -89,18 +89,23 @@ def text_attention(
         Statistics of all T rows (MustDrop section 3.2).
     """
     num_keys = key.shape[0]
+    if not len(rows):
+        return TextAttention(*torch.zeros(2, num_keys, device=key.device))
     head_size = query.shape[-1] // num_heads
-    keys = key.float().view(num_keys, num_kv_heads, head_size).permute(1, 2, 0)
-    total = keys.new_zeros(num_keys)
-    peak = keys.new_zeros(num_keys)
-    places = torch.arange(num_keys, device=key.device)
+    keys = key.float().view(num_keys, num_kv_heads, 1, head_size).permute(1, 2, 3, 0)
+    places = torch.arange(num_keys)
     tile = max(1, MAX_WEIGHTS // (num_heads * num_keys))
+    totals, peaks = [], []
     for start in range(0, len(rows), tile):
         here = rows[start : start + tile]
-        queries = query[start : start + tile].float().view(len(here), num_kv_heads, -1, head_size)
-        logits = torch.matmul(queries.permute(1, 2, 0, 3), keys[:, None]) * scale  # [G, H / G, n, T]
-        logits.masked_fill_(places > here[:, None], -torch.inf)
+        seen = int(here[0])  # by all of them
+        ahead = (places[seen:] > here[:, None]).to(key.device, non_blocking=True)
+        queries = (query[start : start + tile].float() * scale).view(len(here), num_kv_heads, -1, head_size)
+        logits = torch.matmul(queries.permute(1, 2, 0, 3), keys)  # [G, H / G, n, T]
+        logits[..., seen:].masked_fill_(ahead, -torch.inf)
         paid = logits.softmax(dim=-1).mean(dim=(0, 1))
-        total += paid.sum(0)
-        peak = torch.maximum(peak, paid.amax(0))
-    return TextAttention(total, peak)
+        totals.append(paid.sum(0))
+        peaks.append(paid.amax(0))
+    if len(totals) == 1:
+        return TextAttention(totals[0], peaks[0])
+    return TextAttention(torch.stack(totals).sum(0), torch.stack(peaks).amax(0))

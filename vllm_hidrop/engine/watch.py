@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from vllm.forward_context import get_forward_context
 
 from vllm_hidrop.deciding import Decider, Verdict
 from vllm_hidrop.edits import AttentionEdit, Heads, edited_rows
@@ -105,20 +106,40 @@ def _statistics(
     here = slice(rows.first, rows.end)
     if prefill.chooser.signal is Signal.CONTRIBUTION:
         return contribution(query[rows.end - 1], key[here], value[here], *shape)
-    text = rows.text_after_images().to(query.device)
-    return text_attention(query[here][text], key[here], text, *shape)
+    text = rows.text_after_images()
+    return text_attention(query[here][text.to(query.device)], key[here], text, *shape)
 
 
 def edit_output(
-    edit: Edit, attention: Any, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], output: torch.Tensor
+    edits: list[Edit], attention: Any, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], output: torch.Tensor
 ) -> None:
     """Edit an attention module's output [T, H * D] in place, given its Q, K and V."""
-    what, rows = edit
-    if not rows.images:
-        return
-    query, key, value = (part[rows.first : rows.end].unflatten(-1, (-1, attention.head_size)) for part in inputs)
-    for index, edited in edited_rows(what, Heads(query, key, value, attention.impl.scale), rows.images):
-        output[index + rows.first] = edited.flatten(1)
+    query, key, value = (part.unflatten(-1, (-1, attention.head_size)) for part in inputs)
+    blind = [rows.vision_rows() for edit, rows in edits if edit.vision_is_blind and not edit.renormalise]
+    if blind:
+        index = torch.cat(blind).to(query.device)
+        output[index] = attend_without(attention, query, key, value, index).flatten(1)[index]
+    for edit, rows in edits:
+        here = slice(rows.first, rows.end)
+        heads = Heads(query[here], key[here], value[here], attention.impl.scale)
+        for index, edited in edited_rows(edit, heads, rows.images):
+            output[index + rows.first] = edited.flatten(1)
+
+
+def attend_without(
+    attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor
+) -> torch.Tensor:
+    """The layer's attention once more, [T, H, D], as if the values of the rows ``hidden`` were zero.
+
+    The platform's kernel reads K and V from the cache, so the zeros are written there and the values put back.
+    """
+    context = get_forward_context()
+    metadata, slots = (by_layer[attention.layer_name] for by_layer in (context.attn_metadata, context.slot_mapping))
+    cache, attended = attention.kv_cache, torch.empty_like(query)
+    attention.impl.do_kv_cache_update(attention, key, value.index_fill(0, hidden, 0), cache, slots)
+    attention.impl.forward(attention, query, key, value, cache, metadata, attended)
+    attention.impl.do_kv_cache_update(attention, key, value, cache, slots)
+    return attended
 
 
 def attention_to(
