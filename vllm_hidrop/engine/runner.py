@@ -210,7 +210,10 @@ class StagedRunner(GPUModelRunner):
         if not prefill.plan.adaptive:
             return prefill
         features = sorted(self.requests[prefill.request_id].mm_features, key=lambda feature: feature.mm_position.offset)
-        return dataclasses.replace(prefill, reduced=tuple(self.reduced[feature.identifier] for feature in features))
+        found = [self.reduced[each.identifier] for each in features if each.identifier in self.reduced]
+        if len(found) < len(features):
+            return prefill  # features came with the request: nothing was merged, and no patch is a key
+        return dataclasses.replace(prefill, reduced=tuple(found))
 
     def _execute_mm_encoder(self, scheduler_output: Any) -> Any:
         """The vision tower of vLLM; ours reduces the images of requests whose method says so, and tells what is left.

@@ -94,12 +94,13 @@ class StagedScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Take the worker's word on the rows it ran, then vLLM's update, then the first reports."""
-        rows_run = getattr(model_runner_output, "rows_run", {})
-        self.rows_run.update(rows_run)
-        self.selection_ms.update(dict.fromkeys(rows_run, 1000 * getattr(model_runner_output, "selection_seconds", 0)))
-        for request_id, kept in getattr(model_runner_output, "decided", {}).items():
-            if request_id in self.requests:
-                self._settle(self.requests[request_id], kept)
+        took_ms = 1000 * getattr(model_runner_output, "selection_seconds", 0.0)
+        for name, rows in getattr(model_runner_output, "rows_run", {}).items():
+            if name in self.requests:  # else aborted since
+                self.rows_run[name], self.selection_ms[name] = rows, took_ms
+        for name, kept in getattr(model_runner_output, "decided", {}).items():
+            if name in self.requests:
+                self._settle(self.requests[name], kept)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for of_client in outputs.values():
             for output in of_client.outputs:

@@ -39,14 +39,15 @@ class HidropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         return loaded | {f"class_attention.{name}" for name, _ in self.class_attention.named_parameters()}
 
     def _process_image_input(self, image_input: Any) -> Any:
-        if self.reducing_tower is None or not isinstance(image_input, LlavaImagePixelInputs):
+        if self.reducing_tower is None:
             return super()._process_image_input(image_input)
-        pixels = image_input["pixel_values"]
-        reduces = self.reducing_tower.takes(len(pixels))
+        is_pixels = isinstance(image_input, LlavaImagePixelInputs)  # else features, which no tower has to make
+        images = image_input["pixel_values" if is_pixels else "data"]
+        reduces = [reduced and is_pixels for reduced in self.reducing_tower.takes(len(images))]
         if not any(reduces):
-            self.reducing_tower.found += [None] * len(pixels)
+            self.reducing_tower.found += [None] * len(images)
             return super()._process_image_input(image_input)
-        return [self._encode(image, is_reduced) for image, is_reduced in zip(pixels, reduces, strict=True)]
+        return [self._encode(image, is_reduced) for image, is_reduced in zip(images, reduces, strict=True)]
 
     def _encode(self, pixels: torch.Tensor, is_reduced: bool) -> torch.Tensor:
         assert self.reducing_tower is not None
