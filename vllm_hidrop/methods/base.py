@@ -35,6 +35,20 @@ def check_shape(shape: tuple[int, int]) -> None:
         raise ValueError(f"shape is (layers, tokens per image), both >= 1, got {shape}")
 
 
+def depth_ratio(name: str, own: tuple[int, int], shape: ModelShape, may_scale: bool) -> float:
+    """By what the layer numbers of a method written for ``own`` (layers, tokens per image) scale to a model.
+
+    Raises:
+        ValueError: the model has other layers, and the numbers may not be scaled.
+    """
+    if shape.num_layers != own[0] and not may_scale:
+        raise ValueError(
+            f"these {name} layers are for {own[0]} layers, the model has {shape.num_layers}; "
+            'choose the checkpoint\'s own preset, or set "scale": true'
+        )
+    return shape.num_layers / own[0]
+
+
 @dataclass(frozen=True)
 class Method:
     """Base of all methods: a frozen dataclass whose fields are the paper's hyper-parameters.

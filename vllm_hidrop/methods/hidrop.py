@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import torch
 
-from vllm_hidrop.methods.base import Method, ModelShape
+from vllm_hidrop.methods.base import Method, ModelShape, depth_ratio
 from vllm_hidrop.pruning import KeepValue, Schedule
 from vllm_hidrop.scoring import Signal, Signals, attention_score
 
@@ -79,11 +79,7 @@ class HiDrop(Method):
     def schedule(self, shape: ModelShape) -> Schedule:
         """Stages for a model of the shape the numbers are written for, or scaled to it."""
         own = ModelShape(*self.shape)
-        if shape.num_layers != own.num_layers and not self.scale:
-            raise ValueError(
-                f"this hidrop schedule is for {own.num_layers} layers, the model has {shape.num_layers}; "
-                'choose the checkpoint\'s own preset, or set "scale": true'
-            )
+        depth_ratio(self.name, self.shape, shape, self.scale)
         return self._build(own) if shape == own or not self.scale else self.scaled(shape)._build(shape)
 
     def scaled(self, shape: ModelShape) -> "HiDrop":

@@ -6,7 +6,7 @@ from typing import Literal
 
 from vllm_hidrop.deciding import Memory, Verdict
 from vllm_hidrop.merging import EncoderReduction, KeyLayer
-from vllm_hidrop.methods.base import Adaptive, ModelShape, check_shape
+from vllm_hidrop.methods.base import Adaptive, ModelShape, check_shape, depth_ratio
 from vllm_hidrop.pruning import Cached, KeepValue, Schedule
 from vllm_hidrop.scoring import Signal, Signals
 
@@ -84,16 +84,12 @@ class MustDrop(Adaptive):
 
     def fitted(self, shape: ModelShape) -> "MustDrop":
         """Filter layers scaled by depth and rounded, each at least one after the one before."""
-        if shape.num_layers == self.shape[0]:
+        depth = depth_ratio(self.name, self.shape, shape, self.scale)
+        if depth == 1:
             return self
-        if not self.scale:
-            raise ValueError(
-                f"these mustdrop filter layers are for {self.shape[0]} layers, the model has {shape.num_layers}; "
-                'set "filter_layers" and "shape", or "scale": true'
-            )
         layers: list[int] = []
         for layer in self.filter_layers:
-            scaled = round(layer * shape.num_layers / self.shape[0])
+            scaled = round(layer * depth)
             layers.append(max(scaled, layers[-1] + 1) if layers else scaled)
         left = tuple(layer for layer in layers if layer < shape.num_layers - 1)
         return replace(self, filter_layers=left, shape=(shape.num_layers, shape.tokens_per_image))

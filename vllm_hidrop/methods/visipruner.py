@@ -7,7 +7,7 @@ import torch
 
 from vllm_hidrop.deciding import Memory, Verdict
 from vllm_hidrop.edits import AttentionEdit, Sight
-from vllm_hidrop.methods.base import Adaptive, ModelShape, check_shape
+from vllm_hidrop.methods.base import Adaptive, ModelShape, check_shape, depth_ratio
 from vllm_hidrop.pruning import Cached, KeepValue, Schedule
 from vllm_hidrop.scoring import Signal, Signals, select_top
 
@@ -90,14 +90,9 @@ class VisiPruner(Adaptive):
 
     def fitted(self, shape: ModelShape) -> "VisiPruner":
         """Layer numbers scaled by depth and rounded; at least one layer before the first test."""
-        if shape.num_layers == self.shape[0]:
+        depth = depth_ratio(self.name, self.shape, shape, self.scale)
+        if depth == 1:
             return self
-        if not self.scale:
-            raise ValueError(
-                f"this visipruner preset is for {self.shape[0]} layers, the model has {shape.num_layers}; "
-                'choose the checkpoint\'s own preset, or set "scale": true'
-            )
-        depth = shape.num_layers / self.shape[0]
         return replace(
             self,
             shallow_layers=round(self.shallow_layers * depth),
