@@ -89,7 +89,7 @@ class VisiPruner(Adaptive):
                 raise ValueError(f"{option} must be >= {least}, got {getattr(self, option)}")
 
     def fitted(self, shape: ModelShape) -> "VisiPruner":
-        """Layer numbers scaled by depth and rounded; at least one layer before the first test."""
+        """Layer numbers scaled by depth and rounded."""
         depth = depth_ratio(self.name, self.shape, shape, self.scale)
         if depth == 1:
             return self
@@ -158,7 +158,7 @@ class VisiPruner(Adaptive):
         if self.filter_layer is not None:
             best = torch.zeros_like(norm, dtype=torch.bool)
             best[select_top(norm.nan_to_num(0), min(self.keep, len(norm)))] = True
-            return Verdict(best, best.new_ones(()))
+            return Verdict(best & ~norm.isnan(), best.new_ones(()))
         triggers = (cosine < self.cosine).any()
         return Verdict((norm > self.norm) | ~triggers, triggers)
 
