@@ -81,13 +81,16 @@ def _cpu() -> str:
 def measure_prefill(bench: Bench, hidrop: dict[str, Any], images: int, text: int, progress: Progress) -> dict[str, Any]:
     """One prompt of ``images`` images and ``text`` text tokens, vision tower included, in both engines."""
     model = bench.model()
+    known = planning.read_model(str(model))
+    resolved = resolve(HidropConfig.parse(hidrop), ModelShape(known.text.num_layers, TOKENS_PER_IMAGE))
     length = _model_len(images, text)
     stock = engine_settings(model, None, bench.eager, length)
     ours = engine_settings(model, hidrop, bench.eager, length)
     title = f"prefill, {images} images"
     with running_pair(stock, ours, progress) as pair:
         measured = pair.measure(Workload(images, text, max_tokens=2), bench.runs, progress, title)
-    costs = _costs(model, hidrop, images, text, measured)
+    workload = planning.Workload((TOKENS_PER_IMAGE,) * images, text, BLOCK_SIZE)
+    costs = planning.request_costs(known, resolved, workload, measured.kept)
     what = f"prefill {hidrop['method']} {images} image(s) + {text} text"
     if hidrop["method"] == "visipruner":
         what += f", {'no layer' if measured.cut_layer is None else f'layer {measured.cut_layer - 1}'} triggers"
@@ -159,15 +162,6 @@ def _versions() -> dict[str, Any]:
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
     }
-
-
-def _costs(model: Path, hidrop: dict[str, Any], images: int, text: int, measured: Measured) -> Any:
-    """What the request costs on paper, by its schedule or, where the method decides, by the counts it decided."""
-    known = planning.read_model(str(model))
-    resolved = resolve(HidropConfig.parse(hidrop), ModelShape(known.text.num_layers, TOKENS_PER_IMAGE))
-    return planning.request_costs(
-        known, resolved, planning.Workload((TOKENS_PER_IMAGE,) * images, text, BLOCK_SIZE), measured.kept
-    )
 
 
 def _model_len(images: int, text: int) -> int:

@@ -43,7 +43,7 @@ def depth_ratio(name: str, own: tuple[int, int], shape: ModelShape, may_scale: b
     """
     if shape.num_layers != own[0] and not may_scale:
         raise ValueError(
-            f"these {name} layers are for {own[0]} layers, the model has {shape.num_layers}; "
+            f"this {name} schedule is for {own[0]} layers, the model has {shape.num_layers}; "
             'choose the checkpoint\'s own preset, or set "scale": true'
         )
     return shape.num_layers / own[0]
