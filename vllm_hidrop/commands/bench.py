@@ -65,7 +65,11 @@ def run_all(bench: Bench, json_file: Path | None) -> None:
     """Measure every figure the documentation quotes: prefill in both modes, then what must not cost anything."""
     with _progress() as progress:
         rows = [measure_prefill(replace(bench, eager=eager), TOK48, 1, 64, progress) for eager in (True, False)]
-        rows += [measure_prefill(replace(bench, shape=shape), choice, 1, 64, progress) for shape, choice in ADAPTIVE]
+        rows += [
+            measure_prefill(replace(bench, shape=shape, eager=eager), choice, 1, 64, progress)
+            for shape, choice in ADAPTIVE
+            for eager in (True, False)
+        ]
         rows += measure_overhead(bench, {"method": "none"}, "none", (1, 0), progress)
         rows += measure_overhead(bench, TOK48, "hidrop", (0,), progress)
     _print_rows(rows)
