@@ -56,6 +56,8 @@ def test_off_is_dense_and_wishes_it_cannot_honour_are_a_400(adaptive: Server) ->
         assert next(iter(wish)).removeprefix("hidrop_") in response.text or "cannot run" in response.text
     description = adaptive.http.get("/hidrop").json()
     assert description["keeps_are_bounds"]
+    for name in description["request_methods"]:
+        assert adaptive.chat([image_url(1)], vllm_xargs={"hidrop_method": name})["hidrop"]["method"] == name
 
 
 def test_no_block_is_left_taken(adaptive: Server) -> None:

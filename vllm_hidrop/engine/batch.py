@@ -3,10 +3,9 @@
 Knows plans and counts; not vLLM, not tensors on a device.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -130,8 +129,8 @@ def make_step(
     plans: Sequence[Plan],
     num_computed_tokens: IntArray,
     num_scheduled_tokens: IntArray,
-    choosers: Sequence[Chooser],
-    recorded: Mapping[str, Survivors] = MappingProxyType({}),
+    choosers: Mapping[str, Chooser],
+    recorded: Callable[[str], Survivors | None],
 ) -> StagedStep:
     """Lay out one step.
 
@@ -140,8 +139,8 @@ def make_step(
         plans: [R].
         num_computed_tokens: int32 [R], tokens of the full sequence already in the cache.
         num_scheduled_tokens: int32 [R], tokens of the full sequence this step adds.
-        choosers: [R], what picks the tokens of each request.
-        recorded: by request id, what was decided for prompts that have run before.
+        choosers: by method, what picks tokens.
+        recorded: of a request id, what was decided when its prompt ran before, if it did.
     """
     dropped = np.array([plan.dropped for plan in plans], dtype=np.int32).T
     starts_here = num_computed_tokens == 0
@@ -155,7 +154,7 @@ def make_step(
             shared[key] = StageBatch(num_scheduled_tokens - column * starts_here, totals - column)
         stages.append(shared[key])
     prefills = tuple(
-        PrunedPrefill(request_ids[i], int(i), plans[i], choosers[i], recorded.get(request_ids[i]))
+        PrunedPrefill(request_ids[i], int(i), plans[i], choosers[plans[i].method], recorded(request_ids[i]))
         for i in np.flatnonzero(starts_here)
         if plans[i].is_pruned
     )

@@ -49,7 +49,7 @@ class StagedRunner(GPUModelRunner):
     step: StagedStep | None
     selection_seconds: float
     built: dict[StageBatch, Any]
-    slot_layouts: dict[str, SlotLayout]
+    slot_layouts: dict[Any, SlotLayout]
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """The specs vLLM finds, each with its layer's stage."""
@@ -96,8 +96,8 @@ class StagedRunner(GPUModelRunner):
             [each.cached if has_run else each.plan for each, has_run in zip(tracked, computed, strict=True)],
             computed,
             num_scheduled_tokens,
-            [self.model.choosers[each.plan.method] for each in tracked],
-            {name: each.survivors for name, each in zip(batch.req_ids, tracked, strict=True) if each.survivors},
+            self.model.choosers,
+            lambda request_id: self.tracked[request_id].survivors,
         )
         return prepared
 
@@ -251,13 +251,14 @@ class StagedRunner(GPUModelRunner):
             blocks = table.block_table.np[index]
             for name in group.layer_names:
                 attention = self.compilation_config.static_forward_context[name]
-                layout = self._slot_layout(name, attention)
-                layout.close_up(attention.kv_cache, blocks, source)
+                self._slot_layout(attention).close_up(attention.kv_cache, blocks, source)
 
-    def _slot_layout(self, name: str, attention: Any) -> SlotLayout:
-        if name not in self.slot_layouts:
-            self.slot_layouts[name] = SlotLayout.of(attention)
-        return self.slot_layouts[name]
+    def _slot_layout(self, attention: Any) -> SlotLayout:
+        """Learnt once for all layers whose pages are alike."""
+        key = attention.kv_cache.shape[1:], attention.kv_cache.dtype, type(attention.impl)
+        if key not in self.slot_layouts:
+            self.slot_layouts[key] = SlotLayout.of(attention)
+        return self.slot_layouts[key]
 
     def _group(self, step: StagedStep, positions: torch.Tensor | None) -> None:
         """Number the step's rows the grouped way, in place in the buffer that vLLM fills anew in every step."""
