@@ -55,7 +55,6 @@ class Planner:
         methods: by name, the server's own and those that fit its stages.
         max_prompt_tokens: longest prompt that can be pruned, the step's token budget.
         positions: RoPE ids of every request's rows.
-        reduces_images: whether the vision tower makes fewer tokens for requests that are pruned.
     """
 
     method: str
@@ -63,7 +62,6 @@ class Planner:
     methods: Mapping[str, Alternative]
     max_prompt_tokens: int
     positions: PositionScheme
-    reduces_images: bool = False
 
     @classmethod
     def from_vllm_config(cls, vllm_config: Any) -> "Planner":
@@ -76,7 +74,6 @@ class Planner:
             methods={name: Alternative.load(data) for name, data in resolved["methods"].items()},
             max_prompt_tokens=limits.max_num_scheduled_tokens or limits.max_num_batched_tokens,
             positions=PositionScheme(resolved["positions"]),
-            reduces_images=resolved["reduces_images"],
         )
 
     @property

@@ -216,17 +216,16 @@ class StagedRunner(GPUModelRunner):
         return dataclasses.replace(prefill, reduced=tuple(found))
 
     def _execute_mm_encoder(self, scheduler_output: Any) -> Any:
-        """The vision tower of vLLM; ours reduces the images of requests whose method says so, and tells what is left.
+        """The vision tower of vLLM, which the model runs by the plans of the requests that wait for its images.
 
         A request that is not pruned has its images under other identifiers, see the scheduler.
         """
-        tower = getattr(self.model, "reducing_tower", None)
-        if tower is None or not scheduler_output.scheduled_encoder_inputs:
+        if not scheduler_output.scheduled_encoder_inputs:
             return super()._execute_mm_encoder(scheduler_output)
         identifiers, _, places = self._batch_mm_inputs_from_scheduler(scheduler_output)
-        with tower.expecting([self._track(request_id).plan.adaptive for request_id, _ in places]) as found:
+        with self.model.encoding([self._track(request_id).plan for request_id, _ in places]) as found:
             outputs = super()._execute_mm_encoder(scheduler_output)
-        self.reduced.update({name: each for name, each in zip(identifiers, found, strict=True) if each is not None})
+        self.reduced.update({name: each for name, each in zip(identifiers, found, strict=False) if each is not None})
         return outputs
 
     def _settle(self, outcome: Outcome) -> None:

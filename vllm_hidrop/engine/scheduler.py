@@ -33,7 +33,7 @@ from vllm_hidrop.pruning import Plan
 logger = init_logger(__name__)
 
 DENSE_IMAGE = ":dense"
-"""Ends the identifier of an image that is encoded in full on a server whose tower reduces images."""
+"""Ends the identifier of an image that the tower encodes as stock vLLM does."""
 
 
 class StagedScheduler(Scheduler):
@@ -59,8 +59,8 @@ class StagedScheduler(Scheduler):
             self.unreported.add(request.request_id)
             plan, refusal = self.planner.plan_or_refuse(request)
             self.plans[request.request_id] = self.prefill_plans[request.request_id] = plan
-            if self.planner.reduces_images and not plan.adaptive:
-                # The tower then makes other features of the same image, and both must be cached.
+            if not plan.is_pruned:
+                # The tower then makes other features of the same image (stock vLLM's), and both must be cached.
                 for feature in request.mm_features:
                     feature.identifier += DENSE_IMAGE
             if refusal is not None:

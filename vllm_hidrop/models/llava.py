@@ -1,6 +1,7 @@
 """LLaVA-1.5 with a CLIP or SigLIP tower and a Llama, Mistral or Qwen2 text model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -8,10 +9,12 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration, LlavaImagePixelInputs
 
 from vllm_hidrop.engine.batch import StagedStep
+from vllm_hidrop.engine.encoder_attention import TowerKernel
 from vllm_hidrop.engine.forward import Enter, Outcome
-from vllm_hidrop.merging import KeyLayer
+from vllm_hidrop.merging import KeyLayer, Reduced
 from vllm_hidrop.models.reducing import ClassAttention, ReducingTower
 from vllm_hidrop.models.staged import choosers, reduction_of, staged_forward
+from vllm_hidrop.pruning import Plan
 
 
 class HidropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -30,6 +33,7 @@ class HidropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             layer = self.config.vision_config.num_hidden_layers if is_last else len(tower.encoder.layers)
             self.class_attention = ClassAttention(self.config.vision_config, layer - 1)
             self.reducing_tower = ReducingTower(tower, reduction, self.class_attention)
+        self.tower_kernel = TowerKernel.of(self.vision_tower, vllm_config.model_config.dtype)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Stock loading; a tower that reduces also needs a piece of a layer that vLLM does not load."""
@@ -37,6 +41,21 @@ class HidropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             return super().load_weights(weights)
         loaded = super().load_weights(self.class_attention.load(weights))
         return loaded | {f"class_attention.{name}" for name, _ in self.class_attention.named_parameters()}
+
+    @contextmanager
+    def encoding(self, plans: Sequence[Plan]) -> Iterator[list[Reduced | None]]:
+        """While entered, the next images are encoded for requests with these plans.
+
+        Yields:
+            What a reducing tower leaves of each image, once it has run; empty without one.
+        """
+        with ExitStack() as stack:
+            if self.tower_kernel is not None and all(plan.is_pruned for plan in plans):
+                stack.enter_context(self.tower_kernel.entered())
+            if self.reducing_tower is None:
+                yield []
+            else:
+                yield stack.enter_context(self.reducing_tower.expecting(plan.adaptive for plan in plans))
 
     def _process_image_input(self, image_input: Any) -> Any:
         if self.reducing_tower is None:

@@ -49,7 +49,6 @@ def configure(vllm_config: Any) -> None:
             "options": resolved.options,
             "methods": {name: each.dump() for name, each in alternatives(resolved, family.shape(hf_config)).items()},
             "positions": str(resolved.positions),
-            "reduces_images": reduction_of([resolved.method]) is not None,
         },
     }
     check_gate(vllm_config)

@@ -1,0 +1,47 @@
+"""The vision tower by vLLM's CPU kernel: the same features, and only for requests that are pruned."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.engine.harness import Ask, engine, prompt
+from tests.tiny_models import make_llava
+from vllm_hidrop.engine.encoder_attention import TowerKernel
+from vllm_hidrop.engine.scheduler import DENSE_IMAGE
+
+pytestmark = pytest.mark.engine
+CHOICE = {"method": "fastv", "options": {"layer": 2, "keep": 4}}
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_pruned_requests_get_the_kernels_features_and_others_stock_ones(tmp_path: Path, vision: str) -> None:
+    """Three images at once by the kernel, the same three by PyTorch's attention: two entries each, 1e-5 apart."""
+    model = make_llava(tmp_path, "llama", vision)
+    tokens = prompt(np.random.default_rng(0), "3i2ii4")
+    with engine(model, CHOICE) as running:
+        kernel = running.runner.model.tower_kernel
+        assert isinstance(kernel, TowerKernel)
+        running.ask([Ask(tokens, (1, 2, 3))])
+        assert kernel.pages is not None
+        kernel.pages = None
+        running.ask([Ask(tokens, (1, 2, 3), {"hidrop": "off"})])
+        assert kernel.pages is None, "an unpruned request was encoded by the kernel"
+        cached = running.runner.encoder_cache
+        pruned = {name: features for name, features in cached.items() if not name.endswith(DENSE_IMAGE)}
+        assert len(pruned) == 3
+        assert len(cached) == 6
+        for name, features in pruned.items():
+            dense = cached[name + DENSE_IMAGE]
+            assert torch.allclose(features, dense, atol=1e-5, rtol=1e-4)
+            assert not torch.equal(features, dense)
+
+
+def test_unpruned_images_in_the_same_step_are_encoded_as_stock_vllm_does(tmp_path: Path) -> None:
+    """A pruned and an unpruned request that start together share one run of the tower."""
+    model = make_llava(tmp_path, "llama")
+    tokens = prompt(np.random.default_rng(0), "3i4")
+    with engine(model, CHOICE) as running:
+        running.ask([Ask(tokens, (1,)), Ask(tokens, (2,), {"hidrop": "off"})])
+        assert running.runner.model.tower_kernel.pages is None

@@ -1,0 +1,133 @@
+"""A vision tower's attention by vLLM's own CPU kernel.
+
+vLLM runs a tower's attention with PyTorch's SDPA on CPU. Its paged kernel, given each image as one request that is not
+causal, takes half the time at the same error (docs/performance.md). Unpruned requests keep SDPA: their features are
+stock vLLM's to the bit.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+BLOCK_SIZE = 32
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Pages:
+    """How a batch of equally long images lies in scratch pages.
+
+    Attributes:
+        row_starts: int32 [B + 1].
+        lengths: int32 [B].
+        blocks: int32 [B, blocks per image].
+        slots: int64 [B * L], the slot of every row.
+        metadata: the kernel's own.
+        cache: [blocks, H, BLOCK_SIZE, 2 * D].
+    """
+
+    row_starts: torch.Tensor
+    lengths: torch.Tensor
+    blocks: torch.Tensor
+    slots: torch.Tensor
+    metadata: torch.Tensor
+    cache: torch.Tensor
+
+    @classmethod
+    def of(cls, num_images: int, length: int, like: torch.Tensor, isa: str) -> Self:
+        """For K and V shaped and typed as ``like`` [T, H, D]."""
+        from vllm import _custom_ops as ops
+
+        heads, head_size = like.shape[1:]
+        per_image = -(-length // BLOCK_SIZE)
+        blocks = torch.arange(num_images * per_image, dtype=torch.int32).view(num_images, per_image)
+        row_starts = torch.arange(num_images + 1, dtype=torch.int32) * length
+        lengths = torch.full((num_images,), length, dtype=torch.int32)
+        slots = torch.arange(length) + torch.arange(num_images)[:, None] * per_image * BLOCK_SIZE
+        metadata = ops.cpu_attn_get_scheduler_metadata(
+            num_images, heads, heads, head_size, lengths, like.dtype, row_starts, False, -1, isa, True
+        )
+        cache = like.new_zeros(blocks.numel(), heads, BLOCK_SIZE, 2 * head_size)
+        return cls(row_starts, lengths, blocks, slots.flatten(), metadata, cache)
+
+
+class TowerKernel:
+    """Switches a tower's attention modules to the kernel and back.
+
+    Args:
+        attentions: vLLM's encoder attention modules of the tower; all alike.
+    """
+
+    def __init__(self, attentions: list[Any]) -> None:
+        self.attentions = attentions
+        self.key: tuple[Any, ...] = ()
+        self.pages: Pages | None = None
+
+    @classmethod
+    def of(cls, tower: nn.Module, dtype: torch.dtype) -> "TowerKernel | None":
+        """None where the platform or the tower's heads have no such kernel."""
+        from vllm.model_executor.layers.attention import MMEncoderAttention
+        from vllm.platforms import current_platform
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        if not current_platform.is_cpu() or dtype not in DTYPES:
+            return None
+        found = [module for module in tower.modules() if isinstance(module, MMEncoderAttention)]
+        known = CPUAttentionBackend.get_supported_head_sizes()
+        fits = all(each.head_size in known and each.num_kv_heads == each.num_heads for each in found)
+        return cls(found) if found and fits else None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """While entered, the tower runs with the kernel."""
+        before = [attention._forward_method for attention in self.attentions]
+        for attention in self.attentions:
+            attention._forward_method = partial(self.attend, attention)
+        try:
+            yield
+        finally:
+            for attention, method in zip(self.attentions, before, strict=True):
+                attention._forward_method = method
+
+    def attend(self, attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """The module's output for query, key and value [B, L, H * D], the same shape."""
+        from vllm import _custom_ops as ops
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+        num_images, length, _ = query.shape
+        rows = (-1, attention.num_heads, attention.head_size)
+        query, key, value = query.reshape(rows), key.reshape(rows), value.reshape(rows)
+        isa = _get_attn_isa(key.dtype, BLOCK_SIZE, attention.head_size)
+        pages = self._pages(num_images, length, key, isa)
+        key_cache, value_cache = pages.cache.view(*pages.cache.shape[:2], 2 * BLOCK_SIZE, -1).chunk(2, dim=2)
+        ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, pages.slots, isa)
+        output = torch.empty(query.shape, dtype=query.dtype)
+        ops.cpu_attention_with_kv_cache(
+            query,
+            key_cache,
+            value_cache,
+            output,
+            pages.row_starts,
+            pages.lengths,
+            attention.scale,
+            False,
+            None,
+            -1,
+            pages.blocks,
+            0.0,
+            pages.metadata,
+            None,
+        )
+        return output.view(num_images, length, -1)
+
+    def _pages(self, num_images: int, length: int, like: torch.Tensor, isa: str) -> Pages:
+        """Made anew only when the batch's form changes: layers of a tower run one after the other."""
+        key = num_images, length, like.shape[1:], like.dtype
+        if self.pages is None or self.key != key:
+            self.key, self.pages = key, Pages.of(num_images, length, like, isa)
+        return self.pages
