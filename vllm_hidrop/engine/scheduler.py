@@ -18,6 +18,9 @@ Rules, on top of vLLM's own:
    the method decides the counts, or the cache rounds K, the prompt has no such prefix: nothing is cached or chunked.
 7. A request whose options are invalid (the server refuses those with a 400 before they get here) ends with an error;
    nothing else is touched.
+8. ``--max-num-batched-tokens`` bounds the rows that a step computes, averaged over the layers: a token that is not
+   pruned is a row, a pruned prompt is fewer rows than tokens. One that alone exceeds the bound runs in a step without
+   other prefills, beside the decodes. vLLM's own limit on a step's tokens is higher, and sizes its buffers.
 """
 
 from collections.abc import Sequence
@@ -33,6 +36,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
+from vllm_hidrop.engine.budget import StepBudget
 from vllm_hidrop.engine.kv_cache import StageManager
 from vllm_hidrop.engine.planner import Planner
 from vllm_hidrop.engine.report import make_report
@@ -58,6 +62,8 @@ class StagedScheduler(Scheduler):
         self.selection_ms: dict[str, float] = {}
         self.reused: dict[str, int] = {}
         self.unreported: set[str] = set()
+        step_rows = self.vllm_config.additional_config["hidrop"]["resolved"]["step_rows"]
+        self.budget = StepBudget(step_rows, self.planner.schedule)
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if isinstance(manager, StageManager):
                 manager.follow(self.plans)
@@ -79,13 +85,18 @@ class StagedScheduler(Scheduler):
         super().add_request(request)
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """The last word of vLLM on a prefill chunk's length (rules 2 and 4)."""
+        """The last word of vLLM on how many tokens of a request a step runs (rules 2, 4 and 8)."""
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        return self._chunk(request, num_computed_tokens, num_new_tokens)
+        num_new_tokens = self._chunk(request, num_computed_tokens, num_new_tokens)
+        if num_new_tokens:
+            name = request.request_id
+            self.budget.spend(name, self.plans[name], num_computed_tokens, num_new_tokens)
+        return num_new_tokens
 
     def _chunk(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """Of so many tokens that a step has room for, those that it may run (rules 2 and 4)."""
+        """Of so many tokens that vLLM's step has room for, those that it may run (rules 2, 4 and 8)."""
         plan = self.plans[request.request_id]
+        num_new_tokens = self.budget.fit(plan, num_computed_tokens, num_new_tokens)
         if plan.is_pruned and num_computed_tokens + num_new_tokens < plan.num_prompt_tokens:
             return max(0, min(num_new_tokens, plan.prefix_tokens - num_computed_tokens))
         if plan.adaptive and num_computed_tokens == 0:
@@ -130,6 +141,7 @@ class StagedScheduler(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """The step that vLLM schedules, and the blocks that the worker must forget before it."""
+        self.budget.start()
         output = super().schedule(*args, **kwargs)
         output.trimmed, self.trimmed = self.trimmed, {}
         return output
@@ -137,6 +149,7 @@ class StagedScheduler(Scheduler):
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Its prompt will run again, by the plan it ran by (rule 4)."""
         super()._preempt_request(request, *args, **kwargs)
+        self.budget.take_back(request.request_id)
         self.plans[request.request_id] = self.prefill_plans[request.request_id]
 
     def update_from_output(

@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 
 from vllm_hidrop.config import HidropConfig, Resolved, make_method, resolve
 from vllm_hidrop.deciding import Chooser
+from vllm_hidrop.engine.budget import most_tokens
 from vllm_hidrop.engine.compacted import CompactedForward
 from vllm_hidrop.engine.forward import StagedForward
 from vllm_hidrop.engine.gate import check_gate
@@ -49,12 +50,14 @@ def configure(vllm_config: Any) -> None:
             "options": resolved.options,
             "methods": {name: each.dump() for name, each in alternatives(resolved, family.shape(hf_config)).items()},
             "positions": str(resolved.positions),
+            # As it was the first time, where vLLM asks again.
+            "step_rows": chosen.get("resolved", {}).get("step_rows") or _step_tokens(vllm_config.scheduler_config),
         },
     }
     check_gate(vllm_config)
     _set_engine_classes(vllm_config)
     if Planner.from_vllm_config(vllm_config).is_staged:
-        _set_limits(vllm_config)
+        _set_limits(vllm_config, resolved.schedule, family.shape(hf_config).tokens_per_image)
         _set_kernels(vllm_config)
 
 
@@ -98,6 +101,10 @@ def check_rope(text_config: Any, positions: PositionScheme) -> None:
         raise ValueError(f"{positions} positions need plain RoPE in every layer, this text model has {found[0]}")
 
 
+def _step_tokens(scheduler_config: Any) -> int:
+    return int(scheduler_config.max_num_scheduled_tokens or scheduler_config.max_num_batched_tokens)
+
+
 def _set_engine_classes(vllm_config: Any) -> None:
     from vllm.platforms import current_platform
 
@@ -108,19 +115,17 @@ def _set_engine_classes(vllm_config: Any) -> None:
     vllm_config.scheduler_config.scheduler_cls = f"vllm_hidrop.engine.scheduler.{scheduler}"
 
 
-def _set_limits(vllm_config: Any) -> None:
-    """From its first image on a pruned prompt is one step, so a step must hold the longest prompt."""
+def _set_limits(vllm_config: Any, schedule: Schedule, num_image_tokens: int) -> None:
+    """A step takes more tokens than it computes rows, and from its first image on a pruned prompt is one step."""
     scheduler_config = vllm_config.scheduler_config
-    longest = vllm_config.model_config.max_model_len
-    if scheduler_config.max_num_batched_tokens < longest:
-        logger.warning(
-            "Raising max_num_batched_tokens from %d to max_model_len %d: a pruned prompt is prefilled in one step.",
-            scheduler_config.max_num_batched_tokens,
-            longest,
-        )
-        scheduler_config.max_num_batched_tokens = longest
-        scheduler_config.max_num_encoder_input_tokens = longest
-        scheduler_config.encoder_cache_size = longest
+    num_rows = vllm_config.additional_config["hidrop"]["resolved"]["step_rows"]
+    tokens = max(vllm_config.model_config.max_model_len, most_tokens(num_rows, schedule, num_image_tokens))
+    if scheduler_config.max_num_batched_tokens < tokens:
+        logger.info("A step computes %d rows, averaged over the layers, of at most %d tokens.", num_rows, tokens)
+        scheduler_config.max_num_batched_tokens = tokens
+        scheduler_config.max_num_scheduled_tokens = None
+        scheduler_config.max_num_encoder_input_tokens = tokens
+        scheduler_config.encoder_cache_size = tokens
 
 
 def _set_kernels(vllm_config: Any) -> None:
