@@ -35,11 +35,6 @@ CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 RULES = (
     Rule(
-        "--tensor-parallel-size > 1",
-        "scores are not yet reduced over ranks",
-        lambda c: c.parallel_config.tensor_parallel_size > 1,
-    ),
-    Rule(
         "--pipeline-parallel-size > 1",
         "ranks exchange tensors of one fixed row count",
         lambda c: c.parallel_config.pipeline_parallel_size > 1,
