@@ -21,38 +21,35 @@ from tests.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 pytestmark = pytest.mark.engine
 
 SHAPE = {"shape": [NUM_LAYERS, TOKENS_PER_IMAGE]}
-HIDROP = {"method": "hidrop", "preset": "tok48", "options": {"scale": True}}
 CASES = {
-    "hidrop": ("llama-clip", HIDROP),
-    # Two KV heads, one per rank; cuts scored under the layer before.
-    "fastv": ("mistral-clip", {"method": "fastv"}),
+    # Two KV heads, one per rank. Requests may also use FastV, which scores under the layer before.
+    "hidrop": (
+        "mistral-clip",
+        {"inject_layer": 1, "filter_layers": [2, 4], "keeps": [20, 5], "exit_layer": 7},
+    ),
     # One KV head, on both ranks; attention edits, verdicts by value-aware statistics, blocks given back.
-    "visipruner": (
-        "qwen2-siglip",
-        {"method": "visipruner", "options": SHAPE | {"shallow_layers": 2, "cosine": 0.8, "norm": 0.4}},
-    ),
-    # Attention of all text rows, a tower that merges, caches closed up.
-    "mustdrop": (
-        "llama-clip",
-        {
-            "method": "mustdrop",
-            "preset": "tok64",
-            "options": SHAPE | {"merge_threshold": 0.2, "merge_window": 2, "filter_layers": [1, 3, 5]},
-        },
-    ),
+    "visipruner": ("qwen2-siglip", {"shallow_layers": 2, "cosine": 0.8, "norm": 0.4}),
+    # Four KV heads; attention of all text rows, a tower that merges, caches closed up.
+    "mustdrop": ("llama-clip", {"merge_threshold": 0.2, "merge_window": 2, "filter_layers": [1, 3, 5]}),
 }
 Answers = tuple[list[Answer], list[list[list[int]]]]
 """To one batch, and by rank the rows that every cut left."""
-LAYOUTS = {"3i5": 1, "2ii3": 2, "9": 0, "i7": 1, "5i2i6": 2}
+LAYOUTS = {"3i5": 1, "2ii3": 2, "9": 0, "i7": 1, "5i2i6": 2, "1i4": 1}
 
 
-def asks() -> list[Ask]:
-    """Pruned, dense and text requests of one batch."""
+def choice(name: str) -> dict[str, Any]:
+    preset = {"preset": "tok64"} if name == "mustdrop" else {}
+    return {"method": name, "options": SHAPE | CASES[name][1]} | preset
+
+
+def asks(name: str) -> list[Ask]:
+    """Requests of one batch: pruned, text, and every second one ``off``."""
     rng = np.random.default_rng(5)
     found = []
     for number, (layout, images) in enumerate(LAYOUTS.items()):
         tokens, seeds = prompt(rng, layout), tuple(range(10 * number, 10 * number + images))
-        found += [Ask(tokens, seeds), Ask(tokens, seeds, {"hidrop": "off"})]
+        other = {"hidrop_method": "fastv"} if name == "hidrop" and number % 2 else {}
+        found += [Ask(tokens, seeds, other), Ask(tokens, seeds, {"hidrop": "off"})]
     return found
 
 
@@ -77,19 +74,18 @@ def recorded(worker: Any) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    names = {model for model, _ in CASES.values()}
-    return {name: make_llava(tmp_path_factory.mktemp(name), *name.split("-")) for name in names}
+    return {name: make_llava(tmp_path_factory.mktemp(name), *parts.split("-")) for name, (parts, _) in CASES.items()}
 
 
 @contextmanager
 def workers(
-    model: Path, choice: dict[str, Any] | None, number: int, monkeypatch: pytest.MonkeyPatch
+    model: Path, hidrop: dict[str, Any] | None, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Engine]:
     """An engine with so many worker processes, each on one core."""
     cores = sorted(os.sched_getaffinity(0))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(cores[i % len(cores)]) for i in range(number)))
     envs.disable_envs_cache()
-    with engine(model, choice, distributed_executor_backend="mp", tensor_parallel_size=number) as running:
+    with engine(model, hidrop, distributed_executor_backend="mp", tensor_parallel_size=number) as running:
         yield running
 
 
@@ -112,9 +108,8 @@ def alone(models: dict[str, Path]) -> Callable[[str], Answers]:
 
     @cache
     def found(name: str) -> Answers:
-        model, choice = CASES[name]
-        with engine(models[model], choice) as running:
-            return answered(running, asks())
+        with engine(models[name], choice(name)) as running:
+            return answered(running, asks(name))
 
     return found
 
@@ -123,11 +118,10 @@ def alone(models: dict[str, Path]) -> Callable[[str], Answers]:
 def test_two_ranks_select_and_answer_as_one_does(
     models: dict[str, Path], alone: Callable[[str], Answers], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, choice = CASES[name]
     expected, (cuts,) = alone(name)
     assert cuts
-    with workers(models[model], choice, 2, monkeypatch) as running:
-        answers, by_rank = answered(running, asks())
+    with workers(models[name], choice(name), 2, monkeypatch) as running:
+        answers, by_rank = answered(running, asks(name))
     assert by_rank == [cuts, cuts]
     check_equal(answers, expected)
     assert {answer.report["mode"] for answer in answers} == {"pruned", "off", "text"}
@@ -138,8 +132,8 @@ def test_two_ranks_select_and_answer_as_one_does(
 def test_off_on_two_ranks_equals_stock_on_two_ranks(
     models: dict[str, Path], alone: Callable[[str], Answers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with workers(models["llama-clip"], None, 2, monkeypatch) as running:
-        stock = running.ask([ask for ask in asks() if ask.options])
+    with workers(models["hidrop"], None, 2, monkeypatch) as running:
+        stock = running.ask(asks("hidrop")[1::2])
     # One rank's beside pruned requests, which two ranks' are equal to by the test above.
     dense = alone("hidrop")[0][1::2]
     assert [answer.token_ids for answer in stock] == [answer.token_ids for answer in dense]
@@ -149,7 +143,7 @@ def test_a_worker_process_answers_as_the_engine_in_one_process(
     models: dict[str, Path], alone: Callable[[str], Answers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, cuts = alone("hidrop")
-    with workers(models["llama-clip"], HIDROP, 1, monkeypatch) as running:
-        answers, by_rank = answered(running, asks())
+    with workers(models["hidrop"], choice("hidrop"), 1, monkeypatch) as running:
+        answers, by_rank = answered(running, asks("hidrop"))
     assert by_rank == cuts
     check_equal(answers, expected)
