@@ -62,8 +62,12 @@ class Engine:
         self.core = llm.llm_engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
         self.pool = self.scheduler.kv_cache_manager.block_pool
-        self.runner = self.core.model_executor.driver_worker.worker.model_runner
         self.num_free_at_start = self.pool.get_num_free_blocks()
+
+    @property
+    def runner(self) -> Any:
+        """That of an engine whose worker is in this process."""
+        return self.core.model_executor.driver_worker.worker.model_runner
 
     def params(self, ask: Ask) -> SamplingParams:
         return SamplingParams(

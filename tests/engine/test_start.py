@@ -1,8 +1,10 @@
 """Start-up: what is refused and how, what is set, and that registering is safe in any process and twice."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from tests.engine.harness import ARCHITECTURE
 from tests.tiny_models import make_llava
-from vllm_hidrop.engine import compat
+from vllm_hidrop.engine import compat, gate
 from vllm_hidrop.engine.gate import RULES
 from vllm_hidrop.models.families import family_of
 from vllm_hidrop.plugin import register
@@ -19,6 +21,12 @@ from vllm_hidrop.plugin import register
 pytestmark = pytest.mark.engine
 
 FASTV = {"method": "fastv"}
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its configuration has a sliding window, set to none."""
+    return make_llava(tmp_path_factory.mktemp("mistral"), "mistral")
 
 
 @pytest.fixture(scope="module")
@@ -37,26 +45,87 @@ def configure(model: Path, hidrop: dict[str, Any], **settings: Any) -> Any:
     return EngineArgs(model=str(model), **(arguments | settings)).create_engine_config()
 
 
-REFUSED = [
-    ({"tensor_parallel_size": 2}, "tensor-parallel-size"),
-    ({"pipeline_parallel_size": 2}, "pipeline-parallel-size"),
-    ({"enable_lora": True}, "enable-lora"),
-    ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}}, "speculative"),
-    ({"kv_cache_dtype": "int8_per_token_head"}, "kv-cache-dtype"),
-    ({"enable_prompt_embeds": True}, "enable-prompt-embeds"),
-    ({"long_prefill_token_threshold": 64}, "long-prefill-token-threshold"),
-    ({"disable_hybrid_kv_cache_manager": True}, "disable-hybrid-kv-cache-manager"),
-    ({"kv_sharing_fast_prefill": True}, "kv-sharing-fast-prefill"),
-]
+STOCK_SCHEDULER = "vllm.v1.core.sched.scheduler.Scheduler"
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+REFUSED: dict[str, list[dict[str, Any]]] = {
+    "--pipeline-parallel-size > 1": [{"pipeline_parallel_size": 2}],
+    "--data-parallel-size > 1": [{"data_parallel_size": 2}],
+    "--decode-context-parallel-size > 1": [{"decode_context_parallel_size": 2, "tensor_parallel_size": 2}],
+    "--enable-dbo": [{"enable_dbo": True}, {"ubatch_size": 2}],
+    "--enable-lora": [{"enable_lora": True}],
+    "--speculative-config": [{"speculative_config": NGRAM}, {"spec_method": "ngram", "spec_tokens": 2}],
+    "--kv-transfer-config": [{"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}],
+    "--kv-offloading-size": [{"kv_offloading_size": 1.0}],
+    "--kv-events-config": [{"kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"}}],
+    "--ec-transfer-config": [{"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}}],
+    "--ec-manager-config": [{"ec_manager_config": {"encoder_cache_manager_cls": "a.Manager"}}],
+    "--mm-encoder-only": [{"mm_encoder_only": True}],
+    "--kv-cache-dtype other than auto, bfloat16, float16 or fp8": [
+        {"kv_cache_dtype": "int8_per_token_head"},
+        {"kv_cache_dtype": "turboquant_k8v4"},
+    ],
+    "--kv-cache-dtype-skip-layers": [{"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["2"]}],
+    "a sliding window (set --disable-sliding-window)": [{"hf_overrides": {"text_config": {"sliding_window": 256}}}],
+    "--offload-backend prefetch, --offload-group-size": [
+        {"offload_group_size": 2},
+        {"offload_backend": "prefetch", "offload_group_size": 2},
+    ],
+    "--cpu-offload-gb": [{"cpu_offload_gb": 1.0}],
+    "--runner pooling": [{"runner": "pooling"}, {"convert": "embed"}],
+    "--enable-prompt-embeds": [{"enable_prompt_embeds": True}],
+    "--long-prefill-token-threshold": [{"long_prefill_token_threshold": 64}],
+    "--disable-hybrid-kv-cache-manager": [{"disable_hybrid_kv_cache_manager": True}],
+    "--kv-sharing-fast-prefill": [{"kv_sharing_fast_prefill": True}],
+    "--scheduler-cls": [{"scheduler_cls": STOCK_SCHEDULER}],
+    "--worker-cls": [{"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}],
+}
+ONLY_ON_CUDA = {"CUDA graphs (no --enforce-eager on CUDA)", "vLLM's V2 model runner"}
 
 
-@pytest.mark.parametrize(("settings", "named"), REFUSED)
+@pytest.mark.parametrize(
+    ("named", "settings"), [(named, settings) for named, several in REFUSED.items() for settings in several]
+)
 def test_a_setting_that_pruning_would_break_is_refused_with_its_reason(
-    model: Path, settings: dict[str, Any], named: str
+    mistral: Path, settings: dict[str, Any], named: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"pruning cannot be combined with .*{named}.*: ") as refused:
-        configure(model, FASTV, **settings)
-    assert any(rule.reason in str(refused.value) for rule in RULES)
+    (rule,) = [rule for rule in RULES if rule.setting == named]
+    overrides = {"architectures": [ARCHITECTURE]} | settings.get("hf_overrides", {})
+    with pytest.raises(ValueError, match=re.escape(f"pruning cannot be combined with {named}: {rule.reason}")):
+        configure(mistral, FASTV, **(settings | {"hf_overrides": overrides}))
+
+
+def test_every_rule_of_the_gate_is_tried() -> None:
+    assert {rule.setting for rule in RULES} == set(REFUSED) | ONLY_ON_CUDA
+
+
+def test_what_only_cuda_has_is_refused_there(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(model, FASTV, enforce_eager=False)
+    monkeypatch.setattr(gate, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    with pytest.raises(ValueError, match="CUDA graphs"):
+        gate.check_gate(config)
+    monkeypatch.setattr(config.model_config, "enforce_eager", True)
+    gate.check_gate(config)
+    monkeypatch.setattr(type(config), "use_v2_model_runner", True)
+    with pytest.raises(ValueError, match="V2 model runner"):
+        gate.check_gate(config)
+
+
+def test_every_setting_said_to_work_has_its_test() -> None:
+    for checked in gate.CHECKED:
+        file, name = checked.test.split("::")
+        assert f"def {name}(" in (Path(__file__).parent / file).read_text(), checked.test
+
+
+def test_a_window_that_is_switched_off_is_not_refused(mistral: Path) -> None:
+    overrides = {"architectures": [ARCHITECTURE], "text_config": {"sliding_window": 256}}
+    config = configure(mistral, FASTV, hf_overrides=overrides, disable_sliding_window=True, max_model_len=None)
+    assert config.model_config.max_model_len == 256
+
+
+@pytest.mark.parametrize("setting", [{"scheduler_cls": STOCK_SCHEDULER}, {"worker_cls": "a.Worker"}])
+def test_a_class_in_the_place_of_ours_is_refused_even_without_pruning(model: Path, setting: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"needs? (its|their) own"):
+        configure(model, {"method": "none"}, **setting)
 
 
 def test_a_server_that_never_prunes_is_not_restricted(model: Path) -> None:

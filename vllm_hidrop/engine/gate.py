@@ -1,6 +1,6 @@
 """The compatibility gate: settings that pruning would silently break are refused at start, each with its reason.
 
-The table in the README is generated from :data:`RULES`.
+The tables in the README are generated from :data:`RULES` and :data:`CHECKED`.
 """
 
 from collections.abc import Callable
@@ -20,25 +20,40 @@ class Rule:
         setting: what the user knows it as.
         reason: why it cannot be combined with staged layers.
         is_set: whether a configuration has it.
+        replaces_ours: whether it is refused on a server that never prunes, too, because our class stands in its place.
     """
 
     setting: str
     reason: str
     is_set: Callable[[Any], bool]
+    replaces_ours: bool = False
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A setting that has been run with pruning.
+
+    Attributes:
+        setting: what the user knows it as.
+        test: where, below tests/engine.
+    """
+
+    setting: str
+    test: str
 
 
 def _is_cuda_graph(config: Any) -> bool:
     return not current_platform.is_cpu() and not config.model_config.enforce_eager
 
 
+def _is_foreign(cls: Any, *known: Any) -> bool:
+    """Whether a class, named or given, is neither known nor ours."""
+    return cls not in known and not str(cls).startswith("vllm_hidrop.")
+
+
 CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 RULES = (
-    Rule(
-        "--tensor-parallel-size > 1",
-        "scores are not yet reduced over ranks",
-        lambda c: c.parallel_config.tensor_parallel_size > 1,
-    ),
     Rule(
         "--pipeline-parallel-size > 1",
         "ranks exchange tensors of one fixed row count",
@@ -62,11 +77,51 @@ RULES = (
         "a connector moves KV by prompt position, stages hold compact slots",
         lambda c: c.kv_transfer_config is not None,
     ),
-    Rule("--ec-transfer-config", "not tested yet", lambda c: c.ec_transfer_config is not None),
     Rule(
-        "--kv-cache-dtype other than auto or fp8",
-        "not tested yet",
+        "--kv-offloading-size",
+        "it moves KV by prompt position, stages hold compact slots",
+        lambda c: c.cache_config.kv_offloading_size is not None,
+    ),
+    Rule(
+        "--kv-events-config",
+        "each stage stores its own block of a prefix, and no router that counts them has been tried",
+        lambda c: c.kv_events_config is not None and c.kv_events_config.enable_kv_cache_events,
+    ),
+    Rule(
+        "--ec-transfer-config",
+        "what a vision tower reduced does not travel with its features",
+        lambda c: c.ec_transfer_config is not None,
+    ),
+    Rule(
+        "--ec-manager-config",
+        "the worker forgets what a tower reduced when vLLM's own manager frees it",
+        lambda c: c.ec_manager_config.encoder_cache_manager_cls is not None,
+    ),
+    Rule("--mm-encoder-only", "no language model is loaded to prune in", lambda c: _multimodal(c, "mm_encoder_only")),
+    Rule(
+        "--kv-cache-dtype other than auto, bfloat16, float16 or fp8",
+        "no stage has been run with such a cache",
         lambda c: c.cache_config.cache_dtype not in CACHE_DTYPES,
+    ),
+    Rule(
+        "--kv-cache-dtype-skip-layers",
+        "layers that hold the same rows share one attention metadata",
+        lambda c: bool(c.cache_config.kv_cache_dtype_skip_layers),
+    ),
+    Rule(
+        "a sliding window (set --disable-sliding-window)",
+        "it counts cached tokens, of which stages hold fewer than the prompt has",
+        lambda c: c.model_config.get_sliding_window() is not None,
+    ),
+    Rule(
+        "--offload-backend prefetch, --offload-group-size",
+        "weights are fetched by a layer's own forward, and stages call its parts",
+        lambda c: c.offload_config.offload_backend == "prefetch" or c.offload_config.prefetch.offload_group_size > 0,
+    ),
+    Rule(
+        "--cpu-offload-gb",
+        "without unified addressing, weights are fetched by a layer's own forward, and stages call its parts",
+        lambda c: c.offload_config.uva.cpu_offload_gb > 0,
     ),
     Rule("--runner pooling", "pooling reads every prompt row", lambda c: c.model_config.runner_type == "pooling"),
     Rule("--enable-prompt-embeds", "spans come from image placeholders", lambda c: c.model_config.enable_prompt_embeds),
@@ -95,17 +150,62 @@ RULES = (
         "the adapter is for V1; set VLLM_USE_V2_MODEL_RUNNER=0",
         lambda c: c.use_v2_model_runner,
     ),
+    Rule(
+        "--scheduler-cls",
+        "pruning and its reports need their own scheduler",
+        lambda c: _is_foreign(c.scheduler_config.scheduler_cls, None),
+        replaces_ours=True,
+    ),
+    Rule(
+        "--worker-cls",
+        "pruning needs its own worker (--worker-extension-cls works)",
+        lambda c: _is_foreign(c.parallel_config.worker_cls, "auto"),
+        replaces_ours=True,
+    ),
+)
+
+CHECKED = (
+    Checked("--tensor-parallel-size 2", "test_tensor_parallel.py::test_two_ranks_select_and_answer_as_one_does"),
+    Checked(
+        "--distributed-executor-backend mp, uni",
+        "test_tensor_parallel.py::test_a_worker_process_answers_as_the_engine_in_one_process",
+    ),
+    Checked(
+        "--kv-cache-dtype fp8, fp8_e4m3, fp8_e5m2",
+        "test_adaptive_blocks.py::test_an_fp8_cache_gives_stocks_tokens_and_survives_preemption",
+    ),
+    Checked(
+        "--kv-cache-dtype bfloat16, float16", "test_settings.py::test_a_cache_of_another_dtype_gives_stocks_tokens"
+    ),
+    *(
+        Checked(settings, "test_settings.py::test_settings_that_leave_every_answer_as_it_is")
+        for settings in (
+            "--scheduling-policy priority",
+            "--watermark, --no-scheduler-reserve-full-isl, --num-gpu-blocks-override",
+            "--max-num-active-seqs, --max-num-scheduled-tokens",
+            "--no-enable-chunked-prefill, --disable-chunked-mm-input",
+            "--mm-processor-cache-gb 0, --skip-mm-profiling",
+            "--language-model-only",
+        )
+    ),
+    Checked("--stream-interval", "test_settings.py::test_a_stream_interval_loses_no_token_and_no_report"),
+    Checked("--logits-processors", "test_settings.py::test_a_logits_processor_sees_the_rows_of_pruned_requests"),
+    Checked("--enable-mm-embeds", "test_settings.py::test_image_embeddings_are_pruned_as_their_image_is"),
 )
 
 
+def _multimodal(config: Any, name: str) -> bool:
+    found = config.model_config.multimodal_config
+    return found is not None and bool(getattr(found, name))
+
+
 def check_gate(vllm_config: Any) -> None:
-    """Refuse a configuration that pruning would silently break; a server that never prunes is not restricted.
+    """Refuse a configuration that pruning would silently break; a server that never prunes is hardly restricted.
 
     Raises:
         ValueError: one line that names the setting and the reason.
     """
-    if not Planner.from_vllm_config(vllm_config).is_staged:
-        return
+    is_staged = Planner.from_vllm_config(vllm_config).is_staged
     for rule in RULES:
-        if rule.is_set(vllm_config):
+        if (is_staged or rule.replaces_ours) and rule.is_set(vllm_config):
             raise ValueError(f"pruning cannot be combined with {rule.setting}: {rule.reason}")

@@ -3,14 +3,24 @@
 Float32 statistics whatever the model's dtype. To add a signal: one function here and one name in ``scoring.Signal``.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from vllm_hidrop.scoring import Contribution, TextAttention
+
+AcrossRanks = Callable[[torch.Tensor], torch.Tensor]
+"""Combines a statistic of one rank's heads with those of the other ranks' heads."""
 
 MAX_WEIGHTS = 1 << 22
 """Attention weights computed at a time, all heads together: 16 MiB in float32."""
 NOTHING_LEFT = 1e-5
 """Share of ||o||^2 below which o - c is zero in float32: the token is all of the output, and the cosine counts as 0."""
+
+
+def one_rank(statistic: torch.Tensor) -> torch.Tensor:
+    """The statistic itself: all heads are here."""
+    return statistic
 
 
 def row_attention(
@@ -36,7 +46,13 @@ def row_attention(
 
 
 def contribution(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_heads: int, num_kv_heads: int, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    sum_over_ranks: AcrossRanks = one_rank,
 ) -> Contribution:
     """What each of a run of rows adds to the attention output o of the row that ends it.
 
@@ -50,6 +66,7 @@ def contribution(
         num_heads: H.
         num_kv_heads: G, divides H.
         scale: of the logits.
+        sum_over_ranks: where these heads are only one rank's.
 
     Returns:
         Statistics of all T rows.
@@ -62,6 +79,7 @@ def contribution(
     along = (weights * (output @ values.transpose(1, 2))).sum((0, 1))
     squared = (weights.square().sum(1) * values.square().sum(-1)).sum(0)
     whole = output.square().sum()
+    along, squared, whole = sum_over_ranks(torch.stack((along, squared, whole.expand_as(along))))
     left = whole - 2 * along + squared
     cosine = ((whole - along) * (whole * left).rsqrt()).masked_fill_(left < NOTHING_LEFT * whole, 0)
     return Contribution(squared.sqrt(), cosine)
@@ -74,6 +92,7 @@ def text_attention(
     num_heads: int,
     num_kv_heads: int,
     scale: float,
+    mean_over_ranks: AcrossRanks = one_rank,
 ) -> TextAttention:
     """Sum and maximum over some rows of the attention they pay, head mean first; at most ``MAX_WEIGHTS`` at a time.
 
@@ -84,6 +103,8 @@ def text_attention(
         num_heads: H.
         num_kv_heads: G, divides H.
         scale: of the logits.
+        mean_over_ranks: where these heads are only one rank's; called once per tile, as a maximum over rows is of the
+            mean over heads.
 
     Returns:
         Statistics of all T rows (MustDrop section 3.2).
@@ -103,7 +124,7 @@ def text_attention(
         queries = (query[start : start + tile].float() * scale).view(len(here), num_kv_heads, -1, head_size)
         logits = torch.matmul(queries.permute(1, 2, 0, 3), keys)  # [G, H / G, n, T]
         logits[..., seen:].masked_fill_(ahead, -torch.inf)
-        paid = logits.softmax(dim=-1).mean(dim=(0, 1))
+        paid = mean_over_ranks(logits.softmax(dim=-1).mean(dim=(0, 1)))
         totals.append(paid.sum(0))
         peaks.append(paid.amax(0))
     if len(totals) == 1:

@@ -15,6 +15,7 @@ from vllm_hidrop.edits import AttentionEdit, Heads, edited_rows
 from vllm_hidrop.engine.batch import PrunedPrefill, StagedStep
 from vllm_hidrop.engine.decisions import Decisions, Key
 from vllm_hidrop.engine.layout import ImageRun, PromptRows, image_runs, prompt_rows
+from vllm_hidrop.engine.ranks import mean_over_ranks, means_over_ranks, sum_over_ranks
 from vllm_hidrop.engine.signals import contribution, row_attention, text_attention
 from vllm_hidrop.scoring import Contribution, Signal, TextAttention
 
@@ -105,9 +106,9 @@ def _statistics(
     shape = attention.num_heads, attention.num_kv_heads, attention.impl.scale
     here = slice(rows.first, rows.end)
     if prefill.chooser.signal is Signal.CONTRIBUTION:
-        return contribution(query[rows.end - 1], key[here], value[here], *shape)
+        return contribution(query[rows.end - 1], key[here], value[here], *shape, sum_over_ranks)
     text = rows.text_after_images()
-    return text_attention(query[here][text.to(query.device)], key[here], text, *shape)
+    return text_attention(query[here][text.to(query.device)], key[here], text, *shape, mean_over_ranks)
 
 
 def edit_output(
@@ -145,7 +146,7 @@ def attend_without(
 def attention_to(
     runs: list[ImageRun], attention: Any, query: torch.Tensor, key: torch.Tensor
 ) -> dict[tuple[int, int], torch.Tensor]:
-    """Attention of each request's last prompt row to its images that must choose, float32 [V] each."""
+    """Attention of each request's last prompt row to its images that must choose, float32 [V] each, of all ranks."""
     result = {}
     by_request: dict[int, list[ImageRun]] = {}
     for run in runs:
@@ -167,4 +168,4 @@ def attention_to(
         for run in group:
             start = run.first_row - first + prefill.num_cached
             result[run.key] = weights[start : start + run.num_rows]
-    return result
+    return dict(zip(result, means_over_ranks(list(result.values())), strict=True))

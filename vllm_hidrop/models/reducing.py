@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from vllm_hidrop.engine.ranks import first_ranks
 from vllm_hidrop.merging import EncoderReduction, KeyLayer, Reduced, key_rows, merge
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -85,7 +86,7 @@ class ReducingTower:
         """Features of one image [channels, height, width], projected: [V, C]; a merged patch has its window's."""
         hidden = self.tower.pre_layrnorm(self.tower.embeddings(pixels[None]))
         first, *layers = self.tower.encoder.layers
-        hidden = first(hidden)
+        hidden = first_ranks(first(hidden))
         merged = merge(hidden[0, 1:], self.reduction.merge_threshold, self.reduction.merge_window)
         hidden = torch.cat((hidden[:, :1], merged.rows[None]), dim=1)
         entering = hidden
@@ -99,6 +100,6 @@ class ReducingTower:
 
     def _keys(self, hidden: torch.Tensor, alive: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndarray[Any, Any]:
         keys = np.zeros_like(alive)
-        chosen = key_rows(self.class_attention(hidden), self.reduction.key_rate).cpu().numpy()
+        chosen = key_rows(self.class_attention(first_ranks(hidden)), self.reduction.key_rate).cpu().numpy()
         keys[np.flatnonzero(alive)[chosen]] = True
         return keys
