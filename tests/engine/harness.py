@@ -89,11 +89,8 @@ class Engine:
     def check_pool_is_whole(self) -> None:
         assert self.pool.get_num_free_blocks() == self.num_free_at_start
         assert not self.scheduler.requests
-        if hasattr(self.scheduler, "plans"):
-            assert not self.scheduler.plans
-            assert not self.scheduler.prefill_plans
-            assert not self.scheduler.blocks_returned
-            assert not self.scheduler.rows_run
+        if hasattr(self.scheduler, "check_integrity"):
+            assert self.scheduler.check_integrity() == []
 
     @contextmanager
     def record_selections(self) -> Iterator[dict[int, list[list[int]]]]:

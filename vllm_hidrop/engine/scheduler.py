@@ -12,6 +12,7 @@ has room (token budget, encoder budget, blocks) it waits at the head of the queu
    report shows to be unneeded are free again before the next step is scheduled. What was decided stays so.
 6. A request whose options are invalid (the server refuses those with a 400 before they get here) ends with an error;
    nothing else is touched.
+7. When the last request has ended, the books are checked; what is found makes the server unready, not the engine dead.
 """
 
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
+from vllm_hidrop.engine.compat import let_clients_ask
+from vllm_hidrop.engine.integrity import IntegrityLog, find_faults
 from vllm_hidrop.engine.kv_cache import StageManager
 from vllm_hidrop.engine.planner import Planner
 from vllm_hidrop.engine.report import make_report
@@ -49,6 +52,8 @@ class StagedScheduler(Scheduler):
         self.rows_run: dict[str, tuple[int, ...]] = {}
         self.selection_ms: dict[str, float] = {}
         self.unreported: set[str] = set()
+        self.integrity = IntegrityLog()
+        let_clients_ask()
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if isinstance(manager, StageManager):
                 manager.follow(self.plans)
@@ -83,7 +88,17 @@ class StagedScheduler(Scheduler):
         """The step that vLLM schedules, and the blocks that the worker must forget before it."""
         output = super().schedule(*args, **kwargs)
         output.trimmed, self.trimmed = self.trimmed, {}
+        if not self.requests:
+            # The step that tells the worker of the last request's end; its answer is on its way already (rule 7).
+            self.integrity.record(self.check_integrity())
         return output
+
+    def check_integrity(self) -> list[str]:
+        """What is wrong with the books, one line each, also logged; for between steps, see ``engine.integrity``."""
+        faults = find_faults(self)
+        for fault in faults:
+            logger.error("integrity: %s", fault)
+        return faults
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Its prompt will run again, by the plan it ran by (rule 4)."""
