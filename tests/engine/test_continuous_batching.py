@@ -21,8 +21,8 @@ SERVERS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], int]] = {
     "hidrop": (HIDROP, [{"hidrop_keep": [0, "all", 0.5, 7, 1]}, {"hidrop_keep": ["all", 30, 10, 3, 0]}], 90),
     "fastv": ({"method": "fastv"}, [{"hidrop_keep": ["all", 9]}, {"hidrop_method": "random"}], 40),
     "pyramiddrop": (PYRAMIDDROP, [{"hidrop_keep": ["all", 40, 3]}, {"hidrop_method": "fastv"}], 50),
-    "visipruner": (ADAPTIVE["visipruner"], [], 60),
-    "mustdrop": (ADAPTIVE["mustdrop"], [], 60),
+    "visipruner": (ADAPTIVE["visipruner"], [], 80),
+    "mustdrop": (ADAPTIVE["mustdrop"], [], 80),
 }
 SEEDED = {"temperature": 1.0, "seed": 5}
 
@@ -58,9 +58,9 @@ def test_answers_under_random_traffic_are_those_in_isolation(model: Path, name: 
     with engine(model, choice, num_gpu_blocks_override=num_blocks, **limits) as running:
         expected = alone(running, kinds)
         preempted = count_preemptions(running)
-        finished = Traffic(running, kinds, random.Random(name)).run(60, abort_share=0.02)
+        finished = Traffic(running, kinds, random.Random(name)).run(50, abort_share=0.01)
         assert preempted, "the pool was large enough: nothing was tested"
     wrong = {key: which for key, (which, answered) in finished.items() if answered != expected[which]}
     assert not wrong, f"{len(wrong)} of {len(finished)}: {wrong}"
-    assert len(finished) > 40
+    assert len(finished) > 30
     assert {which for which, _ in finished.values()} == set(range(len(kinds)))

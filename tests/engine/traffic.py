@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
 
 from tests.engine.harness import Ask, Engine
 
@@ -22,7 +23,7 @@ class Wanted:
 
     def params(self) -> SamplingParams:
         asked = {"temperature": 0.0, "ignore_eos": True, "max_tokens": self.ask.max_tokens} | dict(self.sampling)
-        return SamplingParams(**asked, extra_args=dict(self.ask.options))
+        return SamplingParams(**asked, extra_args=dict(self.ask.options), output_kind=RequestOutputKind.FINAL_ONLY)
 
 
 def alone(running: Engine, wanted: Sequence[Wanted]) -> list[Answered]:
@@ -53,12 +54,13 @@ class Traffic:
             AssertionError: the scheduler's books do not add up between two steps.
         """
         engine = self.running.llm.llm_engine
+        order = self.rng.sample(range(len(self.wanted)), len(self.wanted))
         came: dict[str, int] = {}
         finished: dict[str, tuple[int, Answered]] = {}
         present: set[str] = set()
         while present or len(came) < num_requests:
             while len(came) < num_requests and len(present) < self.busy and self.rng.random() < 0.6:
-                name, which = f"r{len(came)}", self.rng.randrange(len(self.wanted))
+                name, which = f"r{len(came)}", order[len(came) % len(order)]
                 wanted = self.wanted[which]
                 engine.add_request(name, self.running.prompt(wanted.ask), wanted.params())
                 came[name] = which
