@@ -3,6 +3,7 @@
 Knows vLLM's ``AsyncLLM`` and the planner; not HTTP.
 """
 
+import asyncio
 from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -15,13 +16,18 @@ from vllm.outputs import RequestOutput
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
 
 from hidrop_server.adopt import adopt
 from hidrop_server.metrics import HidropMetrics
 from hidrop_server.reports import REPORT_KEY
+from vllm_hidrop.engine.compat import INTEGRITY_CALL
 from vllm_hidrop.engine.planner import Planner
 from vllm_hidrop.pruning import Span
+
+ENGINE_ANSWER_SECONDS = 1.0
+"""How long readiness waits for the engine, which answers between two steps."""
 
 
 class HidropLLM(AsyncLLM):
@@ -40,7 +46,30 @@ class HidropLLM(AsyncLLM):
             method=self.planner.method,
             first_layers=[stage.first_layer for stage in self.planner.schedule.stages],
         )
+        self.integrity: dict[str, Any] = {}
         super().__init__(vllm_config, *args, **kwargs)
+
+    async def why_unready(self) -> str | None:
+        """Why no request should be sent here: a dead engine, or books that do not add up; None when there is no reason.
+
+        Asks the engine what its integrity checks found. An engine in the midst of a long step answers late; it is not
+        unready for that, and its last answer stands.
+        """
+        if not self.errored:
+            try:
+                asked = self.engine_core.call_utility_async(INTEGRITY_CALL)
+                self.integrity = await asyncio.wait_for(asked, ENGINE_ANSWER_SECONDS)
+            except TimeoutError:
+                pass
+            except EngineDeadError as error:
+                return str(error)
+            except Exception as error:  # vLLM's word for an engine that shuts down
+                return f"the engine does not answer: {error}"
+        if self.errored:
+            return str(self.dead_error)
+        if self.integrity.get("findings"):
+            return "the engine's integrity check failed: restart this server"
+        return None
 
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any

@@ -1,11 +1,12 @@
-"""`GET /hidrop`: what this server prunes and what a request may say.
+"""`GET /hidrop`: what this server prunes and what a request may say. `GET /ready`: whether to send it requests.
 
-Knows the planner; not the engine's processes.
+Knows the planner and what the engine client says of itself; not the engine's processes.
 """
 
 from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
 
 from vllm_hidrop import __version__
 from vllm_hidrop.engine.planner import REQUEST_KEYS, Planner
@@ -18,6 +19,19 @@ async def show_hidrop(raw_request: Request) -> dict[str, Any]:
     """Method, preset, positions and stages of this server, its version, and the request options."""
     description: dict[str, Any] = raw_request.app.state.hidrop
     return {"version": __version__, **description, "request_options": REQUEST_KEYS}
+
+
+@router.get("/ready")
+async def show_ready(raw_request: Request) -> JSONResponse:
+    """200 when the engine is up and its integrity checks found nothing, else 503 with the reason.
+
+    Readiness, not liveness: that is vLLM's ``/health``.
+    """
+    engine = raw_request.app.state.engine_client
+    reason = await engine.why_unready()
+    if reason is None:
+        return JSONResponse({"ready": True, "integrity": engine.integrity})
+    return JSONResponse({"ready": False, "reason": reason, "integrity": engine.integrity}, status_code=503)
 
 
 def describe(planner: Planner) -> dict[str, Any]:

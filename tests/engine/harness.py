@@ -16,17 +16,26 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from tests.tiny_models import IMAGE_SIZE, IMAGE_TOKEN
 from vllm_hidrop.scoring import Signal, Signals, select_top
 
+TOWER_SIZE = (IMAGE_SIZE, IMAGE_SIZE)
 ARCHITECTURE = "HidropLlavaForConditionalGeneration"
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One request: tokens with one image token per image, seeds of the images, its own options."""
+    """One request: tokens with one image token per image, seeds of the images, its own options.
+
+    ``sizes``: width and height of each image, where they are not the towers' own.
+    """
 
     tokens: tuple[int, ...]
     images: tuple[int, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     max_tokens: int = 6
+    sizes: tuple[tuple[int, int], ...] = ()
+
+    def pictures(self) -> list[Image.Image]:
+        sizes = self.sizes or (TOWER_SIZE,) * len(self.images)
+        return [picture(seed, size) for seed, size in zip(self.images, sizes, strict=True)]
 
 
 @dataclass
@@ -40,9 +49,9 @@ class Answer:
     cached_tokens: int = 0
 
 
-def picture(seed: int) -> Image.Image:
-    """A noise image of the towers' own size, so that no resampling blurs the comparison."""
-    noise = np.random.default_rng(seed).integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+def picture(seed: int, size: tuple[int, int] = TOWER_SIZE) -> Image.Image:
+    """A noise image; of the towers' own size no resampling blurs the comparison."""
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
 
@@ -75,7 +84,7 @@ class Engine:
         )
 
     def prompt(self, ask: Ask) -> Any:
-        images = [picture(seed) for seed in ask.images]
+        images = ask.pictures()
         return {"prompt_token_ids": list(ask.tokens)} | ({"multi_modal_data": {"image": images}} if images else {})
 
     def ask(self, asks: Sequence[Ask]) -> list[Answer]:
@@ -100,6 +109,8 @@ class Engine:
             assert not self.scheduler.blocks_returned
             assert not self.scheduler.rows_run
             assert not self.scheduler.reused
+        if hasattr(self.scheduler, "check_integrity"):
+            assert self.scheduler.check_integrity() == []
 
     @contextmanager
     def record_selections(self) -> Iterator[dict[int, list[list[int]]]]:

@@ -96,8 +96,8 @@ def pixel_values(ask: Ask) -> torch.Tensor | None:
     return torch.from_numpy((pixels / 255 - 0.5) / 0.25).permute(0, 3, 1, 2)
 
 
-def reference(model: Path, choice: dict[str, Any], ask: Ask) -> OracleResult:
-    """The oracle's answer; its stages come from the schedule alone."""
+def reference(model: Path, choice: dict[str, Any], ask: Ask, pixels: torch.Tensor | None = None) -> OracleResult:
+    """The oracle's answer; its stages come from the schedule alone, its pixels from the images if not given."""
     schedule = resolve(HidropConfig.parse(choice), SHAPE).schedule
     kept = schedule.kept(TOKENS_PER_IMAGE)
     if ask.options.get("hidrop") == "off":
@@ -110,7 +110,13 @@ def reference(model: Path, choice: dict[str, Any], ask: Ask) -> OracleResult:
     seed = choice.get("options", {}).get("seed", 0)
     positions = choice.get("positions", "persistent")
     return oracle(model).generate(
-        tokens, pixel_values(ask), stages, rule_of(choice), ask.max_tokens, seed=seed, positions=positions
+        tokens,
+        pixel_values(ask) if pixels is None else pixels,
+        stages,
+        rule_of(choice),
+        ask.max_tokens,
+        seed=seed,
+        positions=positions,
     )
 
 

@@ -5,7 +5,8 @@ hooks below. Everything they call is in ``batch``, ``kv_cache`` and ``forward``.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
 
@@ -290,7 +291,8 @@ class StagedRunner(GPUModelRunner):
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sampling by vLLM, with the rows this step ran attached to its output."""
-        output = super().sample_tokens(grammar_output)
+        with self._generators_at_rest():
+            output = super().sample_tokens(grammar_output)
         step, self.step = self.step, None
         if step is not None and step.prefills:
             # The asynchronous wrapper carries the plain output inside.
@@ -299,6 +301,21 @@ class StagedRunner(GPUModelRunner):
             plain.selection_seconds = self.selection_seconds
             plain.decided = {p.request_id: p.plan.kept for p in step.prefills if p.plan.adaptive}
         return output
+
+    @contextmanager
+    def _generators_at_rest(self) -> Iterator[None]:
+        """Rows in the midst of a prompt, whose token is thrown away, draw nothing from their request's generator.
+
+        vLLM lets them draw and then turns the generator back by its offset. CPU generators have none: there a seeded
+        prompt in chunks would end the engine.
+        """
+        generators = self.input_batch.generators
+        resting: dict[int, torch.Generator] = {}
+        if self.device.type == "cpu":
+            discarded = np.flatnonzero(self.discard_request_mask.np[: self.input_batch.num_reqs]).tolist()
+            resting = {row: generators.pop(row) for row in discarded if row in generators}
+        yield
+        generators.update(resting)
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
         """Dummy runs have no requests: vLLM's own path."""

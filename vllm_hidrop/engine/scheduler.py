@@ -21,6 +21,7 @@ Rules, on top of vLLM's own:
 8. ``--max-num-batched-tokens`` bounds the rows that a step computes, averaged over the layers: a token that is not
    pruned is a row, a pruned prompt is fewer rows than tokens. One that alone exceeds the bound runs in a step without
    other prefills, beside the decodes. vLLM's own limit on a step's tokens is higher, and sizes its buffers.
+9. When the last request has ended, the books are checked; what is found makes the server unready, not the engine dead.
 """
 
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_hidrop.engine.budget import StepBudget
+from vllm_hidrop.engine.compat import let_clients_ask
+from vllm_hidrop.engine.integrity import IntegrityLog, find_faults
 from vllm_hidrop.engine.kv_cache import StageManager
 from vllm_hidrop.engine.planner import Planner
 from vllm_hidrop.engine.report import make_report
@@ -64,6 +67,8 @@ class StagedScheduler(Scheduler):
         self.unreported: set[str] = set()
         step_rows = self.vllm_config.additional_config["hidrop"]["resolved"]["step_rows"]
         self.budget = StepBudget(step_rows, self.planner.schedule)
+        self.integrity = IntegrityLog()
+        let_clients_ask()
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if isinstance(manager, StageManager):
                 manager.follow(self.plans)
@@ -144,7 +149,17 @@ class StagedScheduler(Scheduler):
         self.budget.start()
         output = super().schedule(*args, **kwargs)
         output.trimmed, self.trimmed = self.trimmed, {}
+        if not self.requests:
+            # The step that tells the worker of the last request's end; its answer is on its way already (rule 9).
+            self.integrity.record(self.check_integrity())
         return output
+
+    def check_integrity(self) -> list[str]:
+        """What is wrong with the books, one line each, also logged; for between steps, see ``engine.integrity``."""
+        faults = find_faults(self)
+        for fault in faults:
+            logger.error("integrity: %s", fault)
+        return faults
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Its prompt will run again, by the plan it ran by (rule 4)."""

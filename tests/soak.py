@@ -1,0 +1,296 @@
+"""Soak: thousands of mixed requests against one server whose pool is too small for them.
+
+``python -m tests.soak`` (``make soak``) serves the embedded model with few KV blocks, asks every distinct request once by
+itself, then sends a seeded mixture of them side by side: pruned with several keeps, ``off``, text, another method, n > 1,
+streams, stop strings, grammars, clients that leave, requests that must be refused. It fails unless every answer is the
+one given in isolation, requests were preempted, ``/ready`` and the pool are clean afterwards and memory stayed put.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tests.server.harness import data_url, image_url, user
+from vllm_hidrop.commands.local_server import local_server
+
+SERVER = ("--max-model-len", "1536", "--max-num-batched-tokens", "1536", "--num-gpu-blocks-override", "320")
+MEMORY_TOLERANCE = 0.10
+"""The server may hold so much more at the end than after a quarter of the requests: allocators keep what they had."""
+HOW = ("whole", "whole", "stream", "stream", "stream", "leave", "give up")
+"""How a request is sent, drawn evenly: read whole or as a stream, left after the first token, or after a moment."""
+
+Answer = dict[str, Any]
+
+
+@dataclass
+class Result:
+    """What a soak came to; ``failures`` is empty when all is well."""
+
+    requests: int
+    seconds: float
+    outcomes: dict[str, dict[str, int]]
+    """Kind of request -> outcome -> how many."""
+    preemptions: int
+    integrity: dict[str, Any]
+    memory_mib: list[float]
+    """Of all processes of the server, at each quarter of the requests."""
+    failures: list[str] = field(default_factory=list)
+
+
+def distinct_requests(schedule: list[dict[str, Any]], methods: list[str]) -> dict[str, dict[str, Any]]:
+    """Bodies of chat requests by name; those that begin with "bad" must be refused."""
+    rest = len(schedule) - 2
+    long: dict[str, Any] = {"ignore_eos": True, "max_tokens": 120}
+    sampled: dict[str, Any] = {"temperature": 1.0, "seed": 7, "ignore_eos": True, "max_tokens": 40}
+    question, text = "what colour is the circle ?", "how many objects are there ?"
+
+    def ask(images: list[int], words: str = question, **more: Any) -> dict[str, Any]:
+        return {"messages": [user([image_url(seed) for seed in images], words)], "temperature": 0, **more}
+
+    def wish(**options: Any) -> dict[str, Any]:
+        return {"vllm_xargs": {f"hidrop{'_' * bool(key)}{key}": value for key, value in options.items()}}
+
+    found = {
+        "pruned": ask([0], **long),
+        "pruned, short": ask([1], max_tokens=3),
+        "pruned, two images": ask([1, 2], **long),
+        "pruned, other keeps": ask([0], **long, vllm_xargs={"hidrop_keep": ["all", 0.5, *[9] * rest]}),
+        "pruned, few kept": ask([3], **long, vllm_xargs={"hidrop_keep": [0, "all", *[1] * rest]}),
+        "pruned, sampled": ask([3], **sampled),
+        "pruned, n": ask([2], **sampled | {"n": 3}),
+        "pruned, stop": ask([4], **long, stop=["red", "circle", "is", "the"]),
+        "pruned, penalty": ask([4], **long, repetition_penalty=1.3),
+        "pruned, choice": ask([0], structured_outputs={"choice": ["red", "blue", "green"]}),
+        "off": ask([0], **long, vllm_xargs={"hidrop": "off"}),
+        "off, two images": ask([1, 2], **long, vllm_xargs={"hidrop": "off"}),
+        "off, n": ask([3], **sampled | {"n": 2}, vllm_xargs={"hidrop": "off"}),
+        "text": ask([], text, **long),
+        "text, long": ask([], text * 100, **long),
+        "text, sampled": ask([], text * 60, **sampled),
+        "bad option": ask([0], vllm_xargs={"hidrop": "maybe"}),
+        "bad keeps": ask([0], vllm_xargs={"hidrop_keep": ["all"]}),
+        "bad prompt log-probabilities": ask([0], prompt_logprobs=1),
+        "bad length": ask([0], "red " * 1600),
+    }
+    found["bad image"] = {**ask([]), "messages": [user([data_url(b"no image")], question)]}
+    for method in methods:
+        found[f"method {method}"] = ask([0], **long, vllm_xargs={"hidrop_method": method})
+    return found
+
+
+@dataclass
+class Soak:
+    """One run against a server that is up.
+
+    Attributes:
+        http: a client of the server.
+        rng: draws the mixture.
+        memory: resident bytes of the server now.
+        clients: how many send side by side.
+    """
+
+    http: httpx.AsyncClient
+    rng: random.Random
+    memory: Callable[[], int]
+    clients: int = 16
+    outcomes: dict[str, Counter[str]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    memory_mib: list[float] = field(default_factory=list)
+
+    async def run(self, num_requests: int, seconds: float, advance: Callable[[], object]) -> Result:
+        """Send the mixture; stop sending after so many seconds."""
+        described = (await self.http.get("/hidrop")).json()
+        model = (await self.http.get("/v1/models")).json()["data"][0]["id"]
+        methods = [name for name in described["request_methods"] if name != described["method"]]
+        kinds = {
+            name: {"model": model, **body} for name, body in distinct_requests(described["stages"], methods).items()
+        }
+        alone = {name: await self._send(body, "whole") for name, body in kinds.items()}
+        for name, answer in alone.items():
+            if answer is None or (answer["status"] == 200) == name.startswith("bad"):
+                self.failures.append(f"{name}: in isolation {answer}")
+        drawn = [(self.rng.choice(list(kinds)), self.rng.choice(HOW)) for _ in range(num_requests)]
+        queue = list(enumerate(drawn))[::-1]
+        quarters = [num_requests * quarter // 4 for quarter in (1, 2, 3)]
+        start = time.monotonic()
+
+        async def client() -> None:
+            while queue and time.monotonic() - start < seconds:
+                number, (name, how) = queue.pop()
+                if number in quarters:
+                    self.memory_mib.append(self.memory() / 2**20)
+                outcome = await self._check(kinds[name], how, alone[name])
+                self.outcomes.setdefault(name, Counter())[outcome] += 1
+                if outcome == "wrong":
+                    self.failures.append(f"{name} ({how}), request {number}: not the answer in isolation")
+                advance()
+
+        await asyncio.gather(*[client() for _ in range(self.clients)])
+        took = time.monotonic() - start
+        if queue:
+            self.failures.append(f"{len(queue)} requests were not sent in {seconds:.0f} s")
+        return await self._finish(num_requests - len(queue), took)
+
+    async def _check(self, body: dict[str, Any], how: str, expected: Answer | None) -> str:
+        answer = await self._send(body, how)
+        if answer is None:
+            return "left"
+        return "equal" if answer == expected else "wrong"
+
+    async def _send(self, body: dict[str, Any], how: str) -> Answer | None:
+        """The answer without times; None if the client left."""
+        url = "/v1/chat/completions"
+        if how in ("whole", "give up"):
+            try:
+                timeout = 300 if how == "whole" else self.rng.uniform(0.01, 1.0)
+                response = await self.http.post(url, json=body, timeout=timeout)
+            except httpx.TimeoutException:
+                if how == "whole":
+                    raise
+                return None
+            return _whole(response.status_code, response.json())
+        body = body | {"stream": True, "stream_options": {"include_usage": True}}
+        async with self.http.stream("POST", url, json=body) as response:
+            if response.status_code != 200:
+                return _whole(response.status_code, json.loads(await response.aread()))
+            chunks = []
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    chunks.append(json.loads(line.removeprefix("data: ")))
+                    if how == "leave" and len(chunks) > 1:
+                        return None
+            return _streamed(chunks)
+
+    async def _finish(self, num_requests: int, took: float) -> Result:
+        """Wait until the engine idles and look at what is left."""
+        before = (await self.http.get("/ready")).json()["integrity"].get("checks", 0)
+        ready: dict[str, Any] = {}
+        for _ in range(200):
+            await self._send({"messages": [user([], "what is this ?")], "max_tokens": 1}, "whole")
+            await asyncio.sleep(0.1)
+            ready = (await self.http.get("/ready")).json()
+            if ready["integrity"].get("checks", 0) > before:
+                break
+        else:
+            self.failures.append("the engine did not become idle")
+        if not ready["ready"]:
+            self.failures.append(f"not ready: {ready}")
+        metrics = await self._metrics()
+        if metrics["vllm:kv_cache_usage_perc"] or metrics["vllm:num_requests_running"]:
+            self.failures.append("requests or blocks are left over")
+        if not metrics["vllm:num_preemptions_total"]:
+            self.failures.append("nothing was preempted: the pool was large enough")
+        self.memory_mib.append(self.memory() / 2**20)
+        if self.memory_mib[-1] > self.memory_mib[0] * (1 + MEMORY_TOLERANCE):
+            self.failures.append(f"memory grew from {self.memory_mib[0]:.0f} to {self.memory_mib[-1]:.0f} MiB")
+        return Result(
+            num_requests,
+            took,
+            {name: dict(counts) for name, counts in sorted(self.outcomes.items())},
+            int(metrics["vllm:num_preemptions_total"]),
+            ready["integrity"],
+            self.memory_mib,
+            self.failures,
+        )
+
+    async def _metrics(self) -> dict[str, float]:
+        text = (await self.http.get("/metrics")).text
+        found: Counter[str] = Counter()
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                found[sample.name] += sample.value
+        return found
+
+
+def _whole(status: int, data: dict[str, Any]) -> Answer:
+    if status != 200:
+        return {"status": status, "message": data["error"]["message"]}
+    choices = [[c["message"]["content"], c["finish_reason"], c["stop_reason"]] for c in data["choices"]]
+    return {"status": status, "choices": choices, **_counts(data["usage"], data["hidrop"])}
+
+
+def _streamed(chunks: list[dict[str, Any]]) -> Answer:
+    choices: dict[int, list[Any]] = {}
+    for chunk in chunks:
+        for part in chunk["choices"]:
+            choice = choices.setdefault(part["index"], ["", None, None])
+            choice[0] += part["delta"].get("content") or ""
+            if part["finish_reason"]:
+                choice[1:] = [part["finish_reason"], part.get("stop_reason")]
+    in_order = [choices[index] for index in sorted(choices)]
+    return {"status": 200, "choices": in_order, **_counts(chunks[-1]["usage"], chunks[-1]["hidrop"])}
+
+
+def _counts(usage: dict[str, Any], report: dict[str, Any]) -> Answer:
+    kept = [stage["kept"] for stage in report["stages"]]
+    tokens = [usage["prompt_tokens"], usage["completion_tokens"]]
+    return {"tokens": tokens, "mode": report["mode"], "method": report["method"], "kept": kept}
+
+
+def memory_of_children() -> int:
+    """Resident bytes of every process below this one."""
+    return sum(process.memory_info().rss for process in psutil.Process().children(recursive=True))
+
+
+def soak(num_requests: int, seconds: float, seed: int = 0, console: Console | None = None) -> Result:
+    """Start a server, soak it, end it."""
+    console = console or Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("starting the server", total=None)
+        with local_server(SERVER, on_wait=lambda: None) as url:
+            progress.update(task, description="soaking", total=num_requests)
+
+            async def run() -> Result:
+                limits = httpx.Limits(max_connections=None)
+                async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as http:
+                    run = Soak(http, random.Random(seed), memory_of_children)
+                    return await run.run(num_requests, seconds, lambda: progress.advance(task))
+
+            return asyncio.run(run())
+
+
+def show(result: Result, console: Console) -> None:
+    """The summary."""
+    table = Table("request", "equal", "left", "wrong", title=f"{result.requests} requests in {result.seconds:.0f} s")
+    for name, counts in result.outcomes.items():
+        table.add_row(name, *[str(counts.get(outcome, 0)) for outcome in ("equal", "left", "wrong")])
+    console.print(table)
+    console.print(f"preemptions {result.preemptions}, integrity {result.integrity}")
+    console.print("server memory, MiB, by quarter: " + ", ".join(f"{mib:.0f}" for mib in result.memory_mib))
+    for failure in result.failures[:20]:
+        console.print(f"FAILED: {failure}", markup=False)
+
+
+def main() -> int:
+    """Command line; exit code 1 when anything failed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--seconds", type=float, default=1800, help="give up after so long (default: 1800)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the result here")
+    args = parser.parse_args()
+    result = soak(args.requests, args.seconds, args.seed)
+    show(result, Console())
+    if args.json:
+        args.json.write_text(json.dumps(asdict(result), indent=2) + "\n")
+    return 1 if result.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

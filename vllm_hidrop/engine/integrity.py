@@ -1,0 +1,155 @@
+"""Whether the scheduler's books add up: blocks, requests' tables and plans, the encoder cache.
+
+Reads vLLM's block pool, managers and encoder cache, changes nothing, and knows of stages only what the managers say.
+The whole pool is walked, so it runs when the engine becomes idle, not in every step.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
+
+from vllm_hidrop.engine.kv_cache import StageManager
+
+MAX_FINDINGS = 20
+"""One mistake can show in every block; this many lines are enough to see it."""
+
+
+@dataclass
+class IntegrityLog:
+    """What the checks of a scheduler came to.
+
+    Attributes:
+        num_checks: how often it was checked.
+        num_failed: how often something was found.
+        findings: of the last check that found something; they stay, because books that once were wrong are not trusted
+            again before a restart.
+    """
+
+    num_checks: int = 0
+    num_failed: int = 0
+    findings: list[str] = field(default_factory=list)
+
+    def record(self, findings: list[str]) -> None:
+        """Count one check."""
+        self.num_checks += 1
+        if findings:
+            self.num_failed += 1
+            self.findings = findings
+
+    def dump(self) -> dict[str, Any]:
+        """Plain data, for the way between processes."""
+        return {"checks": self.num_checks, "failed_checks": self.num_failed, "findings": self.findings}
+
+
+def find_faults(scheduler: Any) -> list[str]:
+    """What is wrong between two steps of a ``StagedScheduler``, one line each, at most :data:`MAX_FINDINGS`."""
+    faults = (_block_faults(scheduler), _request_faults(scheduler), _encoder_faults(scheduler))
+    return list(islice((fault for some in faults for fault in some), MAX_FINDINGS))
+
+
+def _managers(scheduler: Any) -> tuple[Any, ...]:
+    managers: tuple[Any, ...] = scheduler.kv_cache_manager.coordinator.single_type_managers
+    return managers
+
+
+def _block_faults(scheduler: Any) -> Iterator[str]:
+    """A block stands in as many tables as it has references, and one without is in the free list, once."""
+    pool = scheduler.kv_cache_manager.block_pool
+    tables: Counter[int] = Counter()
+    groups: dict[int, int] = {}
+    for group, manager in enumerate(_managers(scheduler)):
+        for name, blocks in manager.req_to_blocks.items():
+            held = [block.block_id for block in blocks if not block.is_null]
+            if len(set(held)) < len(held):
+                yield f"request {name} holds a block twice in group {group}"
+            tables.update(held)
+            for block_id in held:
+                if groups.setdefault(block_id, group) != group:
+                    yield f"block {block_id} stands in tables of groups {groups[block_id]} and {group}"
+    tables.update(block.block_id for _, blocks in scheduler.deferred_frees for block in blocks)
+    free = Counter(block.block_id for block in _free_list(pool))
+    for block in pool.blocks:
+        if not block.is_null:
+            yield from _faults_of(block, tables[block.block_id], free[block.block_id], pool.enable_caching)
+    if pool.null_block.block_id in free:
+        yield "the null block is free"
+    if free.total() != pool.get_num_free_blocks():
+        yield f"the free list has {free.total()} blocks and says {pool.get_num_free_blocks()}"
+
+
+def _free_list(pool: Any) -> Iterator[Any]:
+    """The free blocks in order; ends even where the list is a ring."""
+    queue = pool.free_block_queue
+    block = queue.fake_free_list_head.next_free_block
+    for _ in range(pool.num_gpu_blocks + 1):
+        if block is None or block is queue.fake_free_list_tail:
+            return
+        yield block
+        block = block.next_free_block
+
+
+def _faults_of(block: Any, num_tables: int, num_free: int, caching: bool) -> Iterator[str]:
+    if block.ref_cnt != num_tables:
+        yield f"block {block.block_id} has {block.ref_cnt} references and stands in {num_tables} tables"
+    if num_free != (num_tables == 0):
+        yield f"block {block.block_id} stands in {num_tables} tables and {num_free} times in the free list"
+    if num_tables > 1 and not (caching and block.block_hash is not None):
+        yield f"block {block.block_id} stands in {num_tables} tables and is not cached"
+
+
+def _request_faults(scheduler: Any) -> Iterator[str]:
+    """Every record is of a request there is, and a request holds the blocks of its plan."""
+    known = scheduler.requests.keys()
+    by_request = {
+        "the plans": scheduler.plans,
+        "the prefill plans": scheduler.prefill_plans,
+        "the trimmed tables": scheduler.trimmed,
+        "the blocks returned": scheduler.blocks_returned,
+        "the rows run": scheduler.rows_run,
+        "the selection times": scheduler.selection_ms,
+        "the unreported": scheduler.unreported,
+        "the running": {request.request_id for request in scheduler.running},
+    }
+    for name, records in by_request.items():
+        yield from _unknown(records, known, name)
+    for name in known - scheduler.plans.keys():
+        yield f"request {name} has no plan"
+    for group, manager in enumerate(_managers(scheduler)):
+        yield from _unknown(manager.req_to_blocks, known, f"the block tables of group {group}")
+        for name, blocks in manager.req_to_blocks.items():
+            request, plan = scheduler.requests.get(name), scheduler.plans.get(name)
+            if request is None or plan is None or not isinstance(manager, StageManager):
+                continue
+            tokens = plan.stage_tokens(manager.kv_cache_spec.stage, request.num_computed_tokens)
+            expected = cdiv(tokens, manager.block_size)
+            if len(blocks) != expected:
+                yield f"request {name} holds {len(blocks)} blocks in group {group}, its plan says {expected}"
+
+
+def _unknown(records: Iterable[str], known: Iterable[str], what: str) -> Iterator[str]:
+    for name in set(records).difference(known):
+        yield f"{what} know a request {name} that there is not"
+
+
+def _encoder_faults(scheduler: Any) -> Iterator[str]:
+    """The encoder cache is divided into what is held, what could be freed, and the rest."""
+    cache = scheduler.encoder_cache_manager
+    if type(cache) is not EncoderCacheManager:
+        return
+    if cache.cached.keys() != cache.num_embeds_by_hash.keys():
+        yield "the encoder cache has sizes of other images than it holds"
+    taken = sum(cache.num_embeds_by_hash.values())
+    if taken + cache.num_free_slots != cache.cache_size:
+        yield f"the encoder cache holds {taken}, has {cache.num_free_slots} free, and is of {cache.cache_size}"
+    unused = {image for image, users in cache.cached.items() if not users}
+    if unused != cache.freeable.keys():
+        yield "the encoder cache could free other images than those nobody uses"
+    if cache.num_freeable_slots != cache.num_free_slots + sum(cache.freeable.values()):
+        yield f"the encoder cache could free {cache.num_freeable_slots} by its own word, not by its entries"
+    users = {name for names in cache.cached.values() for name in names}
+    yield from _unknown({*users, *cache.request_cached_ids}, scheduler.requests, "the encoder cache's entries")
