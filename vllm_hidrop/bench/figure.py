@@ -50,10 +50,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             axis.text(end, place, f"  {times}: {ours}, stock {stock}", va="center", fontsize=8)
         axis.set_yticks(places, [row["name"] for row in panel], fontsize=8)
         axis.invert_yaxis()
-        axis.set_xlim(0, 1.45 * max(max(row["ratio"], row["ideal_ratio"] or 0, 1) for row in panel))
+        axis.set_xlim(0, 1.6 * max(max(row["ratio"], row["ideal_ratio"] or 0, 1) for row in panel))
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_title(SECTIONS[name], fontsize=10, loc="left")
-    axes[0, 0].legend(fontsize=8, frameon=False, loc="lower right")
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside upper right", ncols=3
+    )
     axes[-1, 0].set_xlabel("times better than stock vLLM")
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)
