@@ -26,6 +26,8 @@ NO_PLUGINS = {"VLLM_PLUGINS": ""}
 """For stock vLLM: ours is installed beside it and would be loaded."""
 NUM_WARM_UPS = 2
 STEPS_PER_TURN = 8
+SHORT = 4
+"""Images in a measurement so short that cold caches would count."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,15 @@ class Workload:
 
 
 class EngineProcess:
-    """The parent side of :mod:`vllm_hidrop.bench.engine_process`; ``start_seconds`` until it takes requests."""
+    """The parent side of :mod:`vllm_hidrop.bench.engine_process`; it is starting once this is made."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.is_ours = "additional_config" in settings
         self.num_started = 0
         handle, name = tempfile.mkstemp(prefix="hidrop-bench-", suffix=".log")
         self.log = Path(name)
-        begin = time.perf_counter()
+        self.begin = time.perf_counter()
+        self.start_seconds, self.kv_bytes_per_block = 0.0, 0
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vllm_hidrop.bench.engine_process"],
             stdin=subprocess.PIPE,
@@ -63,12 +66,16 @@ class EngineProcess:
             env=os.environ | ENVIRONMENT | ({} if self.is_ours else NO_PLUGINS),
         )
         os.close(handle)
-        try:
-            self.kv_bytes_per_block = int(self._ask(settings)["kv_bytes_per_block"])
-        except BaseException:
-            self._end()
-            raise
-        self.start_seconds = time.perf_counter() - begin
+        self._send(settings)
+
+    def wait_until_ready(self) -> None:
+        """Until it takes requests, ``start_seconds`` after its process was started.
+
+        Raises:
+            ValueError: it ended; says why and where its log is.
+        """
+        self.kv_bytes_per_block = int(self._reply()["kv_bytes_per_block"])
+        self.start_seconds = time.perf_counter() - self.begin
 
     def start(self, workload: Workload, picture_seed: int | None = None) -> dict[str, Any]:
         """Queue requests and prefill them; see ``MeasuredEngine.start``.
@@ -95,13 +102,19 @@ class EngineProcess:
         return reply
 
     def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        self._send(message)
+        return self._reply()
+
+    def _send(self, message: dict[str, Any]) -> None:
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         try:
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             raise ValueError(self._why_it_ended()) from None
+
+    def _reply(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             raise ValueError(self._why_it_ended())
@@ -122,9 +135,12 @@ class EngineProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        is_well = self.process.poll() is None
+        if error is not None:
+            self.process.kill()
         self._end()
-        if self.process.returncode == 0:
+        if is_well or self.process.returncode == 0:
             self.log.unlink()
 
 
@@ -142,14 +158,15 @@ class Pair:
     def measure(self, workload: Workload, num_runs: int, progress: Progress, title: str) -> "Measured":
         """Prefill in both in turn ``num_runs`` times, after two warm-up turns.
 
-        In its turn an engine runs twice and the second counts: the first brings its weights back into the caches that
-        the other engine has just used, as they are in a server that is not sharing its cores.
+        In its turn an engine runs twice, if that is short, and the second counts: the first brings its weights back
+        into the caches that the other engine has just used, as they are in a server that is not sharing its cores.
         """
         runs: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for turn in progress.track(range(num_runs + NUM_WARM_UPS), description=title):
             replies = {}
             for engine in self.in_turn(turn):
-                engine.run(workload)
+                if workload.count * workload.images < SHORT:
+                    engine.run(workload)
                 replies[engine.is_ours] = engine.run(workload)
             runs.append((replies[False], replies[True]))
         return Measured(runs[NUM_WARM_UPS:], self.stock.kv_bytes_per_block, self.ours.kv_bytes_per_block)
@@ -228,10 +245,10 @@ class Measured:
 
 @contextmanager
 def running_pair(stock: dict[str, Any], ours: dict[str, Any], progress: Progress) -> Iterator[Pair]:
-    """Start both engines, one after the other."""
+    """Start both engines at the same time."""
     bar = progress.add_task("starting stock vLLM and ours", total=2)
-    with EngineProcess(stock) as first:
-        progress.advance(bar)
-        with EngineProcess(ours) as second:
+    with EngineProcess(stock) as first, EngineProcess(ours) as second:
+        for engine in (first, second):
+            engine.wait_until_ready()
             progress.advance(bar)
-            yield Pair(first, second)
+        yield Pair(first, second)

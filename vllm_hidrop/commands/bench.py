@@ -381,6 +381,7 @@ def start(bench: Bench, progress: Progress) -> list[Row]:
     for turn in progress.track(range(bench.runs + 1), description="starting engines"):
         for who in (0, 1) if turn % 2 else (1, 0):
             with EngineProcess(settings[who]) as engine:
+                engine.wait_until_ready()
                 seconds[who].extend([engine.start_seconds] if turn else [])
     name = "engine start" + ("" if bench.compiled else ", eager")
     figures = (median(seconds[0]), median(seconds[1]))
