@@ -98,7 +98,7 @@ def test_bench_all_measures_every_section_and_each_adaptive_method_in_both_modes
         where = bench_all if section == "serve" else engines
         monkeypatch.setattr(where, section, stand_in(section))
     with Progress(disable=True) as progress:
-        found = bench_all.measure_all(Bench("bench", 15, 1, True, TOK48), progress)
+        found = list(bench_all.measure_all(Bench("bench", 15, 1, True, TOK48), progress))
     assert {each["section"] for each in found} == SECTIONS.keys()
     adaptive = {(b.shape, b.method, b.compiled) for _, b in asked if b.method in ("visipruner", "mustdrop")}
     assert len(adaptive) == 6

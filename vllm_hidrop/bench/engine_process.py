@@ -37,8 +37,11 @@ class MeasuredEngine:
     """An engine whose steps are timed from the moment the requests are queued, preprocessing excluded."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
+        import torch
         from vllm import LLM
 
+        if torch.cuda.is_available():
+            settings["gpu_memory_utilization"] = 0.4  # two engines share the device; the pool's bytes are given
         self.engine: Any = LLM(**settings).llm_engine
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         groups = self.scheduler.kv_cache_config.kv_cache_groups

@@ -45,14 +45,15 @@ def _more(row: Row) -> Iterable[str]:
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """A table on standard output, and below it what it was measured with."""
+    """A table on standard output; below it, the command that measures each row alone, and what all were measured with."""
     table = Table(*HEADINGS)
     for row in rows:
         table.add_row(*cells(row))
     console = Console(width=170)
     console.print(table)
-    for line in dict.fromkeys(hardware(row) for row in rows):
-        console.print(line, highlight=False)
+    lines = [f"{row['name']}: {row['command']}" for row in rows] + [hardware(row) for row in rows]
+    for line in dict.fromkeys(lines):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -152,10 +152,12 @@ class Bench:
     def kv_bytes(self, num_tokens: int) -> int:
         """A pool with ample room for so many tokens in every layer, padding of groups included."""
         text = self.known.text
-        return (1 << 27) + 3 * num_tokens * text.num_layers * text.kv_bytes_per_row // 2
+        return (1 << 27) + 5 * num_tokens * text.num_layers * text.kv_bytes_per_row // 4
 
 
-def report(bench: Bench, rows: Callable[[Progress], list[Row]], json_file: Path | None, png_file: Path | None) -> None:
+def report(
+    bench: Bench, rows: Callable[[Progress], Iterable[Row]], json_file: Path | None, png_file: Path | None
+) -> None:
     """Measure, print, and write the files that were asked for.
 
     Raises:
@@ -165,11 +167,15 @@ def report(bench: Bench, rows: Callable[[Progress], list[Row]], json_file: Path 
         check_drawable()
     assert bench.resolved  # refuses a bad choice before any engine starts
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    found: list[Row] = []
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-        found = rows(progress)
+        try:
+            for row in rows(progress):
+                found.append(row)
+        finally:  # what was measured before something failed is not lost
+            if json_file is not None and found:
+                write_rows(json_file, found)
     print_rows(found)
-    if json_file is not None:
-        write_rows(json_file, found)
     if png_file is not None:
         draw(found, png_file)
 

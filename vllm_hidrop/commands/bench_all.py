@@ -1,6 +1,6 @@
 """``hidrop bench all``: every row the documentation quotes, in an order that fails early."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -54,10 +54,8 @@ def parts(bench: Bench) -> list[Callable[[Progress], list[Row]]]:
     ]
 
 
-def measure_all(bench: Bench, progress: Progress) -> list[Row]:
-    """The rows of all parts."""
+def measure_all(bench: Bench, progress: Progress) -> Iterator[Row]:
+    """The rows of all parts, part by part."""
     assert bench.hidrop == TOK48
-    rows: list[Row] = []
     for part in progress.track(parts(bench), description="everything"):
-        rows += part(progress)
-    return rows
+        yield from part(progress)

@@ -11,7 +11,7 @@ from vllm_hidrop.bench.paired import NO_PLUGINS
 from vllm_hidrop.bench.rows import Row, make_row
 from vllm_hidrop.bench.servers import CHAT_TEMPLATE, STOCK_SERVER, Latencies, Load, ask_once, run_load
 from vllm_hidrop.bench.shapes import IMAGE_TOKEN
-from vllm_hidrop.commands.bench import BLOCK_SIZE, Bench, finished
+from vllm_hidrop.commands.bench import BLOCK_SIZE, TOKENS_PER_IMAGE, Bench, finished
 from vllm_hidrop.commands.local_server import COMMAND, local_server
 
 TEXT = 64
@@ -115,7 +115,13 @@ def _check_rendering(bench: Bench, urls: tuple[str, str], load: Load, mode: str)
     answers = [ask_once(url, bench.model, load) for url in urls]
     for answer in answers:
         tokens = answer["prompt_token_ids"]
-        if len(tokens) != load.images * 576 + load.text or IMAGE_TOKEN in tokens[1 + load.images * 576 :]:
-            raise ValueError(f"the prompt was not rendered as 1 token, images, text: {tokens[:4]}...{tokens[-4:]}")
+        if (
+            len(tokens) != load.images * TOKENS_PER_IMAGE + load.text
+            or IMAGE_TOKEN in tokens[1 + load.images * TOKENS_PER_IMAGE :]
+        ):
+            raise ValueError(
+                f"the prompt was not rendered as images, then {load.text} tokens of text: {len(tokens)} tokens, "
+                f"{tokens[:2]}...{tokens[-3:]}"
+            )
     if bench.method != "none" and answers[1]["hidrop"]["mode"] != mode:
         raise ValueError(f"ours ran {answers[1]['hidrop']['mode']!r}, not {mode!r}")
