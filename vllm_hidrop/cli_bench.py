@@ -224,13 +224,14 @@ def bench_all(
     shape: Shape = "bench",
     runs: Runs = 15,
     pairs: Pairs = 1,
+    compiled: Compiled = True,
     json_file: JsonFile = None,
     png_file: PngFile = None,
 ) -> None:
-    """Every row the documentation quotes, HiDrop tok48 scaled, compiled; some of them eager too."""
+    """Every row the documentation quotes, HiDrop tok48 scaled; compiled, and one image eager too."""
     with one_line_errors():
         from vllm_hidrop.commands import bench as command
         from vllm_hidrop.commands import bench_all as everything
 
-        bench = _bench(shape, runs, pairs, True, ("hidrop", None, "{}"))
+        bench = _bench(shape, runs, pairs, compiled, ("hidrop", None, "{}"))
         command.report(bench, lambda p: everything.measure_all(bench, p), json_file, png_file)

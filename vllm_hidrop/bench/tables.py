@@ -45,7 +45,7 @@ def _more(row: Row) -> Iterable[str]:
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """A table on standard output; below it, the command that measures each row alone, and what all were measured with."""
+    """A table on standard output; below it, the command that measures each row alone, model, machine and versions."""
     table = Table(*HEADINGS)
     for row in rows:
         table.add_row(*cells(row))

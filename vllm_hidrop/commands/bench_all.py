@@ -25,24 +25,20 @@ ALL_TRAFFIC = ("image", "off", "text")
 
 def parts(bench: Bench) -> list[Callable[[Progress], list[Row]]]:
     """What to measure, one part after the other; long parts run less often than ``bench.runs``."""
-    eager, few, once = (
-        replace(bench, compiled=False),
-        replace(bench, runs=min(bench.runs, 3)),
-        replace(bench, runs=1),
-    )
-    none = replace(bench, hidrop=NONE)
-    adaptive = [
+    few, once, none = (replace(bench, runs=min(bench.runs, 3)), replace(bench, runs=1), replace(bench, hidrop=NONE))
+    modes = (False, True) if bench.compiled else (False,)
+    one_image = [replace(bench, compiled=False)] if bench.compiled else []
+    one_image += [
         replace(bench, shape=shape if bench.shape == "bench" else bench.shape, hidrop=choice, compiled=compiled)
         for shape, choice in ADAPTIVE
         if bench.shape == "bench" or shape == "bench"
-        for compiled in (False, True)
+        for compiled in modes
     ]
     return [
-        lambda p: engines.prefill(eager, (1,), (64,), ("image",), p),
-        lambda p: engines.prefill(bench, (1, 2, 4, 8, 16), (64,), ("image",), p),
+        lambda p: engines.prefill(bench, (1,), (64,), ALL_TRAFFIC, p),
         lambda p: engines.prefill(bench, (1,), (32, 512), ("image",), p),
-        lambda p: engines.prefill(bench, (1,), (64,), ("off", "text"), p),
-        *(lambda p, each=each: engines.prefill(each, (1,), (64,), ("image",), p) for each in adaptive),
+        lambda p: engines.prefill(bench, (2, 4, 8, 16), (64,), ("image",), p),
+        *(lambda p, each=each: engines.prefill(each, (1,), (64,), ("image",), p) for each in one_image),
         lambda p: engines.prefill(none, (1,), (64,), ("image", "text"), p),
         lambda p: engines.burst(few, 16, 64, 2048, p),
         lambda p: engines.prefix(bench, 64, p),
