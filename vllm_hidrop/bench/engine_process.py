@@ -1,36 +1,17 @@
 """One in-process vLLM engine driven over pipes: the child side of a paired measurement.
 
-Started as ``python -m vllm_hidrop.bench.engine_process`` with the engine's settings as a JSON line on standard input;
-then one JSON line per command in, one reply out: ``start`` queues requests and prefills them, ``steps`` runs decode
-steps, ``stop`` ends the requests. vLLM's own output goes to standard error.
+The first line has the engine's settings. Then ``start`` queues requests and prefills them, ``steps`` runs decode steps,
+``stop`` ends the requests.
 """
 
-import json
-import os
-import sys
 import time
-from typing import Any, TextIO
+from typing import Any
+
+from vllm_hidrop.bench.piped import serve_lines
 
 PATIENCE = 3
 """Steps without a new first token after which the rest is taken to wait for blocks."""
 ENDLESS = 10_000
-
-
-def main() -> None:
-    """Serve measurements until standard input ends."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    settings = json.loads(sys.stdin.readline())
-    engine = MeasuredEngine(settings)
-    _reply(replies, {"kv_bytes_per_block": engine.kv_bytes_per_block})
-    for line in sys.stdin:
-        command = json.loads(line)
-        _reply(replies, getattr(engine, command.pop("do"))(**command))
-
-
-def _reply(replies: TextIO, message: dict[str, Any]) -> None:
-    replies.write(json.dumps(message) + "\n")
-    replies.flush()
 
 
 class MeasuredEngine:
@@ -129,6 +110,17 @@ def _prompt(images: int, text: int, seed: tuple[int, int], picture_seed: tuple[i
     noise = np.random.default_rng(picture_seed).integers(0, 256, (images, 336, 336, 3), dtype=np.uint8)
     pictures = [Image.fromarray(pixels) for pixels in noise]
     return {"prompt_token_ids": tokens} | ({"multi_modal_data": {"image": pictures}} if images else {})
+
+
+def main() -> None:
+    """Serve measurements until standard input ends."""
+    engines: list[MeasuredEngine] = []
+
+    def make(settings: dict[str, Any]) -> dict[str, Any]:
+        engines.append(MeasuredEngine(settings))
+        return {"kv_bytes_per_block": engines[0].kv_bytes_per_block}
+
+    serve_lines(make, lambda command: getattr(engines[0], command.pop("do"))(**command))
 
 
 if __name__ == "__main__":

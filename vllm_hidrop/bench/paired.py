@@ -1,19 +1,15 @@
 """Two engines on the same weights, asked in turn, so that both meet the same disturbances of the machine."""
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median, median_low
-from typing import Any, Self
+from typing import Any
 
 from rich.progress import Progress
+
+from vllm_hidrop.bench.piped import NO_PLUGINS, PipedProcess
 
 ENVIRONMENT = {
     # The engine core runs inside the child, so that a step is timed without inter-process messages.
@@ -22,8 +18,6 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-NO_PLUGINS = {"VLLM_PLUGINS": ""}
-"""For stock vLLM: ours is installed beside it and would be loaded."""
 NUM_WARM_UPS = 2
 STEPS_PER_TURN = 8
 SHORT = 4
@@ -47,26 +41,16 @@ class Workload:
     off: bool = False
 
 
-class EngineProcess:
+class EngineProcess(PipedProcess):
     """The parent side of :mod:`vllm_hidrop.bench.engine_process`; it is starting once this is made."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.is_ours = "additional_config" in settings
         self.num_started = 0
-        handle, name = tempfile.mkstemp(prefix="hidrop-bench-", suffix=".log")
-        self.log = Path(name)
         self.begin = time.perf_counter()
         self.start_seconds, self.kv_bytes_per_block = 0.0, 0
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_hidrop.bench.engine_process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=handle,
-            text=True,
-            env=os.environ | ENVIRONMENT | ({} if self.is_ours else NO_PLUGINS),
-        )
-        os.close(handle)
-        self._send(settings)
+        super().__init__("vllm_hidrop.bench.engine_process", ENVIRONMENT | ({} if self.is_ours else NO_PLUGINS))
+        self.send(settings)
 
     def wait_until_ready(self) -> None:
         """Until it takes requests, ``start_seconds`` after its process was started.
@@ -74,7 +58,7 @@ class EngineProcess:
         Raises:
             ValueError: it ended; says why and where its log is.
         """
-        self.kv_bytes_per_block = int(self._reply()["kv_bytes_per_block"])
+        self.kv_bytes_per_block = int(self.receive()["kv_bytes_per_block"])
         self.start_seconds = time.perf_counter() - self.begin
 
     def start(self, workload: Workload, picture_seed: int | None = None) -> dict[str, Any]:
@@ -84,64 +68,22 @@ class EngineProcess:
         """
         self.num_started += 1
         seeds = {"seed": self.num_started, "picture_seed": self.num_started if picture_seed is None else picture_seed}
-        return self._ask({"do": "start"} | vars(workload) | {"off": workload.off and self.is_ours} | seeds)
+        return self.ask({"do": "start"} | vars(workload) | {"off": workload.off and self.is_ours} | seeds)
 
     def steps(self, count: int) -> list[float]:
         """Seconds of each of the next decode steps."""
-        seconds: list[float] = self._ask({"do": "steps", "count": count})["step_seconds"]
+        seconds: list[float] = self.ask({"do": "steps", "count": count})["step_seconds"]
         return seconds
 
     def stop(self) -> None:
         """End all requests."""
-        self._ask({"do": "stop"})
+        self.ask({"do": "stop"})
 
     def run(self, workload: Workload, picture_seed: int | None = None) -> dict[str, Any]:
         """Start and stop."""
         reply = self.start(workload, picture_seed)
         self.stop()
         return reply
-
-    def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        self._send(message)
-        return self._reply()
-
-    def _send(self, message: dict[str, Any]) -> None:
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(message) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            raise ValueError(self._why_it_ended()) from None
-
-    def _reply(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise ValueError(self._why_it_ended())
-        reply: dict[str, Any] = json.loads(line)
-        return reply
-
-    def _why_it_ended(self) -> str:
-        lines = self.log.read_text().strip().splitlines() or ["no output"]
-        return f"the engine ended: {lines[-1]} (log: {self.log})"
-
-    def _end(self) -> None:
-        try:
-            self.process.communicate(timeout=30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.communicate()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        is_well = self.process.poll() is None
-        if error is not None:
-            self.process.kill()
-        self._end()
-        if is_well or self.process.returncode == 0:
-            self.log.unlink()
 
 
 @dataclass(frozen=True)

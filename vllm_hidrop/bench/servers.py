@@ -1,13 +1,8 @@
-"""vLLM's own benchmark client against a server: its inputs, its command line, its results.
-
-The client runs in its own process, so that it is the same program for every server.
-"""
+"""vLLM's own benchmark client against a server: its inputs, its command line, its results."""
 
 import base64
 import io
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import urllib.request
@@ -15,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CLIENT = (
-    "import argparse; from vllm.benchmarks import serve; "
-    "p = argparse.ArgumentParser(); serve.add_cli_args(p); serve.main(p.parse_args())"
-)
+from vllm_hidrop.bench.piped import NO_PLUGINS, PipedProcess
+
 STOCK_SERVER = (sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry")
 CHAT_TEMPLATE = (
     "{% for message in messages %}t1 {% for part in message['content'] %}"
@@ -61,39 +54,38 @@ class Latencies:
     itl_ms: float
 
 
-def run_load(url: str, model: Path, load: Load) -> Latencies:
-    """Send a load by ``vllm.benchmarks.serve``.
+class Client(PipedProcess):
+    """The parent side of :mod:`vllm_hidrop.bench.client_process`."""
 
-    Raises:
-        ValueError: the client failed, or not every request was answered.
-    """
-    with tempfile.TemporaryDirectory(prefix="hidrop-bench-") as folder:
-        requests, results = Path(folder) / "requests.jsonl", Path(folder) / "results.json"
-        requests.write_text("".join(json.dumps({"content": content}) + "\n" for content in contents(load)))
-        arguments = [
+    def __init__(self, model: Path) -> None:
+        self.model = model
+        super().__init__("vllm_hidrop.bench.client_process", NO_PLUGINS | {"HF_HUB_OFFLINE": "1"})
+        self.ask({})
+
+    def run(self, url: str, load: Load) -> Latencies:
+        """Send a load by ``vllm.benchmarks.serve``.
+
+        Raises:
+            ValueError: the client failed, or not every request was answered.
+        """
+        with tempfile.NamedTemporaryFile("w", prefix="hidrop-bench-", suffix=".jsonl") as requests:
+            requests.writelines(json.dumps({"content": content}) + "\n" for content in contents(load))
+            requests.flush()
+            found = self.ask({"arguments": self._arguments(url, load, requests.name)})
+        if found["completed"] != load.requests:
+            raise ValueError(f"{load.requests - found['completed']} of {load.requests} requests to {url} failed")
+        return Latencies(found["request_throughput"], found["median_ttft_ms"], found["median_itl_ms"])
+
+    def _arguments(self, url: str, load: Load, requests: str) -> list[str]:
+        return [
             *("--backend", "openai-chat", "--endpoint", "/v1/chat/completions", "--base-url", url),
-            *("--model", str(model), "--dataset-name", "custom_image", "--dataset-path", str(requests)),
+            *("--model", str(self.model), "--dataset-name", "custom_image", "--dataset-path", requests),
             *("--num-prompts", str(load.requests), "--custom-output-len", str(load.output_tokens), "--ignore-eos"),
             *("--temperature", "0", "--disable-shuffle", "--no-oversample", "--disable-tqdm"),
             *("--ready-check-timeout-sec", "0", "--percentile-metrics", "ttft,itl", "--metric-percentiles", "50"),
-            *("--save-result", "--result-dir", folder, "--result-filename", results.name),
             *(("--max-concurrency", str(load.concurrency)) if load.concurrency else ()),
             *(("--extra-body", json.dumps(OFF)) if load.off else ()),
         ]
-        done = subprocess.run(
-            [sys.executable, "-c", CLIENT, *arguments],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"VLLM_PLUGINS": "", "HF_HUB_OFFLINE": "1"},
-            check=False,
-        )
-        if done.returncode != 0 or not results.exists():
-            last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
-            raise ValueError(f"vLLM's benchmark client failed: {last}")
-        found = json.loads(results.read_text())
-    if found["completed"] != load.requests:
-        raise ValueError(f"{load.requests - found['completed']} of {load.requests} requests to {url} failed")
-    return Latencies(found["request_throughput"], found["median_ttft_ms"], found["median_itl_ms"])
 
 
 def contents(load: Load) -> list[list[dict[str, Any]]]:

@@ -7,9 +7,9 @@ from statistics import median
 
 from rich.progress import Progress
 
-from vllm_hidrop.bench.paired import NO_PLUGINS
+from vllm_hidrop.bench.piped import NO_PLUGINS
 from vllm_hidrop.bench.rows import Row, make_row
-from vllm_hidrop.bench.servers import CHAT_TEMPLATE, STOCK_SERVER, Latencies, Load, ask_once, run_load
+from vllm_hidrop.bench.servers import CHAT_TEMPLATE, STOCK_SERVER, Client, Latencies, Load, ask_once
 from vllm_hidrop.bench.shapes import IMAGE_TOKEN
 from vllm_hidrop.commands.bench import BLOCK_SIZE, TOKENS_PER_IMAGE, Bench, finished
 from vllm_hidrop.commands.local_server import COMMAND, local_server
@@ -32,13 +32,18 @@ def serve(
     kinds = tuple(traffic)
     found = []
     for _ in range(bench.pairs):
-        with _servers(bench, requests, progress) as urls:
-            found.append(_measure(bench, urls, kinds, (requests, output_tokens, concurrency), progress))
+        with _servers(bench, requests, progress) as urls, Client(bench.model) as client:
+            found.append(_measure(bench, urls, client, kinds, (requests, output_tokens, concurrency), progress))
     return finished(bench, found)
 
 
 def _measure(
-    bench: Bench, urls: tuple[str, str], kinds: Sequence[str], sizes: tuple[int, int, int], progress: Progress
+    bench: Bench,
+    urls: tuple[str, str],
+    client: Client,
+    kinds: Sequence[str],
+    sizes: tuple[int, int, int],
+    progress: Progress,
 ) -> list[Row]:
     requests, output_tokens, concurrency = sizes
     rows, seed = [], 0
@@ -64,7 +69,7 @@ def _measure(
                         off,
                     )
                     progress.update(bar, description=f"HTTP, {kind}, {('stock', 'ours')[who]}")
-                    latencies = run_load(urls[who], bench.model, load)
+                    latencies = client.run(urls[who], load)
                     runs[who, full] += [latencies] if turn else []
                     progress.advance(bar)
         rows += _rows(bench, kind, runs, sizes)
