@@ -60,7 +60,11 @@ RULES = {
     "vllm_hidrop.commands": Rule(
         ("vllm_hidrop.costs", "vllm_hidrop.bench", "vllm_hidrop.evaluation", *CONFIG), lazily=EVERYTHING
     ),
-    "vllm_hidrop.cli": Rule(("vllm_hidrop.commands", *CONFIG), lazily=EVERYTHING),
+    "vllm_hidrop.cli": Rule(
+        ("vllm_hidrop.cli_bench", "vllm_hidrop.cli_options", "vllm_hidrop.commands", *CONFIG), lazily=EVERYTHING
+    ),
+    "vllm_hidrop.cli_bench": Rule(("vllm_hidrop.cli_options",), lazily=("vllm_hidrop.commands",)),
+    "vllm_hidrop.cli_options": Rule(),
     "vllm_hidrop.embedded": Rule((*MODELS, "torch", "vllm")),
     "vllm_hidrop.training": Rule((*MODELS, "vllm_hidrop.embedded", "torch", "vllm")),
     "vllm_hidrop.conversion": Rule((*CONFIG, "torch")),
@@ -71,7 +75,7 @@ RULES = {
         ("vllm_hidrop.evaluation", "vllm_hidrop.training", "vllm_hidrop.embedded", "vllm_hidrop.commands", *CONFIG)
     ),
     "vllm_hidrop.calibration": Rule(("torch",), lazily=("vllm_hidrop.training",)),
-    "vllm_hidrop.bench": Rule(lazily=("vllm_hidrop.bench", "torch", "vllm")),
+    "vllm_hidrop.bench": Rule(lazily=("vllm_hidrop.engine.compat", "torch", "vllm")),
     "hidrop_server": Rule((*MODELS, "vllm_hidrop.plugin", "vllm_hidrop.embedded", "torch", "vllm")),
     "hidrop_loadtests": Rule(),
 }

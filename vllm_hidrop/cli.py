@@ -4,13 +4,13 @@ A command imports its file when it runs, so help needs neither PyTorch nor vLLM.
 user is one line on standard error and exit code 2.
 """
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from vllm_hidrop.cli_bench import bench_app
+from vllm_hidrop.cli_options import one_line_errors, parse_object, parse_windows
 
 app = typer.Typer(
     name="hidrop",
@@ -20,22 +20,14 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
+app.add_typer(bench_app, name="bench")
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.callback()
 def main() -> None:
     """Serve multimodal models with fewer vision tokens per layer."""
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Report a ValueError as one line on standard error, exit code 2."""
-    try:
-        yield
-    except ValueError as error:
-        typer.echo(f"hidrop: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from None
 
 
 @app.command()
@@ -241,96 +233,3 @@ def calibrate(  # noqa: PLR0913, PLR0917 (one argument is one option)
             Settings(parse_windows(windows), top_tokens, answer_tokens),
             device,
         )
-
-
-bench_app = typer.Typer(help="Measure ours against stock vLLM on the same random weights.", no_args_is_help=True)
-app.add_typer(bench_app, name="bench")
-
-Shape = Annotated[str, typer.Option(help='Size of the random-weight model: "tiny", "bench", "2.7b" or "7b".')]
-Runs = Annotated[int, typer.Option(min=1, help="Paired runs per figure.")]
-Compiled = Annotated[bool, typer.Option("--compiled", help="Both engines compile (default: both eager).")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
-
-
-@bench_app.command()
-def prefill(  # noqa: PLR0913, PLR0917 (one argument is one option)
-    images: Annotated[int, typer.Option(min=0, max=16, help="Images of the prompt.")] = 1,
-    text: Annotated[int, typer.Option(min=2, help="Text tokens of the prompt.")] = 64,
-    method: Annotated[str, typer.Option(help="Pruning method.")] = "hidrop",
-    preset: Annotated[
-        str | None, typer.Option(help="Named schedule [default: tok48 of hidrop, tok64 of mustdrop].")
-    ] = None,
-    options: Annotated[str, typer.Option(help="The method's options, a JSON object.")] = "{}",
-    shape: Shape = "bench",
-    runs: Runs = 15,
-    compiled: Compiled = False,
-    json_file: JsonFile = None,
-) -> None:
-    """Time one prompt's prefill, vision tower included; the staged loop itself is never compiled yet."""
-    with one_line_errors():
-        from vllm_hidrop.commands import bench as command
-
-        choice: dict[str, Any] = {"method": method, "options": parse_object(options, "--options")}
-        preset = preset or {"hidrop": "tok48", "mustdrop": "tok64"}.get(method)
-        if preset:
-            choice["preset"] = preset
-        if method in ("hidrop", "visipruner", "mustdrop"):
-            choice["options"].setdefault("scale", True)
-        command.run_prefill(command.Bench(shape, runs, not compiled), choice, images, text, json_file)
-
-
-@bench_app.command()
-def train(
-    batch: Annotated[int, typer.Option(min=1, help="Prompts of a step, one image each.")] = 2,
-    text: Annotated[int, typer.Option(min=20, help="Text tokens of a prompt.")] = 64,
-    method: Annotated[str, typer.Option(help="Pruning method.")] = "hidrop",
-    preset: Annotated[str | None, typer.Option(help="Named schedule (hidrop: tok64, scaled).")] = None,
-    options: Annotated[str, typer.Option(help="The method's options, a JSON object.")] = "{}",
-    shape: Shape = "bench",
-    runs: Runs = 5,
-    json_file: JsonFile = None,
-) -> None:
-    """Time one training step with a schedule against the dense step, and the memory each holds."""
-    with one_line_errors():
-        from vllm_hidrop.commands import bench_train as command
-
-        chosen = parse_object(options, "--options")
-        if method == "hidrop":
-            preset, chosen = preset or "tok64", {"scale": True} | chosen
-        command.run(shape, (method, preset, chosen), batch, text, runs, json_file)
-
-
-@bench_app.command("all")
-def bench_all(shape: Shape = "bench", runs: Runs = 15, json_file: JsonFile = None) -> None:
-    """Every figure the documentation quotes: prefill in both modes, then what must not cost anything, compiled."""
-    with one_line_errors():
-        from vllm_hidrop.commands import bench as command
-
-        command.run_all(command.Bench(shape, runs, eager=False), json_file)
-
-
-def parse_windows(text: str) -> tuple[int, ...]:
-    """Read comma-separated layer counts, in order, each once.
-
-    Raises:
-        ValueError: not positive whole numbers.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
-        raise ValueError(f"--windows must be layer counts like 2,4, got {text!r}")
-    return tuple(dict.fromkeys(map(int, parts)))
-
-
-def parse_object(text: str, option: str) -> dict[str, Any]:
-    """Read a JSON object given on the command line.
-
-    Raises:
-        ValueError: not JSON, or not an object; the message names the option.
-    """
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{option} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{option} must be a JSON object, got {text}")
-    return value

@@ -57,6 +57,13 @@ class TextShape:
         """FLOPs of the one row whose logits prefill needs: ``2 C vocabulary``."""
         return 2 * self.hidden_size * self.vocab_size
 
+    @property
+    def num_weights(self) -> int:
+        """Weights of all matrices that a decode step reads, LM head included; each costs a row 2 FLOPs."""
+        width = self.num_heads * self.head_size
+        per_layer = self.qkv_flops_per_row // 2 + self.hidden_size * (width + 3 * self.intermediate_size)
+        return self.num_layers * per_layer + self.hidden_size * self.vocab_size
+
 
 LLAVA_7B = TextShape(32, 4096, 11008, 32, 32, 128, 32064)
 """LLaVA-1.5-7B's language model, Vicuna-7B."""
@@ -139,6 +146,8 @@ class StageCosts:
         dense_kv_blocks: the same stages with everything kept (``off`` on the same server).
         kv_bytes: bytes of ``kv_blocks``, padding layers included.
         dense_kv_bytes: what stock vLLM holds for these layers, in one group without padding.
+        kv_token_bytes: bytes of the cached rows alone, without the unused ends of blocks.
+        dense_kv_token_bytes: the same with everything kept.
         flops: prefill of the layers, and the scoring at the cut before them.
     """
 
@@ -154,6 +163,8 @@ class StageCosts:
     dense_kv_blocks: int
     kv_bytes: int
     dense_kv_bytes: int
+    kv_token_bytes: int
+    dense_kv_token_bytes: int
     flops: int
     dense_flops: int
 
@@ -197,6 +208,16 @@ class RequestCosts:
     def dense_kv_bytes(self) -> int:
         """The same for stock vLLM."""
         return sum(stage.dense_kv_bytes for stage in self.stages)
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes of the cached rows alone: the least any block size could hold."""
+        return sum(stage.kv_token_bytes for stage in self.stages)
+
+    @property
+    def dense_kv_token_bytes(self) -> int:
+        """The same with everything kept."""
+        return sum(stage.dense_kv_token_bytes for stage in self.stages)
 
     @property
     def flops(self) -> int:
@@ -266,6 +287,12 @@ def request_costs(
     )
 
 
+def ideal_decode_ratio(shape: TextShape, costs: RequestCosts, batch: int, bytes_per_weight: int = 2) -> float:
+    """Dense over staged bytes that a decode step of ``batch`` such requests reads: weights once, rows of each."""
+    weights = shape.num_weights * bytes_per_weight
+    return (weights + batch * costs.dense_kv_token_bytes) / (weights + batch * costs.kv_token_bytes)
+
+
 def _tokens_left(plan: Plan, vision: VisionShape) -> list[int | None]:
     """Per image, the tokens that the tower's later layers run: all, unless a method merged some there."""
     if not plan.adaptive:
@@ -295,6 +322,8 @@ def _stage_costs(
         dense_kv_blocks=groups * dense_blocks,
         kv_bytes=groups * blocks * group_size(schedule) * layer_block_bytes,
         dense_kv_bytes=layers * dense_blocks * layer_block_bytes,
+        kv_token_bytes=layers * cached * shape.kv_bytes_per_row,
+        dense_kv_token_bytes=layers * dense_rows * shape.kv_bytes_per_row,
         flops=layers * shape.layer_flops(rows) + _cut_flops(shape, plan, signal, stage),
         dense_flops=layers * shape.layer_flops(dense_rows),
     )

@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 from vllm_hidrop import torchvision_compat
 from vllm_hidrop.cli import app
-from vllm_hidrop.commands.plan import text_shape, vision_shape
+from vllm_hidrop.commands.plan import SHAPES, Workload, request_costs, text_shape, vision_shape
+from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.costs import LLAVA_7B_VISION, TextShape
-from vllm_hidrop.methods import METHODS
+from vllm_hidrop.methods import METHODS, ModelShape
 
 # What the package's .pth file does where the package is installed: transformers imports torchvision.
 torchvision_compat.install()
@@ -182,3 +183,18 @@ def test_a_directory_without_a_configuration_is_a_mistake_too(tmp_path: Path) ->
 @pytest.mark.parametrize("option", [["--images", "0"], ["--text", "0"], ["--block-size", "0"]])
 def test_sizes_below_one_are_refused(option: list[str]) -> None:
     assert CliRunner().invoke(app, ["plan", "7b", *option]).exit_code == 2
+
+
+def test_decided_counts_of_several_images_cost_every_images_tower() -> None:
+    shape = ModelShape(32, 576)
+    resolved = resolve(HidropConfig.parse({"method": "visipruner"}), shape)
+    stages = len(resolved.schedule.stages)
+    one, three = (
+        request_costs(
+            SHAPES["7b"], resolved, Workload((576,) * images, 64, 32), [images * 576] * (stages - 1) + [images * 5 - 1]
+        )
+        for images in (1, 3)
+    )
+    assert one.encoder_flops == LLAVA_7B_VISION.flops()
+    assert three.encoder_flops == 3 * LLAVA_7B_VISION.flops()
+    assert three.stages[-1].vision_tokens == 14

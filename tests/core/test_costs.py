@@ -14,6 +14,7 @@ from vllm_hidrop.costs import (
     RequestCosts,
     TextShape,
     group_size,
+    ideal_decode_ratio,
     num_groups,
     paper_vision_flops,
     request_costs,
@@ -209,3 +210,25 @@ def test_a_schedule_for_another_depth_is_refused() -> None:
 def test_blocks_of_no_tokens_are_refused() -> None:
     with pytest.raises(ValueError, match="block_size must be >= 1"):
         costs_of(NoPruning(), block_size=0)
+
+
+def test_token_bytes_are_blocks_without_their_unused_ends() -> None:
+    found = costs_of(HiDrop.from_preset("tok48"), images=(576, 576))
+    rows = sum(stage.rows * stage.num_layers for stage in found.stages)
+    assert found.kv_token_bytes == rows * LLAVA_7B.kv_bytes_per_row
+    assert found.dense_kv_token_bytes == (2 * 576 + 64) * 32 * LLAVA_7B.kv_bytes_per_row
+    assert found.kv_token_bytes < found.kv_bytes
+    exact = costs_of(HiDrop.from_preset("tok48"), images=(576, 576), block_size=1)
+    assert exact.kv_bytes == found.kv_token_bytes
+
+
+def test_a_decode_step_reads_the_weights_once_and_every_request_its_rows() -> None:
+    attention, mlp = 3 * (4 + 2 * 2) * 7 + 4 * 7 * 3, 3 * 3 * 5
+    assert TINY.num_weights == 4 * (attention + mlp) + 3 * 11
+    found = costs_of(FastV(layer=2, keep=0.5), images=(576,), text=64, shape=TINY)
+    dense, ours = 4 * 640 * TINY.kv_bytes_per_row, (2 * 640 + 2 * 352) * TINY.kv_bytes_per_row
+    weights = 2 * TINY.num_weights
+    for batch in (1, 16):
+        expected = (weights + batch * dense) / (weights + batch * ours)
+        assert ideal_decode_ratio(TINY, found, batch) == pytest.approx(expected)
+    assert ideal_decode_ratio(TINY, costs_of(NoPruning(), shape=TINY), 8) == 1

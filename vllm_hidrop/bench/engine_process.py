@@ -1,92 +1,126 @@
 """One in-process vLLM engine driven over pipes: the child side of a paired measurement.
 
-Started as ``python -m vllm_hidrop.bench.engine_process`` with the engine's settings as a JSON line on standard input;
-then one JSON line per request in, one with its timings out. vLLM's own output goes to standard error.
+The first line has the engine's settings. Then ``start`` queues requests and prefills them, ``steps`` runs decode steps,
+``stop`` ends the requests.
 """
 
-import json
-import os
-import sys
 import time
-from typing import Any, TextIO
+from typing import Any
 
+from vllm_hidrop.bench.piped import serve_lines
 
-def main() -> None:
-    """Serve measurements until standard input ends."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    settings = json.loads(sys.stdin.readline())
-    engine = MeasuredEngine(settings)
-    _reply(replies, {"ready": True, "kv_bytes_per_block": engine.kv_bytes_per_block})
-    for number, line in enumerate(sys.stdin):
-        _reply(replies, engine.measure(str(number), **json.loads(line)))
-
-
-def _reply(replies: TextIO, message: dict[str, Any]) -> None:
-    replies.write(json.dumps(message) + "\n")
-    replies.flush()
+PATIENCE = 3
+"""Steps without a new first token after which the rest is taken to wait for blocks."""
+ENDLESS = 10_000
 
 
 class MeasuredEngine:
-    """An engine whose steps are timed from the moment a request is queued, preprocessing excluded."""
+    """An engine whose steps are timed from the moment the requests are queued, preprocessing excluded."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
+        import torch
         from vllm import LLM
 
+        if torch.cuda.is_available():
+            settings["gpu_memory_utilization"] = 0.4  # two engines share the device; the pool's bytes are given
         self.engine: Any = LLM(**settings).llm_engine
-        self.core = self.engine.engine_core.engine_core
-        groups = self.core.scheduler.kv_cache_config.kv_cache_groups
+        self.scheduler = self.engine.engine_core.engine_core.scheduler
+        groups = self.scheduler.kv_cache_config.kv_cache_groups
         # One block id stands for a page of every layer of its group; the widest group sets what it costs.
         self.kv_bytes_per_block = max(g.kv_cache_spec.page_size_bytes * len(g.layer_names) for g in groups)
+        self.num_asked = 0
+        self.running: dict[str, int] = {}
 
-    def measure(self, name: str, images: int, text: int, max_tokens: int, seed: int) -> dict[str, Any]:
-        """Run one request alone.
+    def start(self, images: int, text: int, count: int, off: bool, seed: int, picture_seed: int) -> dict[str, Any]:
+        """Queue ``count`` requests at once and step until each has its first token, or no more fit.
 
         Args:
-            name: request id.
-            images: noise images, before the text.
-            text: text tokens of the prompt, the first one included.
-            max_tokens: tokens to generate.
-            seed: of pixels and tokens.
+            images: of each prompt, noise, before the text.
+            text: text tokens of each prompt, the first one included.
+            count: requests.
+            off: ask ours to keep every token.
+            seed: of tokens.
+            picture_seed: of pixels.
 
         Returns:
-            ``step_seconds`` (the first is the prefill, tower included), ``kv_blocks`` held after prefill, ``tokens``,
-            and the engine's ``report`` if it is ours.
+            ``step_seconds`` (of one request: the prefill, tower included), ``kv_blocks`` held at the end, ``num_held``
+            requests that have a first token and were not preempted since, the engine's ``report`` of the first request
+            (None for stock).
         """
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-        self.engine.add_request(name, _prompt(images, text, seed), params)
-        step_seconds: list[float] = []
-        kv_blocks = 0
-        outputs: list[Any] = []
-        free = self._num_free()
-        while self.engine.has_unfinished_requests():
-            start = time.perf_counter()
-            outputs = self.engine.step()
-            step_seconds.append(time.perf_counter() - start)
-            kv_blocks = kv_blocks or free - self._num_free()
+        extra = {"hidrop": "off"} if off else None
+        params = SamplingParams(temperature=0, max_tokens=ENDLESS, ignore_eos=True, extra_args=extra)
+        for index in range(count):
+            name = str(self.num_asked)
+            self.num_asked += 1
+            self.engine.add_request(name, _prompt(images, text, (seed, index), (picture_seed, index)), params)
+            self.running[name] = 0
+        first = next(iter(self.running))
+        free, report, step_seconds, patience = self._num_free(), None, [], PATIENCE
+        while patience and not all(self.running.values()):
+            before = sum(1 for tokens in self.running.values() if tokens)
+            seconds, outputs = self._step()
+            step_seconds.append(seconds)
+            found = [(o.kv_transfer_params or {}).get("hidrop") for o in outputs if o.request_id == first]
+            report = report or next(iter(found), None)
+            gained = sum(1 for tokens in self.running.values() if tokens) > before
+            patience = PATIENCE if gained else patience - 1
         return {
             "step_seconds": step_seconds,
-            "kv_blocks": kv_blocks,
-            "tokens": list(outputs[0].outputs[0].token_ids),
-            "report": (outputs[0].kv_transfer_params or {}).get("hidrop"),
+            "kv_blocks": free - self._num_free(),
+            "num_held": sum(1 for request in self.scheduler.running if request.num_output_tokens),
+            "report": report,
         }
 
+    def steps(self, count: int) -> dict[str, Any]:
+        """Time that many steps of the requests that were started."""
+        return {"step_seconds": [self._step()[0] for _ in range(count)]}
+
+    def stop(self) -> dict[str, Any]:
+        """End all requests."""
+        self.engine.abort_request(list(self.running))
+        self.running.clear()
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+        return {}
+
+    def _step(self) -> tuple[float, list[Any]]:
+        start = time.perf_counter()
+        outputs = self.engine.step()
+        seconds = time.perf_counter() - start
+        for output in outputs:
+            self.running[output.request_id] = len(output.outputs[0].token_ids)
+            if output.finished:
+                raise RuntimeError(f"request {output.request_id} ended: {output.outputs[0].finish_reason}")
+        return seconds, outputs
+
     def _num_free(self) -> int:
-        return int(self.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
+        return int(self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
 
 
-def _prompt(images: int, text: int, seed: int) -> dict[str, Any]:
+def _prompt(images: int, text: int, seed: tuple[int, int], picture_seed: tuple[int, int]) -> dict[str, Any]:
     import numpy as np
     from PIL import Image
 
     from vllm_hidrop.bench.shapes import IMAGE_TOKEN
 
-    rng = np.random.default_rng(seed)
-    tokens = [1] + [IMAGE_TOKEN] * images + rng.integers(4, IMAGE_TOKEN, text - 1).tolist()
-    pictures = [Image.fromarray(rng.integers(0, 256, (336, 336, 3), dtype=np.uint8)) for _ in range(images)]
+    words = np.random.default_rng(seed).integers(4, IMAGE_TOKEN, text - 1).tolist()
+    tokens = [1] + [IMAGE_TOKEN] * images + words
+    noise = np.random.default_rng(picture_seed).integers(0, 256, (images, 336, 336, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(pixels) for pixels in noise]
     return {"prompt_token_ids": tokens} | ({"multi_modal_data": {"image": pictures}} if images else {})
+
+
+def main() -> None:
+    """Serve measurements until standard input ends."""
+    engines: list[MeasuredEngine] = []
+
+    def make(settings: dict[str, Any]) -> dict[str, Any]:
+        engines.append(MeasuredEngine(settings))
+        return {"kv_bytes_per_block": engines[0].kv_bytes_per_block}
+
+    serve_lines(make, lambda command: getattr(engines[0], command.pop("do"))(**command))
 
 
 if __name__ == "__main__":

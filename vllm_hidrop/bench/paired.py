@@ -1,18 +1,15 @@
 """Two engines on the same weights, asked in turn, so that both meet the same disturbances of the machine."""
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median, median_low
-from typing import Any, Self
+from typing import Any
 
 from rich.progress import Progress
+
+from vllm_hidrop.bench.piped import NO_PLUGINS, PipedProcess
 
 ENVIRONMENT = {
     # The engine core runs inside the child, so that a step is timed without inter-process messages.
@@ -21,75 +18,72 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+NUM_WARM_UPS = 2
+STEPS_PER_TURN = 8
+SHORT = 4
+"""Images in a measurement so short that cold caches would count."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One measured request: noise images, then text tokens; ``max_tokens`` >= 2, to see the blocks held."""
+    """Requests that arrive at once, each with its noise images first and its text after them.
+
+    Attributes:
+        images: of each prompt.
+        text: text tokens of each prompt.
+        count: requests.
+        off: whether ours is asked to keep every token.
+    """
 
     images: int
     text: int
-    max_tokens: int = 2
+    count: int = 1
+    off: bool = False
 
 
-class EngineProcess:
-    """The parent side of :mod:`vllm_hidrop.bench.engine_process`."""
+class EngineProcess(PipedProcess):
+    """The parent side of :mod:`vllm_hidrop.bench.engine_process`; it is starting once this is made."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        handle, name = tempfile.mkstemp(prefix="hidrop-bench-", suffix=".log")
-        self.log = Path(name)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_hidrop.bench.engine_process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=handle,
-            text=True,
-            env=os.environ | ENVIRONMENT,
-        )
-        os.close(handle)
-        try:
-            self.kv_bytes_per_block = int(self._ask(settings)["kv_bytes_per_block"])
-        except ValueError:
-            self._end()
-            raise
+        self.is_ours = "additional_config" in settings
+        self.num_started = 0
+        self.begin = time.perf_counter()
+        self.start_seconds, self.kv_bytes_per_block = 0.0, 0
+        super().__init__("vllm_hidrop.bench.engine_process", ENVIRONMENT | ({} if self.is_ours else NO_PLUGINS))
+        self.send(settings)
 
-    def measure_warm(self, workload: Workload, seed: int) -> dict[str, Any]:
-        """Run a request that is thrown away, then one that counts; see ``MeasuredEngine.measure``."""
-        self._ask(vars(workload) | {"seed": seed + 1_000_000})
-        return self._ask(vars(workload) | {"seed": seed})
+    def wait_until_ready(self) -> None:
+        """Until it takes requests, ``start_seconds`` after its process was started.
 
-    def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        try:
-            self.process.stdin.write(json.dumps(message) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            raise ValueError(self._why_it_ended()) from None
-        line = self.process.stdout.readline()
-        if not line:
-            raise ValueError(self._why_it_ended())
-        reply: dict[str, Any] = json.loads(line)
+        Raises:
+            ValueError: it ended; says why and where its log is.
+        """
+        self.kv_bytes_per_block = int(self.receive()["kv_bytes_per_block"])
+        self.start_seconds = time.perf_counter() - self.begin
+
+    def start(self, workload: Workload, picture_seed: int | None = None) -> dict[str, Any]:
+        """Queue requests and prefill them; see ``MeasuredEngine.start``.
+
+        Text is new every time, and so are pictures without a seed: vLLM would find known ones in its encoder's cache.
+        """
+        self.num_started += 1
+        seeds = {"seed": self.num_started, "picture_seed": self.num_started if picture_seed is None else picture_seed}
+        return self.ask({"do": "start"} | vars(workload) | {"off": workload.off and self.is_ours} | seeds)
+
+    def steps(self, count: int) -> list[float]:
+        """Seconds of each of the next decode steps."""
+        seconds: list[float] = self.ask({"do": "steps", "count": count})["step_seconds"]
+        return seconds
+
+    def stop(self) -> None:
+        """End all requests."""
+        self.ask({"do": "stop"})
+
+    def run(self, workload: Workload, picture_seed: int | None = None) -> dict[str, Any]:
+        """Start and stop."""
+        reply = self.start(workload, picture_seed)
+        self.stop()
         return reply
-
-    def _why_it_ended(self) -> str:
-        lines = self.log.read_text().strip().splitlines() or ["no output"]
-        return f"the engine ended: {lines[-1]} (log: {self.log})"
-
-    def _end(self) -> None:
-        try:
-            self.process.communicate(timeout=30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.communicate()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end()
-        if self.process.returncode == 0:
-            self.log.unlink()
 
 
 @dataclass(frozen=True)
@@ -99,37 +93,61 @@ class Pair:
     stock: EngineProcess
     ours: EngineProcess
 
-    def measure(self, workload: Workload, num_runs: int, progress: Progress, title: str) -> "Measured":
-        """Ask both in turn ``num_runs`` times, after two warm-up turns.
+    def in_turn(self, turn: int) -> tuple[EngineProcess, EngineProcess]:
+        """Both, the other one first in every second turn."""
+        return (self.stock, self.ours) if turn % 2 else (self.ours, self.stock)
 
-        In its turn an engine runs two requests and the second counts: the first brings its weights back into the
-        caches that the other engine has just used, as they are in a server that is not sharing its cores.
+    def measure(self, workload: Workload, num_runs: int, progress: Progress, title: str) -> "Measured":
+        """Prefill in both in turn ``num_runs`` times, after two warm-up turns.
+
+        In its turn an engine runs twice, if that is short, and the second counts: the first brings its weights back
+        into the caches that the other engine has just used, as they are in a server that is not sharing its cores.
         """
-        bar = progress.add_task(title, total=num_runs + 2)
         runs: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        for turn in range(num_runs + 2):
-            engines = (self.stock, self.ours) if turn % 2 else (self.ours, self.stock)
-            replies = {id(engine): engine.measure_warm(workload, seed=turn) for engine in engines}
-            runs.append((replies[id(self.stock)], replies[id(self.ours)]))
+        for turn in progress.track(range(num_runs + NUM_WARM_UPS), description=title):
+            replies = {}
+            for engine in self.in_turn(turn):
+                if workload.count * workload.images < SHORT:
+                    engine.run(workload)
+                replies[engine.is_ours] = engine.run(workload)
+            runs.append((replies[False], replies[True]))
+        return Measured(runs[NUM_WARM_UPS:], self.stock.kv_bytes_per_block, self.ours.kv_bytes_per_block)
+
+    def decode_seconds(self, workload: Workload, num_runs: int, progress: Progress, title: str) -> tuple[float, float]:
+        """Median seconds of a decode step of (stock, ours), all requests of the workload in it.
+
+        Both keep their requests and run :data:`STEPS_PER_TURN` steps in turn, of which the first warms the caches.
+        """
+        seconds: dict[bool, list[float]] = {False: [], True: []}
+        bar = progress.add_task(title, total=num_runs + NUM_WARM_UPS + 2)
+        for engine in (self.stock, self.ours):
+            engine.start(workload)
             progress.advance(bar)
-        return Measured(runs[2:], self.stock.kv_bytes_per_block, self.ours.kv_bytes_per_block)
+        for turn in range(num_runs + NUM_WARM_UPS):
+            for engine in self.in_turn(turn):
+                found = engine.steps(STEPS_PER_TURN)[1:]
+                seconds[engine.is_ours] += found if turn >= NUM_WARM_UPS else []
+            progress.advance(bar)
+        for engine in (self.stock, self.ours):
+            engine.stop()
+        return median(seconds[False]), median(seconds[True])
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The paired runs of one workload: (stock, ours) replies."""
+    """The paired prefills of one workload: (stock, ours) replies."""
 
     runs: Sequence[tuple[dict[str, Any], dict[str, Any]]]
     stock_bytes_per_block: int
     our_bytes_per_block: int
 
     def seconds(self, engine: int) -> float:
-        """Median prefill of engine 0 (stock) or 1 (ours)."""
-        return median(run[engine]["step_seconds"][0] for run in self.runs)
+        """Median time until every request had its first token; engine 0 is stock, 1 ours."""
+        return median(sum(run[engine]["step_seconds"]) for run in self.runs)
 
-    def decode_seconds(self, engine: int) -> float:
-        """Median decode step over all runs."""
-        return median(step for run in self.runs for step in run[engine]["step_seconds"][1:])
+    def num_steps(self, engine: int) -> int:
+        """Median of the steps that took."""
+        return int(median_low(len(run[engine]["step_seconds"]) for run in self.runs))
 
     def kv_bytes(self, engine: int) -> int:
         """Bytes of the blocks held after prefill."""
@@ -139,14 +157,16 @@ class Measured:
     @property
     def kept(self) -> list[int]:
         """Vision tokens that every stage of ours ran with; the median over the runs."""
-        stages = zip(*(run[1]["report"]["stages"] for run in self.runs), strict=True)
-        return [int(median_low(stage["kept"] for stage in of_runs)) for of_runs in stages]
+        return self._of_stages("kept")
 
     @property
     def cached(self) -> list[int]:
         """Vision tokens in the cache of every stage of ours after prefill; the median over the runs."""
+        return self._of_stages("cached")
+
+    def _of_stages(self, what: str) -> list[int]:
         stages = zip(*(run[1]["report"]["stages"] for run in self.runs), strict=True)
-        return [int(median_low(stage["cached"] for stage in of_runs)) for of_runs in stages]
+        return [int(median_low(stage[what] for stage in of_runs)) for of_runs in stages]
 
     @property
     def cut_layer(self) -> int | None:
@@ -164,38 +184,13 @@ class Measured:
         """Blocks ours held after prefill."""
         return int(self.runs[0][1]["kv_blocks"])
 
-    @property
-    def speedup(self) -> float:
-        """Stock over ours, medians of paired runs."""
-        return self.seconds(0) / self.seconds(1)
-
-
-def engine_settings(model: Path, hidrop: dict[str, Any] | None, eager: bool, max_model_len: int) -> dict[str, Any]:
-    """Settings of either engine; ``hidrop`` None is stock vLLM with its own model class."""
-    settings: dict[str, Any] = {
-        "model": str(model),
-        "dtype": "bfloat16",
-        "enforce_eager": eager,
-        "max_model_len": max_model_len,
-        "max_num_batched_tokens": max_model_len,
-        "block_size": 32,
-        "enable_prefix_caching": False,
-        "distributed_executor_backend": "uni",
-        "kv_cache_memory_bytes": 1 << 30,
-        "limit_mm_per_prompt": {"image": 16},
-    }
-    if hidrop is not None:
-        settings["hf_overrides"] = {"architectures": ["HidropLlavaForConditionalGeneration"]}
-        settings["additional_config"] = {"hidrop": hidrop}
-    return settings
-
 
 @contextmanager
 def running_pair(stock: dict[str, Any], ours: dict[str, Any], progress: Progress) -> Iterator[Pair]:
-    """Start both engines, one after the other."""
+    """Start both engines at the same time."""
     bar = progress.add_task("starting stock vLLM and ours", total=2)
-    with EngineProcess(stock) as first:
-        progress.advance(bar)
-        with EngineProcess(ours) as second:
+    with EngineProcess(stock) as first, EngineProcess(ours) as second:
+        for engine in (first, second):
+            engine.wait_until_ready()
             progress.advance(bar)
-            yield Pair(first, second)
+        yield Pair(first, second)

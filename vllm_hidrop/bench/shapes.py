@@ -34,6 +34,11 @@ class BenchShape:
     peaked_layer: int | None = None
     """A text layer whose attention is far from flat, as one is in a trained model and none in random weights."""
 
+    def __str__(self) -> str:
+        tower = f"tower of {self.vision_layers} x {self.vision_hidden_size} at 336/14"
+        peaked = "" if self.peaked_layer is None else f", layer {self.peaked_layer} peaked"
+        return f"{self.num_layers} layers x {self.hidden_size}, FFN {self.intermediate_size}, {tower}{peaked}"
+
 
 SHAPES = {
     "tiny": BenchShape(8, 128, 4, 256, 2, 64, 2),

@@ -1,32 +1,48 @@
-"""``hidrop bench``: prefill, decode and KV of ours against stock vLLM, from one run on the same weights."""
+"""``hidrop bench``: ours against stock vLLM, from one run on the same weights; one function per section of rows."""
 
 import json
+import math
 import os
-import re
-from dataclasses import asdict, dataclass, replace
-from datetime import date
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from vllm_hidrop.bench.paired import Measured, Workload, engine_settings, running_pair
+from vllm_hidrop.bench.figure import check_drawable, draw
+from vllm_hidrop.bench.paired import EngineProcess, Measured, Pair, Workload, running_pair
+from vllm_hidrop.bench.rows import Row, make_row, provenance, ratio, write_rows
 from vllm_hidrop.bench.shapes import SHAPES, make_checkpoint
+from vllm_hidrop.bench.tables import print_rows
 from vllm_hidrop.commands import plan as planning
-from vllm_hidrop.config import HidropConfig, resolve
-from vllm_hidrop.methods import ModelShape
+from vllm_hidrop.config import HidropConfig, Resolved, resolve
+from vllm_hidrop.costs import RequestCosts, ideal_decode_ratio
+from vllm_hidrop.methods import Adaptive, ModelShape
 
 BLOCK_SIZE = 32
 TOKENS_PER_IMAGE = 576
-ADAPTIVE: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("bench", {"method": "visipruner", "options": {"scale": True}}),
-    ("bench-peaked", {"method": "visipruner", "options": {"scale": True}}),
-    ("bench", {"method": "mustdrop", "preset": "tok64", "options": {"scale": True}}),
-)
-"""Flat attention never makes VisiPruner cut; one peaked layer half way does."""
-TOK48 = {"method": "hidrop", "preset": "tok48", "options": {"scale": True}}
+TRAFFIC = {"image": "", "off": " off", "text": " text only"}
+"""What is asked of ours, and how rows call it: pruned requests, the same with everything kept, no image at all."""
+NEW_PICTURES = 1_000_000
+"""More than the pictures that are not chosen by a seed."""
+DEFAULT_PRESETS = {"hidrop": "tok48", "mustdrop": "tok64"}
+SCALED = ("hidrop", "visipruner", "mustdrop")
+"""Their presets are for other depths than the bench shapes have."""
+
+
+def complete_choice(method: str, preset: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """A pruning choice with what the bench takes for granted."""
+    preset = preset or DEFAULT_PRESETS.get(method)
+    scale = {"scale": True} if method in SCALED else {}
+    return {"method": method, "options": scale | options} | ({"preset": preset} if preset else {})
+
+
+TOK48 = complete_choice("hidrop", None, {})
 
 
 @dataclass(frozen=True)
@@ -35,166 +51,344 @@ class Bench:
 
     Attributes:
         shape: a name of ``bench.shapes.SHAPES``.
-        runs: paired runs per figure.
-        eager: ``enforce_eager`` for both engines; otherwise both compile, vLLM's default.
+        runs: paired runs per figure; long ones get fewer.
+        pairs: fresh pairs of processes, of whose medians the median counts.
+        compiled: vLLM's default; otherwise ``enforce_eager`` for both engines.
+        hidrop: the pruning choice, as :class:`HidropConfig` takes it.
     """
 
     shape: str
     runs: int
-    eager: bool
+    pairs: int
+    compiled: bool
+    hidrop: dict[str, Any]
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
             raise ValueError(f"unknown shape {self.shape!r}; known: {', '.join(SHAPES)}")
 
+    @cached_property
     def model(self) -> Path:
         """The checkpoint, made when it is missing."""
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vllm_hidrop"
         return make_checkpoint(SHAPES[self.shape], cache / f"bench-{self.shape}")
 
+    @cached_property
+    def known(self) -> planning.Model:
+        """Sizes of the model."""
+        return planning.read_model(str(self.model))
 
-def run_prefill(bench: Bench, hidrop: dict[str, Any], images: int, text: int, json_file: Path | None) -> None:
-    """Measure one prompt's prefill and print it; ``json_file`` gets the same."""
-    with _progress() as progress:
-        found = measure_prefill(bench, hidrop, images, text, progress)
-    _print_rows([found])
-    _write(json_file, found)
+    @cached_property
+    def resolved(self) -> Resolved:
+        """The method and its schedule.
+
+        Raises:
+            ValueError: a choice that does not exist or does not fit.
+        """
+        return resolve(HidropConfig.parse(self.hidrop), ModelShape(SHAPES[self.shape].num_layers, TOKENS_PER_IMAGE))
+
+    @property
+    def method(self) -> str:
+        """Its name."""
+        return str(self.hidrop["method"])
+
+    def name(self, section: str, traffic: str, what: str) -> str:
+        """Of a row; vLLM's default mode is not mentioned."""
+        return f"{section} {self.method}{TRAFFIC[traffic]}, {what}{'' if self.compiled else ', eager'}"
+
+    def costs(self, images: int, text: int, decided: Sequence[int] | None = None) -> RequestCosts:
+        """What a pruned request costs on paper."""
+        workload = planning.Workload((TOKENS_PER_IMAGE,) * images, text, BLOCK_SIZE)
+        return planning.request_costs(self.known, self.resolved, workload, decided)
+
+    def command(self, section: str, **flags: Any) -> str:
+        """The command line that measures one row."""
+        words = ["hidrop", "bench", section]
+        given: dict[str, Any] = {**flags, "shape": self.shape}
+        if section != "kv":  # counted, not timed
+            given["runs"] = self.runs
+        if self.pairs > 1:
+            given["pairs"] = self.pairs
+        if self.method != "hidrop":
+            given["method"] = self.method
+        usual = complete_choice(self.method, None, {})
+        if self.hidrop.get("preset") != usual.get("preset"):
+            given["preset"] = self.hidrop["preset"]
+        if self.hidrop["options"] != usual["options"]:
+            given["options"] = json.dumps(self.hidrop["options"])
+        for key, value in given.items():
+            words += [f"--{key}", str(value)]
+        return shlex.join(words + ([] if self.compiled else ["--eager"]))
+
+    def settings(
+        self,
+        max_model_len: int,
+        step_tokens: int,
+        kv_bytes: int,
+        *,
+        max_num_seqs: int = 64,
+        prefix_caching: bool = False,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Engine settings of (stock, ours), the same but for the model class and the choice."""
+        stock = {
+            "model": str(self.model),
+            "dtype": "bfloat16",
+            "enforce_eager": not self.compiled,
+            "max_model_len": max_model_len,
+            "max_num_batched_tokens": step_tokens,
+            "max_num_seqs": max_num_seqs,
+            "block_size": BLOCK_SIZE,
+            "enable_prefix_caching": prefix_caching,
+            "distributed_executor_backend": "uni",
+            "kv_cache_memory_bytes": kv_bytes,
+            "limit_mm_per_prompt": {"image": 16},
+        }
+        ours = stock | {
+            "hf_overrides": {"architectures": ["HidropLlavaForConditionalGeneration"]},
+            "additional_config": {"hidrop": self.hidrop},
+        }
+        return stock, ours
+
+    def kv_bytes(self, num_tokens: int) -> int:
+        """A pool with ample room for so many tokens in every layer, padding of groups included."""
+        text = self.known.text
+        return (1 << 27) + 5 * num_tokens * text.num_layers * text.kv_bytes_per_row // 4
 
 
-def run_all(bench: Bench, json_file: Path | None) -> None:
-    """Measure every figure the documentation quotes: prefill in both modes, then what must not cost anything."""
-    with _progress() as progress:
-        rows = [measure_prefill(replace(bench, eager=eager), TOK48, 1, 64, progress) for eager in (True, False)]
-        rows += [
-            measure_prefill(replace(bench, shape=shape, eager=eager), choice, 1, 64, progress)
-            for shape, choice in ADAPTIVE
-            for eager in (True, False)
-        ]
-        rows += measure_overhead(bench, {"method": "none"}, "none", (1, 0), progress)
-        rows += measure_overhead(bench, TOK48, "hidrop", (0,), progress)
-    _print_rows(rows)
-    model = f"random weights of shape {bench.shape!r} in bfloat16, {asdict(SHAPES[bench.shape])}"
-    _write(json_file, {"model": model, "cpu": _cpu(), "date": str(date.today()), "rows": rows})
+def report(
+    bench: Bench, rows: Callable[[Progress], Iterable[Row]], json_file: Path | None, png_file: Path | None
+) -> None:
+    """Measure, print, and write the files that were asked for.
+
+    Raises:
+        ValueError: what was asked cannot be measured; nothing was started then.
+    """
+    if png_file is not None:
+        check_drawable()
+    assert bench.resolved  # refuses a bad choice before any engine starts
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    found: list[Row] = []
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        try:
+            for row in rows(progress):
+                found.append(row)
+        finally:  # what was measured before something failed is not lost
+            if json_file is not None and found:
+                write_rows(json_file, found)
+    print_rows(found)
+    if png_file is not None:
+        draw(found, png_file)
 
 
-def _cpu() -> str:
-    names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    return names[0] if names else "unknown CPU"
+def finished(bench: Bench, rows_of_pairs: Iterable[Sequence[Row]]) -> list[Row]:
+    """One row for the same figure of every pair: medians of their medians, and when and how it was measured."""
+    return [_merged(rows) | provenance(bench.shape, _mode(bench)) for rows in zip(*rows_of_pairs, strict=True)]
 
 
-def measure_prefill(bench: Bench, hidrop: dict[str, Any], images: int, text: int, progress: Progress) -> dict[str, Any]:
-    """One prompt of ``images`` images and ``text`` text tokens, vision tower included, in both engines."""
-    model = bench.model()
-    known = planning.read_model(str(model))
-    resolved = resolve(HidropConfig.parse(hidrop), ModelShape(known.text.num_layers, TOKENS_PER_IMAGE))
-    length = _model_len(images, text)
-    stock = engine_settings(model, None, bench.eager, length)
-    ours = engine_settings(model, hidrop, bench.eager, length)
-    title = f"prefill, {images} images"
-    with running_pair(stock, ours, progress) as pair:
-        measured = pair.measure(Workload(images, text, max_tokens=2), bench.runs, progress, title)
-    workload = planning.Workload((TOKENS_PER_IMAGE,) * images, text, BLOCK_SIZE)
-    costs = planning.request_costs(known, resolved, workload, measured.kept)
-    what = f"prefill {hidrop['method']} {images} image(s) + {text} text"
-    if hidrop["method"] == "visipruner":
-        what += f", {'no layer' if measured.cut_layer is None else f'layer {measured.cut_layer - 1}'} triggers"
-    return _row(what, measured, bench) | {
+def _merged(rows: Sequence[Row]) -> Row:
+    stock, ours = (median(row[who] for row in rows) for who in ("stock", "ours"))
+    better = ratio(ours, stock, rows[0]["unit"])
+    more = {"pair_ratios": [row["ratio"] for row in rows]} if len(rows) > 1 else {}
+    return {**rows[0], "ours": ours, "stock": stock, "ratio": better} | more
+
+
+def _mode(bench: Bench) -> str:
+    return "compiled" if bench.compiled else "eager"
+
+
+def _over_pairs(
+    bench: Bench,
+    settings: tuple[dict[str, Any], dict[str, Any]],
+    progress: Progress,
+    measure: Callable[[Pair], list[Row]],
+) -> list[Row]:
+    found = []
+    for _ in range(bench.pairs):
+        with running_pair(*settings, progress) as pair:
+            found.append(measure(pair))
+    return finished(bench, found)
+
+
+def _model_len(images: int, text: int, generated: int = 8) -> int:
+    """Room for a prompt and so many tokens, in whole blocks; vLLM's profile wants some text with every image."""
+    return -(-(images * TOKENS_PER_IMAGE + text + generated) // BLOCK_SIZE) * BLOCK_SIZE
+
+
+def prefill(
+    bench: Bench, images: Sequence[int], texts: Sequence[int], traffic: Sequence[str], progress: Progress
+) -> list[Row]:
+    """Every number of images with every length of text, in every kind of traffic (text alone: the lengths only)."""
+    length = _model_len(max(images), max(texts))
+    cells = [(kind, count, text) for kind in traffic for count in ([0] if kind == "text" else images) for text in texts]
+
+    def measure(pair: Pair) -> list[Row]:
+        return [_prefill_row(bench, pair, *cell, progress) for cell in cells]
+
+    return _over_pairs(bench, bench.settings(length, length, bench.kv_bytes(length)), progress, measure)
+
+
+def _prefill_row(bench: Bench, pair: Pair, traffic: str, images: int, text: int, progress: Progress) -> Row:
+    what = (f"{images} image{'s' if images > 1 else ''} + " if images else "") + f"{text} text"
+    runs = max(min(bench.runs, 3), bench.runs // max(images, 1))
+    workload = Workload(images, text, off=traffic == "off")
+    name = bench.name("prefill", traffic, what)
+    measured = pair.measure(workload, runs, progress, name)
+    command = bench.command("prefill", images=images or 1, text=text, traffic=traffic)
+    times = _milliseconds(measured)
+    if traffic != "image":
+        return make_row("prefill", name, times, "ms", 1.0, command=command)
+    if bench.method == "visipruner":
+        cut = measured.cut_layer
+        name += f", {'no layer' if cut is None else f'layer {cut - 1}'} triggers"
+    costs = bench.costs(images, text, measured.kept)
+    more = {
         "kept": measured.kept,
         "cached": measured.cached,
         "selection_share": measured.selection_share,
-        "ideal_speedup": costs.ideal_speedup_with_encoder,
-        "ideal_speedup_text_model": costs.ideal_speedup,
-        "share_of_ideal": measured.speedup / (costs.ideal_speedup_with_encoder or costs.ideal_speedup),
         "kv_blocks": measured.kv_blocks,
         "kv_blocks_planned": costs.kv_blocks,
-        "kv_bytes": measured.kv_bytes(1),
-        "kv_bytes_stock": measured.kv_bytes(0),
-        "kv_share_of_stock": measured.kv_bytes(1) / measured.kv_bytes(0),
     }
+    return make_row("prefill", name, times, "ms", costs.ideal_speedup_with_encoder, command=command, **more)
 
 
-def measure_overhead(
-    bench: Bench, hidrop: dict[str, Any], name: str, images: tuple[int, ...], progress: Progress
-) -> list[dict[str, Any]]:
-    """Prompts that are not pruned: prefill and decode against stock, which should cost the same."""
-    model = bench.model()
-    length = _model_len(max(images), 64) + 64
-    rows = []
-    stock = engine_settings(model, None, bench.eager, length)
-    with running_pair(stock, engine_settings(model, hidrop, bench.eager, length), progress) as pair:
-        for count in images:
-            title = f"{name}, {count} images"
-            measured = pair.measure(Workload(count, 64, max_tokens=17), bench.runs, progress, title)
-            what = f"{name}, {count} image(s)" if count else f"{name}, text only"
-            rows.append(_row(f"prefill {what}", measured, bench))
-            rows.append(_decode_row(f"decode step {what}", measured, bench))
-    return rows
+def _milliseconds(measured: Measured) -> tuple[float, float]:
+    return 1000 * measured.seconds(0), 1000 * measured.seconds(1)
 
 
-def _row(name: str, measured: Measured, bench: Bench) -> dict[str, Any]:
-    return _timings(name, measured.seconds(0), measured.seconds(1), bench)
+def decode(bench: Bench, batches: Sequence[int], text: int, traffic: Sequence[str], progress: Progress) -> list[Row]:
+    """A decode step with every batch of requests that have one image, or none; the ideal is in bytes read."""
+    length = _model_len(1, text, generated=200 + 10 * bench.runs)
+    is_adaptive = isinstance(bench.resolved.method, Adaptive)
+
+    def row(pair: Pair, kind: str, batch: int) -> Row:
+        workload = Workload(0 if kind == "text" else 1, text, batch, kind == "off")
+        name = bench.name("decode", kind, f"batch {batch}")
+        stock, ours = pair.decode_seconds(workload, bench.runs, progress, name)
+        ideal: float | None = 1.0
+        if kind == "image":
+            ideal = None if is_adaptive else ideal_decode_ratio(bench.known.text, bench.costs(1, text), batch)
+        command = bench.command("decode", batch=batch, text=text, traffic=kind)
+        return make_row("decode", name, (1000 * stock, 1000 * ours), "ms", ideal, command=command)
+
+    def measure(pair: Pair) -> list[Row]:
+        return [row(pair, kind, batch) for kind in traffic for batch in batches]
+
+    room = bench.kv_bytes(max(batches) * length)
+    settings = bench.settings(length, max(4096, length), room, max_num_seqs=max(batches))
+    return _over_pairs(bench, settings, progress, measure)
 
 
-def _decode_row(name: str, measured: Measured, bench: Bench) -> dict[str, Any]:
-    return _timings(name, measured.decode_seconds(0), measured.decode_seconds(1), bench)
+def kv(bench: Bench, images: Sequence[int], text: int, pool: int, progress: Progress) -> list[Row]:
+    """Bytes that a prompt holds, and how many one-image requests a pool of ``pool`` of stock's holds at once.
+
+    Raises:
+        ValueError: a prompt that does not fit the pool.
+    """
+    if max(images) > pool:
+        raise ValueError(f"--images {max(images)} does not fit a pool for {pool} requests: raise --pool")
+    length = _model_len(max(images), text)
+    costs = bench.costs(1, text)
+    a_block = BLOCK_SIZE * bench.known.text.num_layers * bench.known.text.kv_bytes_per_row
+    # A prompt and the block of its first answer tokens; vLLM keeps one block to itself.
+    pool_bytes = a_block * (pool * (costs.stages[0].dense_layer_blocks // costs.stages[0].num_layers + 1) + 1)
+    ideal = costs.dense_kv_token_bytes / costs.kv_token_bytes
+    count = math.ceil(pool * ideal) + 4
+
+    def measure(pair: Pair) -> list[Row]:
+        rows = [_held_row(bench, pair, number, text) for number in images]
+        bar = progress.add_task(f"filling a pool of {pool_bytes / 2**20:.0f} MiB", total=2)
+        held = []
+        for engine in (pair.stock, pair.ours):
+            held.append(engine.run(Workload(1, text, count))["num_held"])
+            progress.advance(bar)
+        name = bench.name("kv", "image", "requests held")
+        command = bench.command("kv", images=1, text=text, pool=pool)
+        figures = (held[0], held[1])
+        return [*rows, make_row("kv", name, figures, "requests", ideal, command=command, pool_bytes=pool_bytes)]
+
+    settings = bench.settings(length, max(2048, length), pool_bytes, max_num_seqs=count)
+    return _over_pairs(bench, settings, progress, measure)
 
 
-def _timings(name: str, stock: float, ours: float, bench: Bench) -> dict[str, Any]:
-    return {
-        "name": name,
-        "speedup": stock / ours,
-        "stock_seconds": stock,
-        "staged_seconds": ours,
-        "settings": asdict(bench),
-        "versions": _versions(),
-    }
+def _held_row(bench: Bench, pair: Pair, images: int, text: int) -> Row:
+    """Bytes of the blocks held after prefill; the ideal holds exactly the tokens of the plan."""
+    stock, ours = (engine.run(Workload(images, text)) for engine in (pair.stock, pair.ours))
+    decided = [stage["kept"] for stage in ours["report"]["stages"]]
+    costs = bench.costs(images, text, decided)
+    held = (stock["kv_blocks"] * pair.stock.kv_bytes_per_block, ours["kv_blocks"] * pair.ours.kv_bytes_per_block)
+    name = bench.name("kv", "image", f"bytes held, {images} image{'s' if images > 1 else ''} + {text} text")
+    return make_row(
+        "kv",
+        name,
+        (held[0] / 2**20, held[1] / 2**20),
+        "MiB",
+        held[0] / costs.kv_token_bytes,
+        command=bench.command("kv", images=images, text=text),
+        kv_blocks=ours["kv_blocks"],
+        kv_blocks_planned=costs.kv_blocks,
+        over_token_exact=held[1] / costs.kv_token_bytes,
+    )
 
 
-def _versions() -> dict[str, Any]:
-    import platform
+def burst(bench: Bench, requests: int, text: int, budget: int, progress: Progress) -> list[Row]:
+    """One-image requests that arrive at once, under a step budget: until all have their first token.
 
-    import torch
+    Raises:
+        ValueError: a budget that a prompt does not fit.
+    """
+    length = _model_len(1, text, generated=256)
+    if budget < length:
+        raise ValueError(f"--budget {budget} is less than the {length} tokens of a prompt and its answer")
+    name = bench.name("burst", "image", f"{requests} requests, {budget} tokens a step")
 
-    from vllm_hidrop import __version__
-    from vllm_hidrop.engine.compat import installed_vllm_version
+    def measure(pair: Pair) -> list[Row]:
+        measured = pair.measure(Workload(1, text, requests), min(bench.runs, 5), progress, name)
+        times, steps = _milliseconds(measured), (measured.num_steps(0), measured.num_steps(1))
+        ideal = bench.costs(1, text).ideal_speedup_with_encoder
+        command = bench.command("burst", requests=requests, text=text, budget=budget)
+        return [make_row("burst", name, times, "ms", ideal, command=command, steps=steps)]
 
-    return {
-        "vllm_hidrop": __version__,
-        "vllm": installed_vllm_version(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-    }
-
-
-def _model_len(images: int, text: int) -> int:
-    return -(-(images * TOKENS_PER_IMAGE + text + 1) // 256) * 256
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))
+    settings = bench.settings(length, budget, bench.kv_bytes(requests * length), max_num_seqs=requests)
+    return _over_pairs(bench, settings, progress, measure)
 
 
-def _print_rows(rows: list[dict[str, Any]]) -> None:
-    headings = ("stock ms", "ours ms", "speed-up", "ideal", "of ideal", "selection", "KV blocks (plan)", "KV of stock")
-    table = Table("what", *headings)
-    for row in rows:
-        table.add_row(
-            row["name"],
-            f"{1000 * row['stock_seconds']:.1f}",
-            f"{1000 * row['staged_seconds']:.1f}",
-            f"{row['speedup']:.2f}x",
-            f"{row['ideal_speedup']:.2f}x" if "ideal_speedup" in row else "",
-            f"{row['share_of_ideal']:.0%}" if "share_of_ideal" in row else "",
-            f"{row['selection_share']:.1%}" if "selection_share" in row else "",
-            f"{row['kv_blocks']} ({row['kv_blocks_planned']})" if "kv_blocks" in row else "",
-            f"{row['kv_share_of_stock']:.1%}" if "kv_share_of_stock" in row else "",
-        )
-    Console(width=140).print(table)
+def prefix(bench: Bench, text: int, progress: Progress) -> list[Row]:
+    """A question about a new image, then another about the same one; both engines may cache prefixes."""
+    length = _model_len(1, text)
+    workload = Workload(1, text)
+
+    def measure(pair: Pair) -> list[Row]:
+        seconds: dict[tuple[bool, int], list[float]] = {(ours, n): [] for ours in (False, True) for n in (0, 1)}
+        warm_ups = 2
+        for turn in progress.track(range(bench.runs + warm_ups), description="two questions about an image"):
+            for engine in pair.in_turn(turn):
+                engine.run(workload)
+                for question in (0, 1):
+                    reply = engine.run(workload, picture_seed=NEW_PICTURES + turn)
+                    if turn >= warm_ups:
+                        seconds[engine.is_ours, question].append(sum(reply["step_seconds"]))
+        rows = []
+        for question, called in enumerate(("first question", "second question")):
+            stock, ours = (1000 * median(seconds[who, question]) for who in (False, True))
+            name, command = bench.name("prefix", "image", called), bench.command("prefix", text=text)
+            ideal = None if question else bench.costs(1, text).ideal_speedup_with_encoder
+            rows.append(make_row("prefix", name, (stock, ours), "ms", ideal, command=command))
+        return rows
+
+    settings = bench.settings(length, max(2048, length), bench.kv_bytes(64 * length), prefix_caching=True)
+    return _over_pairs(bench, settings, progress, measure)
 
 
-def _write(json_file: Path | None, found: dict[str, Any]) -> None:
-    if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=2) + "\n")
+def start(bench: Bench, progress: Progress) -> list[Row]:
+    """Seconds from a new process to an engine that takes requests; one start of each is thrown away."""
+    length = _model_len(1, 64)
+    settings = bench.settings(length, 2048, bench.kv_bytes(8 * length))
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for turn in progress.track(range(bench.runs + 1), description="starting engines"):
+        for who in (0, 1) if turn % 2 else (1, 0):
+            with EngineProcess(settings[who]) as engine:
+                engine.wait_until_ready()
+                seconds[who].extend([engine.start_seconds] if turn else [])
+    name = "engine start" + ("" if bench.compiled else ", eager")
+    figures = (median(seconds[0]), median(seconds[1]))
+    return finished(bench, [[make_row("start", name, figures, "s", None, command=bench.command("start"))]])

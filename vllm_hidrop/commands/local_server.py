@@ -12,7 +12,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -25,7 +25,10 @@ STOP_SECONDS = 15.0
 
 @contextmanager
 def local_server(
-    arguments: Sequence[str], on_wait: Callable[[], None], command: Sequence[str] = COMMAND
+    arguments: Sequence[str],
+    on_wait: Callable[[], None],
+    command: Sequence[str] = COMMAND,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
     """Start the server on a free loopback port, yield its address, end its whole process group.
 
@@ -33,6 +36,7 @@ def local_server(
         arguments: of ``command``.
         on_wait: called a few times a second until the server answers.
         command: ``hidrop serve``, or another server that takes ``--host`` and ``--port`` and has ``/health``.
+        environment: variables over those of this process.
 
     Raises:
         ValueError: the server ended, or did not answer in time; says why and where its log is.
@@ -45,6 +49,7 @@ def local_server(
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            env=os.environ | dict(environment or {}),
         )
         old_handler = signal.signal(signal.SIGTERM, _end)
         try:

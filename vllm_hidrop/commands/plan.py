@@ -93,9 +93,14 @@ def request_costs(
     adaptive = isinstance(resolved.method, Adaptive)
     plan = make_plan(resolved.schedule, offset + workload.text, spans, adaptive=adaptive)
     if adaptive and decided is not None and spans:
-        plan = replace(plan, spans=(Span(0, offset),), kept=tuple((count,) for count in decided), decided=True)
+        plan = replace(plan, kept=tuple(_split(count, len(spans)) for count in decided), decided=True)
     schedule, signal = resolved.schedule, resolved.method.signal
     return costs.request_costs(model.text, schedule, plan, signal, workload.block_size, model.vision)
+
+
+def _split(count: int, parts: int) -> tuple[int, ...]:
+    """A count over images as evenly as it goes; the towers' costs are per image."""
+    return tuple(count // parts + (part < count % parts) for part in range(parts))
 
 
 def read_model(model: str) -> Model:

@@ -1,0 +1,126 @@
+"""vLLM's own benchmark client against a server: its inputs, its command line, its results."""
+
+import base64
+import io
+import json
+import sys
+import tempfile
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_hidrop.bench.piped import NO_PLUGINS, PipedProcess
+
+STOCK_SERVER = (sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}t1 {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+"""Parts in the order they were sent; the bench model's tokenizer has one word per token."""
+OFF = {"vllm_xargs": {"hidrop": "off"}}
+IMAGE_SIZE = 336
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a client sends.
+
+    Attributes:
+        requests: all at once, or at most ``concurrency`` of them.
+        concurrency: None for no limit.
+        images: of each request; each is another picture.
+        text: text tokens of each prompt.
+        output_tokens: of each answer.
+        seed: of the pictures; another one for every load, or the server finds them in its encoder's cache.
+        off: whether ours is asked to keep every token.
+    """
+
+    requests: int
+    concurrency: int | None
+    images: int
+    text: int
+    output_tokens: int
+    seed: int
+    off: bool = False
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """vLLM's figures of a load."""
+
+    requests_per_second: float
+    ttft_ms: float
+    itl_ms: float
+
+
+class Client(PipedProcess):
+    """The parent side of :mod:`vllm_hidrop.bench.client_process`."""
+
+    def __init__(self, model: Path) -> None:
+        self.model = model
+        super().__init__("vllm_hidrop.bench.client_process", NO_PLUGINS | {"HF_HUB_OFFLINE": "1"})
+        self.ask({})
+
+    def run(self, url: str, load: Load) -> Latencies:
+        """Send a load by ``vllm.benchmarks.serve``.
+
+        Raises:
+            ValueError: the client failed, or not every request was answered.
+        """
+        with tempfile.NamedTemporaryFile("w", prefix="hidrop-bench-", suffix=".jsonl") as requests:
+            requests.writelines(json.dumps({"content": content}) + "\n" for content in contents(load))
+            requests.flush()
+            found = self.ask({"arguments": self._arguments(url, load, requests.name)})
+        if found["completed"] != load.requests:
+            raise ValueError(f"{load.requests - found['completed']} of {load.requests} requests to {url} failed")
+        return Latencies(found["request_throughput"], found["median_ttft_ms"], found["median_itl_ms"])
+
+    def _arguments(self, url: str, load: Load, requests: str) -> list[str]:
+        return [
+            *("--backend", "openai-chat", "--endpoint", "/v1/chat/completions", "--base-url", url),
+            *("--model", str(self.model), "--dataset-name", "custom_image", "--dataset-path", requests),
+            *("--num-prompts", str(load.requests), "--custom-output-len", str(load.output_tokens), "--ignore-eos"),
+            *("--temperature", "0", "--disable-shuffle", "--no-oversample", "--disable-tqdm"),
+            *("--ready-check-timeout-sec", "0", "--percentile-metrics", "ttft,itl", "--metric-percentiles", "50"),
+            *(("--max-concurrency", str(load.concurrency)) if load.concurrency else ()),
+            *(("--extra-body", json.dumps(OFF)) if load.off else ()),
+        ]
+
+
+def contents(load: Load) -> list[list[dict[str, Any]]]:
+    """Per request the parts of its message: pictures, then text."""
+    return [[*(_picture(load.seed, n, i) for i in range(load.images)), _words(load, n)] for n in range(load.requests)]
+
+
+def _picture(seed: int, request: int, index: int) -> dict[str, Any]:
+    """A smooth random picture, as large a file as a photograph of its size."""
+    import numpy as np
+    from PIL import Image
+
+    noise = np.random.default_rng((seed, request, index)).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC).save(file, "JPEG")
+    url = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def _words(load: Load, request: int) -> dict[str, Any]:
+    """One token each: the special tokens t0 to t3 would be found inside longer words that start like them."""
+    import numpy as np
+
+    numbers = np.random.default_rng((load.seed, request)).integers(4000, 10_000, load.text - 1)
+    return {"type": "text", "text": " ".join(f"t{number}" for number in numbers)}
+
+
+def ask_once(url: str, model: Path, load: Load) -> dict[str, Any]:
+    """The first request of a load, answered with the tokens its prompt was rendered to (``prompt_token_ids``)."""
+    messages = [{"role": "user", "content": contents(load)[0]}]
+    body: dict[str, Any] = {"model": str(model), "messages": messages, "max_tokens": 2, "return_token_ids": True}
+    body |= OFF if load.off else {}
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=600) as reply:
+        answer: dict[str, Any] = json.load(reply)
+    return answer
