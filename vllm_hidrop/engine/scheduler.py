@@ -40,9 +40,9 @@ from vllm.v1.request import Request
 from vllm_hidrop.engine.budget import StepBudget
 from vllm_hidrop.engine.compat import let_clients_ask
 from vllm_hidrop.engine.integrity import IntegrityLog, find_faults
-from vllm_hidrop.engine.kv_cache import StageManager
 from vllm_hidrop.engine.planner import Planner
 from vllm_hidrop.engine.report import make_report
+from vllm_hidrop.engine.room import adopt_cache_manager
 from vllm_hidrop.pruning import Plan
 
 logger = init_logger(__name__)
@@ -69,9 +69,8 @@ class StagedScheduler(Scheduler):
         self.budget = StepBudget(step_rows, self.planner.schedule)
         self.integrity = IntegrityLog()
         let_clients_ask()
-        for manager in self.kv_cache_manager.coordinator.single_type_managers:
-            if isinstance(manager, StageManager):
-                manager.follow(self.plans)
+        if self.planner.is_staged:
+            adopt_cache_manager(self.kv_cache_manager, self.plans)
 
     def add_request(self, request: Request) -> None:
         """Plan the request, then vLLM's admission (rules 1 and 7)."""
@@ -193,6 +192,7 @@ class StagedScheduler(Scheduler):
         self.plans[name] = plan.after_prefill(self.planner.schedule)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         returned = sum(manager.trim(name, request.num_computed_tokens) for manager in managers)
+        self.kv_cache_manager.forget(name)
         if returned:
             self.trimmed[name] = [len(manager.req_to_blocks[name]) for manager in managers]
             self.blocks_returned[name] = self.blocks_returned.get(name, 0) + returned
