@@ -21,6 +21,8 @@ class CounterSpec(NamedTuple):
 SERVER_LABELS = ("model_name", "method")
 MODES = ("pruned", "off", "text", "fallback", "aborted", "unreported")
 REFUSALS = ("options", "media")
+REUSE_OFF = ("disabled", "adaptive", "cache_dtype")
+"""The server caches no prefixes; the method decides the counts; the cache rounds K, which scoring reads."""
 
 COUNTERS = (
     CounterSpec(
@@ -43,6 +45,8 @@ COUNTERS = (
         "vllm_hidrop_kv_blocks_returned", "KV blocks allocated for an upper bound and given back after the prefill."
     ),
     CounterSpec("vllm_hidrop_kv_blocks_dense", "KV blocks the same sequences hold without pruning."),
+    CounterSpec("vllm_hidrop_prefix_tokens_reused", "Prompt tokens taken from the prefix cache instead of being run."),
+    CounterSpec("vllm_hidrop_prefix_reuse_off", "Sequences that could not reuse any, by reason.", ("reuse_off",)),
     CounterSpec("vllm_hidrop_refused_requests", "Requests answered with a 4xx by us, not by vLLM.", ("reason",)),
 )
 
@@ -93,9 +97,12 @@ class HidropMetrics:
             "kv_blocks_held": "kv_blocks",
             "kv_blocks_returned": "kv_blocks_returned",
             "kv_blocks_dense": "kv_blocks_dense",
+            "prefix_tokens_reused": "reused_tokens",
         }
         for name, field in sums.items():
             self._add(name, report[field], method=method)
+        if report["reuse_off"] is not None:
+            self._add("prefix_reuse_off", 1, method=method, reuse_off=report["reuse_off"])
         for index, stage in enumerate(report["stages"]):
             self._add("vision_tokens_kept", stage["kept"], method=method, stage=str(index))
             self._add("vision_tokens_cached", stage["cached"], method=method, stage=str(index))
@@ -115,6 +122,7 @@ class HidropMetrics:
         values = {
             "mode": MODES,
             "reason": REFUSALS,
+            "reuse_off": REUSE_OFF,
             "stage": tuple(str(index) for index in range(num_stages)),
         }
         for histogram in self.histograms.values():

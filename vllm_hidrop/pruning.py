@@ -232,6 +232,8 @@ class Plan:
     the prompt runs (``decided`` False), it is an upper bound until the worker has told. ``fallback`` says why a request
     that could have been pruned is not, and is None otherwise. ``adaptive``: the method acts on this request even where
     the counts do not show it. ``method`` names it.
+    ``prefix_tokens``: the first so many tokens, all before any image, may run or be cached before the rest of the
+    prompt: they are the same in every stage and whatever follows.
     ``has_run``: the counts are those of the caches once the prompt has run, which may be any.
     """
 
@@ -243,6 +245,7 @@ class Plan:
     decided: bool = True
     method: str = ""
     has_run: bool = False
+    prefix_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.has_run:
@@ -298,12 +301,13 @@ class Plan:
     def stage_tokens(self, stage: int, num_tokens: int) -> int:
         """Tokens of ``stage`` among the first ``num_tokens`` tokens of the request.
 
-        A pruned prompt is prefilled in one step, so ``num_tokens`` is 0 or at least the prompt length.
+        A pruned prompt is prefilled in one step from some token of its prefix on, so ``num_tokens`` is within the
+        prefix or at least the prompt length.
         """
-        if num_tokens == 0:
-            return 0
-        assert not self.is_pruned or num_tokens >= self.num_prompt_tokens
-        return num_tokens - self.dropped[stage]
+        if num_tokens >= self.num_prompt_tokens:
+            return num_tokens - self.dropped[stage]
+        assert not self.is_pruned or num_tokens <= self.prefix_tokens
+        return num_tokens
 
 
 def make_plan(

@@ -31,12 +31,13 @@ class Ask:
 
 @dataclass
 class Answer:
-    """What came back: tokens, raw logits [generated, vocabulary], the report, what each cut kept."""
+    """What came back: tokens, raw logits [generated, vocabulary], the report, what each cut kept, and vLLM's count."""
 
     token_ids: list[int]
     logits: torch.Tensor
     report: dict[str, Any]
     finish_reason: str
+    cached_tokens: int = 0
 
 
 def picture(seed: int) -> Image.Image:
@@ -94,6 +95,7 @@ class Engine:
             assert not self.scheduler.prefill_plans
             assert not self.scheduler.blocks_returned
             assert not self.scheduler.rows_run
+            assert not self.scheduler.reused
 
     @contextmanager
     def record_selections(self) -> Iterator[dict[int, list[list[int]]]]:
@@ -133,7 +135,8 @@ def _answer(output: Any) -> Answer:
     steps = completion.logprobs or []
     logits = torch.tensor([[step[token].logprob for token in range(len(step))] for step in steps])
     report = (output.kv_transfer_params or {}).get("hidrop", {})
-    return Answer(list(completion.token_ids), logits, report, str(completion.finish_reason))
+    cached = output.num_cached_tokens or 0
+    return Answer(list(completion.token_ids), logits, report, str(completion.finish_reason), cached)
 
 
 @contextmanager

@@ -89,6 +89,7 @@ class Traffic(RuleBasedStateMachine):
     """Requests come, run, are preempted, aborted; reports arrive one step late at most."""
 
     make: Any
+    hasher: Any
     delay: int
 
     def __init__(self) -> None:
@@ -122,8 +123,9 @@ class Traffic(RuleBasedStateMachine):
             for i, offset in enumerate(offsets)
         ]
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args={"hidrop": "off"} if off else None)
-        tokens = [5] * (1 + images * TOKENS_PER_IMAGE + tail)
-        self.scheduler.add_request(Request(str(self.number), tokens, params, None, mm_features=features))
+        tokens = [5 + self.number] * (1 + images * TOKENS_PER_IMAGE + tail)  # nothing that another could reuse
+        request = Request(str(self.number), tokens, params, None, mm_features=features, block_hasher=self.hasher)
+        self.scheduler.add_request(request)
 
     @rule(shares=st.lists(st.floats(0, 1), min_size=1, max_size=5))
     def step(self, shares: list[float]) -> None:
@@ -211,7 +213,8 @@ def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """What a scheduler is built from, of a real engine with a small pool."""
     model = make_llava(tmp_path_factory.mktemp("llava"))
     with engine(model, CHOICES[request.param], num_gpu_blocks_override=NUM_BLOCKS, max_model_len=256) as one:
-        yield one.core.vllm_config, one.scheduler.kv_cache_config, one.scheduler.structured_output_manager
+        of_scheduler = one.core.vllm_config, one.scheduler.kv_cache_config, one.scheduler.structured_output_manager
+        yield of_scheduler, one.core.request_block_hasher
 
 
 @pytest.mark.parametrize(("kind", "delay"), [(StagedScheduler, 0), (StagedAsyncScheduler, 1)])
@@ -220,7 +223,9 @@ def test_no_block_is_lost_or_freed_twice(parts: Any, kind: type[StagedScheduler]
         pass
 
     Here.delay = delay
-    Here.make = staticmethod(lambda: kind(*parts, block_size=BLOCK))
+    of_scheduler, hasher = parts
+    Here.hasher = staticmethod(hasher)
+    Here.make = staticmethod(lambda: kind(*of_scheduler, block_size=BLOCK))
     machine = Here.TestCase
     machine.settings = settings(
         max_examples=40,

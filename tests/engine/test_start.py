@@ -89,11 +89,12 @@ def test_an_unsupported_part_of_a_family_is_refused(model: Path, part: str, name
         family.check(config)
 
 
-def test_a_step_holds_the_longest_prompt_and_prefix_caching_is_off(model: Path) -> None:
-    config = configure(model, FASTV, max_num_batched_tokens=256, enable_prefix_caching=True)
+@pytest.mark.parametrize("caching", [True, False])
+def test_a_step_holds_the_longest_prompt_and_prefix_caching_is_as_chosen(model: Path, caching: bool) -> None:
+    config = configure(model, FASTV, max_num_batched_tokens=256, enable_prefix_caching=caching)
     assert config.scheduler_config.max_num_batched_tokens == 1024
     assert config.scheduler_config.max_num_encoder_input_tokens == 1024
-    assert not config.cache_config.enable_prefix_caching
+    assert config.cache_config.enable_prefix_caching is caching
 
 
 def test_another_vllm_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

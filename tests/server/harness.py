@@ -26,6 +26,8 @@ REPORT_FIELDS = {
     "fallback",
     "prompt_tokens",
     "vision_tokens",
+    "reused_tokens",
+    "reuse_off",
     "stages",
     "kv_blocks",
     "kv_blocks_returned",
@@ -36,7 +38,7 @@ REPORT_FIELDS = {
     "layer_tokens",
     "layer_tokens_dense",
 }
-STAGE_FIELDS = {"first_layer", "end_layer", "kept", "rows", "cached", "kv_blocks"}
+STAGE_FIELDS = {"first_layer", "end_layer", "kept", "rows", "reused", "cached", "kv_blocks"}
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,8 @@ def check_report(report: dict[str, Any], answer: dict[str, Any], schedule: Sched
         assert stage.keys() == STAGE_FIELDS
         assert stage["rows"] == text_tokens + stage["kept"]
         assert stage["kv_blocks"] > 0
-    rows = sum(s["rows"] * (s["end_layer"] - s["first_layer"]) for s in report["stages"])
+        assert 0 <= stage["reused"] < stage["rows"]
+    rows = sum((s["rows"] - s["reused"]) * (s["end_layer"] - s["first_layer"]) for s in report["stages"])
     assert report["layer_tokens"] == rows
     assert report["layer_tokens_dense"] == report["prompt_tokens"] * schedule.num_layers
     assert report["kv_blocks"] == sum(s["kv_blocks"] for s in report["stages"])

@@ -18,6 +18,7 @@ SUMS = {
     "vllm_hidrop_kv_blocks_held_total": "kv_blocks",
     "vllm_hidrop_kv_blocks_dense_total": "kv_blocks_dense",
     "vllm_hidrop_kv_blocks_returned_total": "kv_blocks_returned",
+    "vllm_hidrop_prefix_tokens_reused_total": "reused_tokens",
 }
 
 
@@ -89,6 +90,7 @@ COUNT = """
 from hidrop_server.metrics import HidropMetrics
 report = {"mode": "pruned", "method": "hidrop", "vision_tokens": 5, "layer_tokens": 7, "layer_tokens_dense": 9,
           "kv_blocks": 1, "kv_blocks_returned": 0, "kv_blocks_dense": 2, "cut_layer": 4, "exit_layer": None,
+          "reused_tokens": 3, "reuse_off": "adaptive",
           "stages": [{"kept": 5, "cached": 5}, {"kept": 3, "cached": 3}]}
 HidropMetrics("m", "hidrop", [0, 4]).ended(report)
 """
@@ -114,3 +116,5 @@ def test_several_processes_count_into_one(tmp_path: Path) -> None:
     assert 'vllm_hidrop_exit_layer_count{method="hidrop",model_name="m"} 0.0' in shown
     assert 'vllm_hidrop_requests_total{method="hidrop",mode="pruned",model_name="m"} 2.0' in shown
     assert 'vllm_hidrop_vision_tokens_kept_total{method="hidrop",model_name="m",stage="1"} 6.0' in shown
+    assert 'vllm_hidrop_prefix_tokens_reused_total{method="hidrop",model_name="m"} 6.0' in shown
+    assert 'vllm_hidrop_prefix_reuse_off_total{method="hidrop",model_name="m",reuse_off="adaptive"} 2.0' in shown

@@ -6,6 +6,7 @@ Knows plans and counts; not vLLM, not tensors on a device.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +61,8 @@ class StageBatch:
         return StageBatch(self.num_rows - fewer, self.seq_lens - fewer)
 
 
+ReadKeys = Callable[[Any, int], Any]
+"""(attention module, n) -> K of a request's first n slots in that layer's cache, [n, G * D]."""
 Survivors = tuple[tuple[IntArray, ...], ...]
 """Per stage and image, the vision tokens the stage runs with: int32, ascending, zero-based inside the image."""
 
@@ -77,6 +80,10 @@ class PrunedPrefill:
     """What was decided when this prompt ran before it was preempted; it is not decided again."""
     reduced: tuple[Reduced, ...] = ()
     """Per image, what the vision tower left of it; empty where the tower reduces nothing."""
+    num_cached: int = 0
+    """Tokens of its prefix that every stage's cache holds already; the step runs those after them."""
+    read_keys: ReadKeys | None = None
+    """Reads their K; None where nothing is cached."""
 
 
 @dataclass(frozen=True)
@@ -142,20 +149,28 @@ def make_step(
         choosers: by method, what picks tokens.
         recorded: of a request id, what was decided when its prompt ran before, if it did.
     """
-    dropped = np.array([plan.dropped for plan in plans], dtype=np.int32).T
-    starts_here = num_computed_tokens == 0
+    prompts = np.array([plan.num_prompt_tokens for plan in plans], dtype=np.int32)
     totals = num_computed_tokens + num_scheduled_tokens
+    has_run, runs = num_computed_tokens >= prompts, totals >= prompts
+    dropped = np.array([plan.dropped for plan in plans], dtype=np.int32).T * runs
     full = StageBatch(num_scheduled_tokens, totals)
     shared: dict[bytes, StageBatch] = {np.zeros(len(plans), np.int32).tobytes(): full}
     stages = []
     for column in dropped:
         key = column.tobytes()
         if key not in shared:
-            shared[key] = StageBatch(num_scheduled_tokens - column * starts_here, totals - column)
+            shared[key] = StageBatch(num_scheduled_tokens - column * ~has_run, totals - column)
         stages.append(shared[key])
     prefills = tuple(
-        PrunedPrefill(request_ids[i], int(i), plans[i], choosers[plans[i].method], recorded(request_ids[i]))
-        for i in np.flatnonzero(starts_here)
+        PrunedPrefill(
+            request_ids[i],
+            int(i),
+            plans[i],
+            choosers[plans[i].method],
+            recorded(request_ids[i]),
+            num_cached=int(num_computed_tokens[i]),
+        )
+        for i in np.flatnonzero(runs & ~has_run)
         if plans[i].is_pruned
     )
     return StagedStep(full, tuple(stages), prefills)

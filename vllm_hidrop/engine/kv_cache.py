@@ -14,6 +14,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
 
 from vllm_hidrop.pruning import Plan
 
@@ -52,6 +53,16 @@ class StageManager(FullAttentionManager):
 
     plans: Mapping[str, Plan] = {}
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fresh: set[int] = set()
+        """Ids of the blocks that this step allocated: nothing is in them before it has run."""
+
+    def new_step_starts(self) -> None:
+        """What earlier steps allocated is written."""
+        super().new_step_starts()
+        self.fresh.clear()
+
     def follow(self, plans: Mapping[str, Plan]) -> None:
         """Read plans by request id from this mapping, which the scheduler keeps."""
         self.plans = plans
@@ -68,7 +79,16 @@ class StageManager(FullAttentionManager):
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """The allocation of vLLM, for this stage's share of ``num_tokens``."""
         stage_tokens = self._stage_tokens(request_id, num_tokens)
-        return super().allocate_new_blocks(request_id, stage_tokens, stage_tokens)
+        blocks = super().allocate_new_blocks(request_id, stage_tokens, stage_tokens)
+        self.fresh.update(block.block_id for block in blocks)
+        return blocks
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """The caching of vLLM; of a pruned request only blocks within its prefix, where slots are prompt places."""
+        plan = self.plans.get(request.request_id)
+        if plan is not None and plan.is_pruned:
+            num_tokens = min(num_tokens, plan.prefix_tokens)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def trim(self, request_id: str, num_tokens: int) -> int:
         """Free the blocks beyond those for this stage's share of ``num_tokens``; return how many."""

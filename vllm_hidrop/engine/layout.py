@@ -82,7 +82,8 @@ def image_runs(step: StagedStep, stage: int) -> list[ImageRun]:
 def _runs_of(prefill: PrunedPrefill, before: StageBatch, full: StageBatch, stage: int) -> Iterator[ImageRun]:
     plan = prefill.plan
     first_row = int(before.row_starts[prefill.index])
-    full_first_row = int(full.row_starts[prefill.index])
+    num_cached = prefill.num_cached
+    full_first_row = int(full.row_starts[prefill.index]) - num_cached
     dropped = plan.dropped[stage - 1] if stage else 0
     missing = 0
     for image, span in enumerate(plan.spans):
@@ -90,12 +91,12 @@ def _runs_of(prefill: PrunedPrefill, before: StageBatch, full: StageBatch, stage
         yield ImageRun(
             prefill,
             image,
-            first_row=first_row + span.offset - missing,
+            first_row=first_row + span.offset - missing - num_cached,
             num_rows=num_rows,
             keep=plan.kept[stage][image],
             full_first_row=full_first_row + span.offset,
             prompt_first_row=first_row,
-            prompt_last_row=first_row + plan.num_prompt_tokens - dropped - 1,
+            prompt_last_row=first_row + plan.num_prompt_tokens - dropped - num_cached - 1,
         )
         missing += span.length - num_rows
 
@@ -171,8 +172,9 @@ class PromptRows:
 
 
 def prompt_rows(step: StagedStep, stage: int, prefill: PrunedPrefill) -> PromptRows:
-    """A prompt's rows in ``stage``; those of tokens it had generated before a preemption follow them."""
+    """A prompt's rows in ``stage``, none cached; those of tokens generated before a preemption follow them."""
     plan = prefill.plan
+    assert not prefill.num_cached
     first = int(step.stages[stage].row_starts[prefill.index])
     images = []
     missing = 0

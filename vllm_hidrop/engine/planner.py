@@ -53,9 +53,10 @@ class Planner:
         method: name of the server's own, for reports.
         preset: name, for reports; None when there is none.
         methods: by name, the server's own and those that fit its stages.
-        max_prompt_tokens: longest prompt that can be pruned, the step's token budget.
+        max_prompt_tokens: longest part of a prompt that one step holds, its token budget.
         positions: RoPE ids of every request's rows.
         reduces_images: whether the vision tower makes fewer tokens for requests that are pruned.
+        cache_is_exact: whether the KV cache gives K back as it was computed.
     """
 
     method: str
@@ -64,6 +65,7 @@ class Planner:
     max_prompt_tokens: int
     positions: PositionScheme
     reduces_images: bool = False
+    cache_is_exact: bool = True
 
     @classmethod
     def from_vllm_config(cls, vllm_config: Any) -> "Planner":
@@ -77,6 +79,7 @@ class Planner:
             max_prompt_tokens=limits.max_num_scheduled_tokens or limits.max_num_batched_tokens,
             positions=PositionScheme(resolved["positions"]),
             reduces_images=resolved["reduces_images"],
+            cache_is_exact=_cache_is_exact(vllm_config),
         )
 
     @property
@@ -121,19 +124,24 @@ class Planner:
         keeps = wishes.get("hidrop_keep")
         schedule = self._wished_keeps(keeps, mode, name, method)
         plan = make_plan(schedule, num_prompt_tokens, spans, mode == "off", method.adaptive)
-        plan = replace(plan, method=name)
+        plan = replace(plan, method=name, prefix_tokens=self._prefix_tokens(plan))
         self._check_selections(plan, method)
         if wants_prompt_logprobs and plan.is_pruned:
             raise ValueError(
                 "prompt_logprobs and echo need every prompt row, and pruning drops some: "
                 'send vllm_xargs {"hidrop": "off"} with this request'
             )
-        if plan.is_pruned and num_prompt_tokens > self.max_prompt_tokens:
+        whole = num_prompt_tokens - plan.prefix_tokens
+        if plan.is_pruned and whole > self.max_prompt_tokens:
             raise ValueError(
-                f"a pruned prompt is prefilled in one step: {num_prompt_tokens} tokens exceed "
+                f"a pruned prompt is prefilled in one step from its first image on: {whole} tokens exceed "
                 f"--max-num-batched-tokens {self.max_prompt_tokens}"
             )
         return plan
+
+    def _prefix_tokens(self, plan: Plan) -> int:
+        """Scoring reads the prefix's K from the cache; a method that decides the counts needs its rows, too."""
+        return plan.spans[0].offset if plan.is_pruned and not plan.adaptive and self.cache_is_exact else 0
 
     def plan_or_refuse(self, request: Any) -> tuple[Plan, str | None]:
         """Plan vLLM's request, the same in scheduler and worker; a refused one runs dense until it is ended.
@@ -185,6 +193,11 @@ class Planner:
                 if 0 < now < before and stage == 0 and method.signal is Signal.PREVIOUS_ATTENTION:
                     raise ValueError(f"method {plan.method!r} ranks by the layer before: stage 0 must keep all or 0")
                 before = now or before
+
+
+def _cache_is_exact(vllm_config: Any) -> bool:
+    dtype = vllm_config.cache_config.cache_dtype
+    return dtype == "auto" or dtype == str(vllm_config.model_config.dtype).removeprefix("torch.")
 
 
 def spans_of(mm_features: Iterable[Any]) -> tuple[Span, ...]:

@@ -16,6 +16,7 @@ def make_report(
     rows_run: tuple[int, ...] | None,
     managers: Sequence[Any],
     request: Any,
+    reused: int = 0,
 ) -> dict[str, Any]:
     """Read a request's state just before its blocks are freed.
 
@@ -25,6 +26,7 @@ def make_report(
         rows_run: rows of every stage in the prompt's prefill, as the worker ran them; None when the prompt ran dense.
         managers: vLLM's block managers, one per KV group.
         request: vLLM's request.
+        reused: tokens of the prompt that came from the prefix cache, in every stage.
 
     Returns:
         Plain data; ``kv_blocks`` are blocks of the shared pool, ``layer_tokens`` rows summed over layers.
@@ -43,6 +45,7 @@ def make_report(
             "end_layer": end,
             "kept": rows[i] - num_text_tokens,
             "rows": rows[i],
+            "reused": reused,
             "cached": sum(cached.kept[i]),
             "kv_blocks": blocks[i],
         }
@@ -55,11 +58,12 @@ def make_report(
         "fallback": plan.fallback,
         "prompt_tokens": plan.num_prompt_tokens,
         "vision_tokens": plan.num_vision_tokens,
+        "reused_tokens": reused,
         "stages": stages,
         **_cut_and_exit(stages, plan.num_vision_tokens),
         "kv_blocks": sum(blocks),
         "kv_blocks_dense": sum(cdiv(request.num_computed_tokens, m.block_size) for m in managers),
-        "layer_tokens": sum(n * schedule.layers_in(i) for i, n in enumerate(rows)),
+        "layer_tokens": sum((n - reused) * schedule.layers_in(i) for i, n in enumerate(rows)),
         "layer_tokens_dense": plan.num_prompt_tokens * schedule.num_layers,
     }
 

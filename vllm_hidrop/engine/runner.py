@@ -6,6 +6,7 @@ hooks below. Everything they call is in ``batch``, ``kv_cache`` and ``forward``.
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,10 @@ class Tracked:
     """What its caches hold afterwards."""
     survivors: Survivors | None = None
     """What was decided, once it was; a preempted prompt runs by it again."""
+
+    def at(self, num_computed_tokens: int) -> Plan:
+        """What counts the stages' tokens in a step that starts there."""
+        return self.cached if num_computed_tokens >= self.plan.num_prompt_tokens else self.plan
 
 
 class StagedRunner(GPUModelRunner):
@@ -93,13 +98,31 @@ class StagedRunner(GPUModelRunner):
         tracked = [self._track(request_id) for request_id in batch.req_ids]
         self.step = make_step(
             batch.req_ids,
-            [each.cached if has_run else each.plan for each, has_run in zip(tracked, computed, strict=True)],
+            [each.at(num_computed) for each, num_computed in zip(tracked, computed, strict=True)],
             computed,
             num_scheduled_tokens,
             self.model.choosers,
             lambda request_id: self.tracked[request_id].survivors,
         )
+        if any(prefill.num_cached for prefill in self.step.prefills):
+            prefills = tuple(
+                dataclasses.replace(p, read_keys=partial(self._read_keys, p.index)) if p.num_cached else p
+                for p in self.step.prefills
+            )
+            self.step = dataclasses.replace(self.step, prefills=prefills)
         return prepared
+
+    def _read_keys(self, index: int, attention: Any, num_slots: int) -> torch.Tensor:
+        """See ``batch.ReadKeys``; of the request at ``index`` in the batch."""
+        group = self.group_of_layer[attention.layer_name]
+        blocks = self.input_batch.block_table[group].block_table.np[index]
+        return self._slot_layout(attention).read_keys(attention.kv_cache, blocks, num_slots)
+
+    @cached_property
+    def group_of_layer(self) -> dict[str, int]:
+        """KV cache group by layer name."""
+        groups = self.kv_cache_config.kv_cache_groups
+        return {name: index for index, group in enumerate(groups) for name in group.layer_names}
 
     def _track(self, request_id: str) -> Tracked:
         tracked = self.tracked.get(request_id)

@@ -3,21 +3,29 @@
 Rules, on top of vLLM's own:
 
 1. A request is planned once, when it arrives; its stages' managers count by that plan until it is freed.
-2. A pruned prompt is prefilled whole, in one step: scoring needs its last row beside every vision row. Until the step
-has room (token budget, encoder budget, blocks) it waits at the head of the queue, so it cannot starve.
+2. A pruned prompt is prefilled in one step from its first image to its end: scoring needs its last row beside every
+   vision row. The text before the first image (its prefix) is chunked as in vLLM: into what room a step has left. Until
+   a step has room for the rest (token budget, all images in the encoder's, blocks) the request waits in its place, at
+   the head of the queue or among the running ones; requests that came later are served what it leaves, those that came
+   earlier come first. So it cannot starve, and neither can they.
 3. Text-only and ``off`` requests are scheduled, chunked and preempted as in vLLM.
 4. A preempted request is prefilled again under the same plan; tokens it had generated may follow in the same step,
    or, where the method decides the counts, in the next one: they see what the caches hold after the prompt.
 5. Where the method decides the counts, blocks are allocated for their upper bounds; the blocks that the worker's
    report shows to be unneeded are free again before the next step is scheduled. What was decided stays so.
-6. A request whose options are invalid (the server refuses those with a 400 before they get here) ends with an error;
+6. Prefix caching is vLLM's: every stage hashes the blocks of the full sequence. Of a pruned prompt only blocks within
+   its prefix are cached, and only those are reused, if an earlier step has written them: scoring reads their K. Where
+   the method decides the counts, or the cache rounds K, the prompt has no such prefix: nothing is cached or chunked.
+7. A request whose options are invalid (the server refuses those with a 400 before they get here) ends with an error;
    nothing else is touched.
 """
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -48,13 +56,14 @@ class StagedScheduler(Scheduler):
         self.blocks_returned: dict[str, int] = {}
         self.rows_run: dict[str, tuple[int, ...]] = {}
         self.selection_ms: dict[str, float] = {}
+        self.reused: dict[str, int] = {}
         self.unreported: set[str] = set()
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if isinstance(manager, StageManager):
                 manager.follow(self.plans)
 
     def add_request(self, request: Request) -> None:
-        """Plan the request, then vLLM's admission (rules 1 and 6)."""
+        """Plan the request, then vLLM's admission (rules 1 and 7)."""
         if request.request_id not in self.requests:
             self.unreported.add(request.request_id)
             plan, refusal = self.planner.plan_or_refuse(request)
@@ -70,14 +79,54 @@ class StagedScheduler(Scheduler):
         super().add_request(request)
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """The last word of vLLM on a prefill chunk's length: all of a pruned prompt or nothing (rules 2 and 4)."""
+        """The last word of vLLM on a prefill chunk's length (rules 2 and 4)."""
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        return self._chunk(request, num_computed_tokens, num_new_tokens)
+
+    def _chunk(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """Of so many tokens that a step has room for, those that it may run (rules 2 and 4)."""
         plan = self.plans[request.request_id]
-        if plan.is_pruned and 0 < num_computed_tokens + num_new_tokens < plan.num_prompt_tokens:
-            return 0
+        if plan.is_pruned and num_computed_tokens + num_new_tokens < plan.num_prompt_tokens:
+            return max(0, min(num_new_tokens, plan.prefix_tokens - num_computed_tokens))
         if plan.adaptive and num_computed_tokens == 0:
             return min(num_new_tokens, plan.num_prompt_tokens)
         return num_new_tokens
+
+    def _try_schedule_encoder_inputs(
+        self,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        encoder_compute_budget: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[list[int], int, int, list[int], list[int]]:
+        """The images of a pruned prompt are encoded all or none: two requests must not wait for what both hold."""
+        chunk = self._chunk(request, num_computed_tokens, num_new_tokens)
+        if chunk == 0:
+            return [], 0, encoder_compute_budget, [], []
+        found = super()._try_schedule_encoder_inputs(
+            request, num_computed_tokens, chunk, encoder_compute_budget, *args, **kwargs
+        )
+        if found[1] < chunk and self.plans[request.request_id].is_pruned:
+            self.encoder_cache_manager.free(request)
+            return [], self._chunk(request, num_computed_tokens, found[1]), encoder_compute_budget, [], []
+        return found
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        """The cached blocks that a request may start from (rule 6)."""
+        found = super()._get_local_prefix_cache_hit(request)
+        plan = self.plans[request.request_id]
+        if plan.is_pruned and found[1]:
+            num_blocks = min(found[1], plan.prefix_tokens) // self.block_size
+            managers = self.kv_cache_manager.coordinator.single_type_managers
+            for manager, blocks in zip(managers, found[0].blocks, strict=True):
+                written = (block.block_id not in manager.fresh for block in blocks[:num_blocks])
+                num_blocks = len(list(takewhile(bool, written)))
+            num_tokens = num_blocks * self.block_size
+            found = self.kv_cache_manager.truncate_computed_blocks(found[0], num_tokens), num_tokens, 0, False
+        self.reused[request.request_id] = found[1]
+        return found
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """The step that vLLM schedules, and the blocks that the worker must forget before it."""
@@ -130,16 +179,27 @@ class StagedScheduler(Scheduler):
         managers = self.kv_cache_manager.coordinator.single_type_managers
         name = request.request_id
         plan, rows_run = self.prefill_plans[name], self.rows_run.get(name)
-        return make_report(self.planner, plan, rows_run, managers, request) | {
+        return make_report(self.planner, plan, rows_run, managers, request, self.reused.get(name, 0)) | {
             "kv_blocks_returned": self.blocks_returned.get(name, 0),
             "selection_ms": self.selection_ms.get(name, 0.0),
+            "reuse_off": self._reuse_off(plan),
         }
+
+    def _reuse_off(self, plan: Plan) -> str | None:
+        """Why nothing of this prompt could have come from the prefix cache."""
+        if not self.kv_cache_manager.enable_caching:
+            return "disabled"
+        if not plan.is_pruned:
+            return None
+        if plan.adaptive:
+            return "adaptive"
+        return None if self.planner.cache_is_exact else "cache_dtype"
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
         """Report what the request held, free it as vLLM does, forget its plan."""
         report = self._report(request)
         self.unreported.discard(request.request_id)
-        for by_request in (self.rows_run, self.selection_ms, self.trimmed, self.blocks_returned):
+        for by_request in (self.rows_run, self.selection_ms, self.trimmed, self.blocks_returned, self.reused):
             by_request.pop(request.request_id, None)
         kv_transfer_params, ec_transfer_params = super()._free_request(request, delay_free_blocks)
         del self.plans[request.request_id], self.prefill_plans[request.request_id]

@@ -55,6 +55,19 @@ class SlotLayout:
             raise ValueError("this KV cache layout cannot be closed up: a page does not hold each element once")
         return cls(order.view(block_size, 2 * head_size))
 
+    def read_keys(self, cache: torch.Tensor, blocks: npt.NDArray[np.int32], num_slots: int) -> torch.Tensor:
+        """K of a request's first slots, [num_slots, G * D] in the cache's dtype.
+
+        Args:
+            cache: [blocks, G, slots, 2 * D], pages of all requests.
+            blocks: int32 [B], the request's blocks in order.
+            num_slots: to read.
+        """
+        pages = cache.view(cache.shape[0], cache.shape[1], -1)
+        block, elements = self._at(blocks, np.arange(num_slots))
+        heads = torch.arange(pages.shape[1], device=cache.device)[None, :, None]
+        return pages[block, heads, elements[..., : elements.shape[-1] // 2]].flatten(1)
+
     def close_up(self, cache: torch.Tensor, blocks: npt.NDArray[np.int32], source: npt.NDArray[np.int64]) -> None:
         """Move the slots ``source`` of a request, ascending, to its slots 0, 1, 2, ...
 

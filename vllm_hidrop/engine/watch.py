@@ -153,14 +153,18 @@ def attention_to(
             by_request.setdefault(run.prefill.index, []).append(run)
     for group in by_request.values():
         first, last = group[0].prompt_first_row, group[0].prompt_last_row
+        prefill = group[0].prefill
+        keys = key[first : last + 1]
+        if prefill.read_keys is not None:
+            keys = torch.cat((prefill.read_keys(attention, prefill.num_cached), keys))
         weights = row_attention(
             query[last],
-            key[first : last + 1],
+            keys,
             attention.num_heads,
             attention.num_kv_heads,
             attention.impl.scale,
         )
         for run in group:
-            start = run.first_row - first
+            start = run.first_row - first + prefill.num_cached
             result[run.key] = weights[start : start + run.num_rows]
     return result

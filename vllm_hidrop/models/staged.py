@@ -110,10 +110,7 @@ def _set_engine_classes(vllm_config: Any) -> None:
 
 
 def _set_limits(vllm_config: Any) -> None:
-    """A pruned prompt is one step, so a step must hold the longest prompt; prefix caching is not exact yet."""
-    if vllm_config.cache_config.enable_prefix_caching:
-        logger.info("Prefix caching is off: after a cut, KV depends on the whole prompt.")
-        vllm_config.cache_config.enable_prefix_caching = False
+    """From its first image on a pruned prompt is one step, so a step must hold the longest prompt."""
     scheduler_config = vllm_config.scheduler_config
     longest = vllm_config.model_config.max_model_len
     if scheduler_config.max_num_batched_tokens < longest:
