@@ -57,7 +57,6 @@ def expected(model: Path) -> list[list[int]]:
 
 
 ADMISSION = {
-    "scheduling_policy": "priority",
     "watermark": 0.1,
     "scheduler_reserve_full_isl": False,
     "num_gpu_blocks_override": 200,
@@ -79,6 +78,28 @@ def test_settings_that_leave_every_answer_as_it_is(model: Path, settings: dict[s
     compared = [(ask, tokens) for ask, tokens in every if not (ask.images and text_only)]
     with engine(model, HIDROP, **settings) as running:
         assert tokens_of(running, [ask for ask, _ in compared]) == [tokens for _, tokens in compared]
+
+
+def test_priority_says_who_is_preempted_and_changes_no_answer(model: Path) -> None:
+    asked = [Ask(ask.tokens, ask.images, ask.options, max_tokens=90) for ask in asks()[:2]]
+    victims = []
+    with engine(model, HIDROP, scheduling_policy="priority", max_model_len=256, num_gpu_blocks_override=34) as running:
+        alone = [tokens_of(running, [ask])[0] for ask in asked]
+        preempt = running.scheduler._preempt_request
+
+        def seen(request: Any, *args: Any, **kwargs: Any) -> None:
+            victims.append(request.priority)
+            preempt(request, *args, **kwargs)
+
+        running.scheduler._preempt_request = seen
+        together = running.llm.generate(
+            [running.prompt(ask) for ask in asked],
+            [running.params(ask) for ask in asked],
+            priority=[9, 0],
+            use_tqdm=False,
+        )
+    assert set(victims) == {9}
+    assert [list(output.outputs[0].token_ids) for output in together] == alone
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -158,7 +158,7 @@ RULES = (
     ),
     Rule(
         "--worker-cls",
-        "pruning needs its own worker (--worker-extension-cls works)",
+        "pruning needs its own worker",
         lambda c: _is_foreign(c.parallel_config.worker_cls, "auto"),
         replaces_ours=True,
     ),
@@ -180,13 +180,15 @@ CHECKED = (
     *(
         Checked(settings, "test_settings.py::test_settings_that_leave_every_answer_as_it_is")
         for settings in (
-            "--scheduling-policy priority",
             "--watermark, --no-scheduler-reserve-full-isl, --num-gpu-blocks-override",
             "--max-num-active-seqs, --max-num-scheduled-tokens",
             "--no-enable-chunked-prefill, --disable-chunked-mm-input",
             "--mm-processor-cache-gb 0, --skip-mm-profiling",
             "--language-model-only",
         )
+    ),
+    Checked(
+        "--scheduling-policy priority", "test_settings.py::test_priority_says_who_is_preempted_and_changes_no_answer"
     ),
     Checked("--stream-interval", "test_settings.py::test_a_stream_interval_loses_no_token_and_no_report"),
     Checked("--logits-processors", "test_settings.py::test_a_logits_processor_sees_the_rows_of_pruned_requests"),
