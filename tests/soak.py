@@ -28,7 +28,7 @@ from rich.table import Table
 from tests.server.harness import data_url, image_url, user
 from vllm_hidrop.commands.local_server import local_server
 
-SERVER = ("--max-model-len", "1536", "--max-num-batched-tokens", "1536", "--num-gpu-blocks-override", "320")
+SERVER = ("--max-model-len", "1536", "--max-num-batched-tokens", "1536", "--num-gpu-blocks-override", "600")
 MEMORY_TOLERANCE = 0.10
 """The server may hold so much more at the end than after a quarter of the requests: allocators keep what they had."""
 HOW = ("whole", "whole", "stream", "stream", "stream", "leave", "give up")
@@ -219,7 +219,7 @@ class Soak:
 
 def _whole(status: int, data: dict[str, Any]) -> Answer:
     if status != 200:
-        return {"status": status, "message": data["error"]["message"]}
+        return {"status": status}  # a stream may be refused in other words
     choices = [[c["message"]["content"], c["finish_reason"], c["stop_reason"]] for c in data["choices"]]
     return {"status": status, "choices": choices, **_counts(data["usage"], data["hidrop"])}
 
