@@ -110,7 +110,13 @@ def reference(model: Path, choice: dict[str, Any], ask: Ask, pixels: torch.Tenso
     seed = choice.get("options", {}).get("seed", 0)
     positions = choice.get("positions", "persistent")
     return oracle(model).generate(
-        tokens, pixel_values(ask) if pixels is None else pixels, stages, rule_of(choice), ask.max_tokens, seed=seed, positions=positions
+        tokens,
+        pixel_values(ask) if pixels is None else pixels,
+        stages,
+        rule_of(choice),
+        ask.max_tokens,
+        seed=seed,
+        positions=positions,
     )
 
 

@@ -245,7 +245,8 @@ def test_processing_of_pruned_requests_is_what_is_asked(pruning: Pruning, case: 
     tokens = ask_of("pruned", number).tokens
     prompt_ids = [t for token in tokens for t in [token] * (TOKENS_PER_IMAGE if token == IMAGE_TOKEN else 1)]
     expected = [
-        int(processed(case, logits, prompt_ids, choice.token_ids[:i]).argmax()) for i, logits in enumerate(choice.logits)
+        int(processed(case, logits, prompt_ids, choice.token_ids[:i]).argmax())
+        for i, logits in enumerate(choice.logits)
     ]
     assert choice.token_ids == expected
     assert len(expected) == 24

@@ -28,7 +28,9 @@ def kind(request: pytest.FixtureRequest) -> dict[str, Any]:
 def create(client: OpenAI, server: Server, kind: dict[str, Any], **more: Any) -> Any:
     """Ask with the OpenAI client; what is not OpenAI's goes to ``extra_body``."""
     body = server.body(kind["images"], QUESTION, **more)
-    ours = {key: body.pop(key) for key in ("ignore_eos", "structured_outputs", "min_tokens") if key in body}
+    ours: dict[str, Any] = {
+        key: body.pop(key) for key in ("ignore_eos", "structured_outputs", "min_tokens", "top_k") if key in body
+    }
     if "vllm_xargs" in kind:
         ours["vllm_xargs"] = kind["vllm_xargs"]
     return client.chat.completions.create(**body, extra_body=ours)
@@ -53,9 +55,9 @@ def choices_of_stream(chunks: list[Any]) -> list[tuple[str, str, Any]]:
     "asked",
     [
         {},
-        {"n": 3, "temperature": 1.0, "seed": 5},
+        {"n": 3, "temperature": 1.0, "top_k": 20, "seed": 5},
         {"stop": ["red", "is", "circle", "the", "."]},
-        {"temperature": 0.8, "top_p": 0.9, "seed": 2, "presence_penalty": 1.0, "frequency_penalty": 0.5},
+        {"temperature": 0.8, "top_k": 0, "top_p": 0.9, "seed": 2, "presence_penalty": 1.0, "frequency_penalty": 0.5},
         {"structured_outputs": {"regex": "(red|blue) (circle|square)"}, "ignore_eos": False},
     ],
     ids=["greedy", "n", "stop", "sampled", "regex"],
@@ -82,7 +84,7 @@ def test_a_stop_string_cuts_what_would_have_come(server: Server, kind: dict[str,
 
 
 def test_each_of_n_choices_is_what_its_seed_gives(server: Server, kind: dict[str, Any]) -> None:
-    asked = WORDS | {"temperature": 1.5}
+    asked = WORDS | {"temperature": 1.5, "top_k": 20}
     together = choices_of(create(server.openai, server, kind, **asked, n=3, seed=40))
     alone = [choices_of(create(server.openai, server, kind, **asked, seed=40 + i))[0] for i in range(3)]
     assert together == alone
@@ -105,11 +107,11 @@ def test_logprobs_are_of_the_tokens_that_come(server: Server, kind: dict[str, An
     assert len(steps) == 6
     assert all(step.logprob == step.top_logprobs[0].logprob and len(step.top_logprobs) == 3 for step in steps)
     chunks = list(
-        create(
-            server.openai, server, kind, max_tokens=6, ignore_eos=True, logprobs=True, top_logprobs=3, stream=True
-        )
+        create(server.openai, server, kind, max_tokens=6, ignore_eos=True, logprobs=True, top_logprobs=3, stream=True)
     )
-    streamed = [step for chunk in chunks for choice in chunk.choices if choice.logprobs for step in choice.logprobs.content]
+    streamed = [
+        step for chunk in chunks for choice in chunk.choices if choice.logprobs for step in choice.logprobs.content
+    ]
     assert [(step.token, step.logprob) for step in streamed] == pytest.approx([(s.token, s.logprob) for s in steps])
 
 
@@ -137,7 +139,7 @@ def test_a_client_that_gives_up_frees_its_request(server: Server, kind: dict[str
 
 
 def test_echo_is_for_text_alone(server: Server) -> None:
-    """Completions take no images here, so echo is never of a pruned prompt; prompt log-probabilities of one are a 400."""
+    """Completions take no images, so echo is never of a pruned prompt; prompt log-probabilities of one are a 400."""
     body: dict[str, Any] = {"model": server.model, "prompt": "what colour", "max_tokens": 2, "temperature": 0}
     plain = server.http.post("/v1/completions", json=body).json()["choices"][0]["text"]
     echoed = server.http.post("/v1/completions", json=body | {"echo": True}).json()["choices"][0]["text"]
