@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: install serve demo test check format bench lock clean help
+.PHONY: install serve demo test soak check format bench lock clean help
 
 install: $(STAMP)  ## build .venv from the lock file
 
@@ -32,6 +32,9 @@ demo: $(STAMP)  ## serve the embedded model and ask it about a picture, with and
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: $(STAMP)  ## 2,000 mixed requests against a pool that is too small; every answer must be the one in isolation
+	$(BIN)/python -m tests.soak $(ARGS)
 
 check: $(STAMP)  ## lint, formatting and types, changing nothing
 	$(BIN)/ruff check

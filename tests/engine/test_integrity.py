@@ -137,7 +137,7 @@ def keep_an_image_for_nobody(running: Engine) -> Undo:
     return undo
 
 
-CORRUPTIONS = {
+CORRUPTIONS: dict[Callable[[Engine], Undo], str] = {
     add_reference: "has 2 references and stands in 1 tables",
     free_a_held_block: "stands in 1 tables and 1 times in the free list",
     leak_a_block: "stands in 0 tables and 0 times in the free list",

@@ -1,4 +1,4 @@
-"""One to sixteen images in a prompt, wherever they stand, alike or of any size: the oracle's tokens, alone and mixed."""
+"""One to sixteen images in a prompt, wherever they stand, alike or of any size: the oracle's tokens, always."""
 
 from dataclasses import replace
 from pathlib import Path
