@@ -25,6 +25,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder; the checkpoint is elsewhere."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # nothing is timed here: do not spin on shared cores
     return tmp_path
 
 
@@ -102,10 +103,10 @@ def test_kv_counts_blocks_and_fills_one_pool_in_both(folder: Path) -> None:
 
 @pytest.mark.engine
 def test_burst_takes_as_many_steps_as_the_budget_asks(folder: Path) -> None:
-    (found,) = rows(folder, "burst", "--requests", "5", "--budget", "1024", "--runs", "1")
+    (found,) = rows(folder, "burst", "--requests", "7", "--budget", "2048", "--runs", "1")
     stock_steps, our_steps = found["steps"]
-    assert stock_steps == 4  # 5 x 640 tokens, 1024 in a step
-    assert our_steps <= 5
+    assert stock_steps == 3  # 2048 tokens, and so many of the encoder, are three images in a step
+    assert our_steps < stock_steps
 
 
 @pytest.mark.engine
