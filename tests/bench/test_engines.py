@@ -25,6 +25,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder; the checkpoint is elsewhere."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # nothing is timed here: do not spin on shared cores
     return tmp_path
 
 
@@ -102,10 +103,10 @@ def test_kv_counts_blocks_and_fills_one_pool_in_both(folder: Path) -> None:
 
 @pytest.mark.engine
 def test_burst_takes_as_many_steps_as_the_budget_asks(folder: Path) -> None:
-    (found,) = rows(folder, "burst", "--requests", "5", "--budget", "1024", "--runs", "1")
+    (found,) = rows(folder, "burst", "--requests", "7", "--budget", "2048", "--runs", "1")
     stock_steps, our_steps = found["steps"]
-    assert stock_steps == 4  # 5 x 640 tokens, 1024 in a step
-    assert our_steps <= 5
+    assert stock_steps == 3  # 2048 tokens, and so many of the encoder, are three images in a step
+    assert our_steps < stock_steps
 
 
 @pytest.mark.engine
@@ -129,11 +130,11 @@ def test_start_is_measured_from_new_processes(folder: Path) -> None:
 @pytest.mark.server
 def test_serve_loads_both_servers_by_vllms_own_benchmark(folder: Path) -> None:
     found = rows(folder, "serve", "--requests", "3", "--output-tokens", "3")
-    assert [row["unit"] for row in found] == ["requests/s", "ms", "ms"] * 3
+    assert [row["unit"] for row in found] == ["requests/s", "ms", "ms", "ms"] * 3
     assert found[0]["name"] == "serve hidrop, requests/s, eager"
-    assert found[4]["name"] == "serve hidrop off, TTFT p50 at 8, eager"
+    assert found[5]["name"] == "serve hidrop off, TTFT p50 at 8, eager"
     assert all(row["ours"] > 0 and row["stock"] > 0 for row in found)
-    assert [has_goal(row) for row in found] == [True, False, True, *[True] * 6]
+    assert [has_goal(row) for row in found] == [True, False, False, True, *[True] * 8]
 
 
 @pytest.mark.parametrize(

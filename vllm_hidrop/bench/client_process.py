@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_hidrop.bench.piped import serve_lines
 
-FIGURES = ("completed", "request_throughput", "median_ttft_ms", "median_itl_ms")
+FIGURES = ("completed", "request_throughput", "median_ttft_ms", "median_tpot_ms", "median_itl_ms")
 
 
 def main() -> None:

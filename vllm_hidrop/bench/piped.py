@@ -16,6 +16,15 @@ NO_PLUGINS = {"VLLM_PLUGINS": ""}
 """For stock vLLM: ours is installed beside it and would be loaded."""
 
 
+OVERRIDES = ("VLLM_CPU_KVCACHE_SPACE",)
+"""Variables that vLLM puts over the settings that are given; both engines must have those."""
+
+
+def child_environment(more: Mapping[str, str]) -> dict[str, str]:
+    """This process's variables without :data:`OVERRIDES`, and ``more``."""
+    return {name: value for name, value in os.environ.items() if name not in OVERRIDES} | dict(more)
+
+
 def serve_lines(first: Callable[[dict[str, Any]], dict[str, Any]], rest: Callable[[dict[str, Any]], Any]) -> None:
     """The child: answer the first line by ``first``, every other by ``rest``, until standard input ends."""
     replies = os.fdopen(os.dup(1), "w")
@@ -39,7 +48,7 @@ class PipedProcess:
             stdout=subprocess.PIPE,
             stderr=handle,
             text=True,
-            env=os.environ | dict(environment),
+            env=child_environment(environment),
         )
         os.close(handle)
 

@@ -7,7 +7,7 @@ from statistics import median
 
 from rich.progress import Progress
 
-from vllm_hidrop.bench.piped import NO_PLUGINS
+from vllm_hidrop.bench.piped import NO_PLUGINS, child_environment
 from vllm_hidrop.bench.rows import Row, make_row
 from vllm_hidrop.bench.servers import CHAT_TEMPLATE, STOCK_SERVER, Client, Latencies, Load, ask_once
 from vllm_hidrop.bench.shapes import IMAGE_TOKEN
@@ -91,6 +91,7 @@ def _rows(
     return [
         row("requests_per_second", "requests/s", True, "requests/s"),
         row("ttft_ms", "ms", False, f"TTFT p50 at {concurrency}"),
+        row("tpot_ms", "ms", False, f"TPOT p50 at {concurrency}"),
         row("itl_ms", "ms", False, f"ITL p50 at {concurrency}"),
     ]
 
@@ -107,10 +108,10 @@ def _servers(bench: Bench, requests: int, progress: Progress) -> Iterator[tuple[
     ]
     bar = progress.add_task("starting both servers", total=2)
     model = str(bench.model)
-    with local_server(["--model", model, *flags], lambda: None, STOCK_SERVER, NO_PLUGINS) as stock:
+    with local_server(["--model", model, *flags], lambda: None, STOCK_SERVER, child_environment(NO_PLUGINS)) as stock:
         progress.advance(bar)
         choice = ["--hidrop-config", json.dumps(bench.hidrop)]
-        with local_server([model, *choice, *flags], lambda: None, COMMAND) as ours:
+        with local_server([model, *choice, *flags], lambda: None, COMMAND, child_environment({})) as ours:
             progress.advance(bar)
             yield stock, ours
 

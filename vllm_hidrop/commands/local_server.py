@@ -36,7 +36,7 @@ def local_server(
         arguments: of ``command``.
         on_wait: called a few times a second until the server answers.
         command: ``hidrop serve``, or another server that takes ``--host`` and ``--port`` and has ``/health``.
-        environment: variables over those of this process.
+        environment: its variables (default: those of this process).
 
     Raises:
         ValueError: the server ended, or did not answer in time; says why and where its log is.
@@ -49,7 +49,7 @@ def local_server(
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env=os.environ | dict(environment or {}),
+            env=environment,
         )
         old_handler = signal.signal(signal.SIGTERM, _end)
         try:
