@@ -242,9 +242,10 @@ def _counts(usage: dict[str, Any], report: dict[str, Any]) -> Answer:
     return {"tokens": tokens, "mode": report["mode"], "method": report["method"], "kept": kept}
 
 
-def memory_of_children() -> int:
-    """Resident bytes of every process below this one."""
-    return sum(process.memory_info().rss for process in psutil.Process().children(recursive=True))
+def memory_of_children(but: set[psutil.Process]) -> int:
+    """Resident bytes of every process below this one, without some and what is below those."""
+    children = set(psutil.Process().children(recursive=True)) - but
+    return sum(process.memory_info().rss for process in children)
 
 
 def soak(num_requests: int, seconds: float, seed: int = 0, console: Console | None = None) -> Result:
@@ -252,6 +253,7 @@ def soak(num_requests: int, seconds: float, seed: int = 0, console: Console | No
     console = console or Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
+        others = set(psutil.Process().children(recursive=True))
         task = progress.add_task("starting the server", total=None)
         with local_server(SERVER, on_wait=lambda: None) as url:
             progress.update(task, description="soaking", total=num_requests)
@@ -260,7 +262,7 @@ def soak(num_requests: int, seconds: float, seed: int = 0, console: Console | No
                 # No connection is used twice: the server may be closing an idle one at that moment.
                 limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
                 async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as http:
-                    run = Soak(http, random.Random(seed), memory_of_children)
+                    run = Soak(http, random.Random(seed), lambda: memory_of_children(others))
                     return await run.run(num_requests, seconds, lambda: progress.advance(task))
 
             return asyncio.run(run())
