@@ -128,6 +128,7 @@ def test_start_is_measured_from_new_processes(folder: Path) -> None:
 
 
 @pytest.mark.server
+@pytest.mark.timeout(600)  # two servers start one after the other
 def test_serve_loads_both_servers_by_vllms_own_benchmark(folder: Path) -> None:
     found = rows(folder, "serve", "--requests", "3", "--output-tokens", "3")
     assert [row["unit"] for row in found] == ["requests/s", "ms", "ms", "ms"] * 3
