@@ -21,7 +21,7 @@ from tests.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 pytestmark = pytest.mark.engine
 
 SHAPE = {"shape": [NUM_LAYERS, TOKENS_PER_IMAGE]}
-CASES = {
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
     # Two KV heads, one per rank. Requests may also use FastV, which scores under the layer before.
     "hidrop": (
         "mistral-clip",
@@ -74,7 +74,11 @@ def recorded(worker: Any) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: make_llava(tmp_path_factory.mktemp(name), *parts.split("-")) for name, (parts, _) in CASES.items()}
+    found = {}
+    for name, (parts, _) in CASES.items():
+        text, tower = parts.split("-")
+        found[name] = make_llava(tmp_path_factory.mktemp(name), text, tower)
+    return found
 
 
 @contextmanager
