@@ -159,3 +159,30 @@ def test_a_token_that_is_all_of_the_output_has_cosine_zero(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     query, key, value = (torch.randn(size, generator=generator) for size in ((128,), (1, 64), (1, 64)))
     assert contribution(query, key, value, 4, 2, 0.1).cosine.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4, 2), (6, 2)])
+def test_statistics_of_heads_split_over_ranks_combine_to_those_of_all(shape: tuple[int, int]) -> None:
+    num_heads, num_kv_heads = shape
+    query, key, value = (random_rows(9, heads, seed) for seed, heads in enumerate((num_heads, *[num_kv_heads] * 2)))
+    text = torch.tensor([5, 7, 8])
+    own = num_heads // 2, num_kv_heads // 2, SCALE
+    ranks = list(zip(*(part.chunk(2, dim=1) for part in (query, key, value)), strict=True))
+    shares: list[torch.Tensor] = []
+
+    def told(share: torch.Tensor) -> torch.Tensor:
+        shares.append(share)
+        return share
+
+    for each in ranks:
+        contribution(each[0][-1], each[1], each[2], *own, told)
+    total = torch.stack(shares).sum(0)
+    everywhere = contribution(ranks[0][0][-1], ranks[0][1], ranks[0][2], *own, lambda _: total)
+    torch.testing.assert_close(everywhere, contribution(query[-1], key, value, *shape, SCALE))
+
+    shares.clear()
+    for each in ranks:
+        text_attention(each[0][text], each[1], text, *own, told)
+    mean = torch.stack(shares).mean(0)
+    everywhere_text = text_attention(ranks[0][0][text], ranks[0][1], text, *own, lambda _: mean)
+    torch.testing.assert_close(everywhere_text, text_attention(query[text], key, text, *shape, SCALE))
