@@ -47,8 +47,8 @@ class Result:
     """Kind of request -> outcome -> how many."""
     preemptions: int
     integrity: dict[str, Any]
-    memory_mib: list[float]
-    """Of all processes of the server, at each quarter of the requests."""
+    memory_mib: list[dict[str, float]]
+    """Of the server's processes by name, at each quarter of the requests."""
     failures: list[str] = field(default_factory=list)
 
 
@@ -100,17 +100,17 @@ class Soak:
     Attributes:
         http: a client of the server.
         rng: draws the mixture.
-        memory: resident bytes of the server now.
+        memory: resident MiB of the server's processes now, by name.
         clients: how many send side by side.
     """
 
     http: httpx.AsyncClient
     rng: random.Random
-    memory: Callable[[], int]
+    memory: Callable[[], dict[str, float]]
     clients: int = 16
     outcomes: dict[str, Counter[str]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
-    memory_mib: list[float] = field(default_factory=list)
+    memory_mib: list[dict[str, float]] = field(default_factory=list)
 
     async def run(self, num_requests: int, seconds: float, advance: Callable[[], object]) -> Result:
         """Send the mixture; stop sending after so many seconds."""
@@ -133,7 +133,7 @@ class Soak:
             while queue and time.monotonic() - start < seconds:
                 number, (name, how) = queue.pop()
                 if number in quarters:
-                    self.memory_mib.append(self.memory() / 2**20)
+                    self.memory_mib.append(self.memory())
                 outcome = await self._check(kinds[name], how, alone[name])
                 self.outcomes.setdefault(name, Counter())[outcome] += 1
                 if outcome == "wrong":
@@ -195,9 +195,10 @@ class Soak:
             self.failures.append("requests or blocks are left over")
         if not metrics["vllm:num_preemptions_total"]:
             self.failures.append("nothing was preempted: the pool was large enough")
-        self.memory_mib.append(self.memory() / 2**20)
-        if self.memory_mib[-1] > self.memory_mib[0] * (1 + MEMORY_TOLERANCE):
-            self.failures.append(f"memory grew from {self.memory_mib[0]:.0f} to {self.memory_mib[-1]:.0f} MiB")
+        self.memory_mib.append(self.memory())
+        first, last = (sum(self.memory_mib[i].values()) for i in (0, -1))
+        if last > first * (1 + MEMORY_TOLERANCE):
+            self.failures.append(f"memory grew from {first:.0f} to {last:.0f} MiB")
         return Result(
             num_requests,
             took,
@@ -242,10 +243,12 @@ def _counts(usage: dict[str, Any], report: dict[str, Any]) -> Answer:
     return {"tokens": tokens, "mode": report["mode"], "method": report["method"], "kept": kept}
 
 
-def memory_of_children(but: set[psutil.Process]) -> int:
-    """Resident bytes of every process below this one, without some and what is below those."""
-    children = set(psutil.Process().children(recursive=True)) - but
-    return sum(process.memory_info().rss for process in children)
+def memory_of_children(but: set[psutil.Process]) -> dict[str, float]:
+    """Resident MiB of every process below this one, by name, without some and what is below those."""
+    found: dict[str, float] = {}
+    for process in set(psutil.Process().children(recursive=True)) - but:
+        found[process.name()] = found.get(process.name(), 0) + process.memory_info().rss / 2**20
+    return found
 
 
 def soak(num_requests: int, seconds: float, seed: int = 0, console: Console | None = None) -> Result:
@@ -275,7 +278,9 @@ def show(result: Result, console: Console) -> None:
         table.add_row(name, *[str(counts.get(outcome, 0)) for outcome in ("equal", "left", "wrong")])
     console.print(table)
     console.print(f"preemptions {result.preemptions}, integrity {result.integrity}")
-    console.print("server memory, MiB, by quarter: " + ", ".join(f"{mib:.0f}" for mib in result.memory_mib))
+    console.print("server memory in MiB, by quarter:")
+    for name in sorted({name for memory in result.memory_mib for name in memory}):
+        console.print(f"  {name}: " + ", ".join(f"{memory.get(name, 0):.0f}" for memory in result.memory_mib))
     for failure in result.failures[:20]:
         console.print(f"FAILED: {failure}", markup=False)
 
