@@ -64,3 +64,17 @@ def test_answers_under_random_traffic_are_those_in_isolation(model: Path, name: 
     assert not wrong, f"{len(wrong)} of {len(finished)}: {wrong}"
     assert len(finished) > 30
     assert {which for which, _ in finished.values()} == set(range(len(kinds)))
+
+
+def test_a_resumed_request_reuses_at_most_its_prompt(model: Path) -> None:
+    """It finds blocks with what it had generated as well; a report of less than nothing once ended the server."""
+    rng = np.random.default_rng(5)
+    asks = [Ask(prompt(rng, "9" * 4), max_tokens=85) for _ in range(4)]
+    with engine(model, {"method": "fastv"}, num_gpu_blocks_override=60, max_model_len=256) as running:
+        preempted = count_preemptions(running)
+        reports = [answer.report for answer in running.ask(asks)]
+        assert preempted, "the pool was large enough: nothing was tested"
+    assert max(report["reused_tokens"] for report in reports) > 0
+    for report in reports:
+        assert report["reused_tokens"] <= report["prompt_tokens"]
+        assert 0 <= report["layer_tokens"] <= report["layer_tokens_dense"]

@@ -132,6 +132,7 @@ def _request_faults(scheduler: Any) -> Iterator[str]:
         "the blocks returned": scheduler.blocks_returned,
         "the rows run": scheduler.rows_run,
         "the selection times": scheduler.selection_ms,
+        "the tokens reused": scheduler.reused,
         "the reused tokens": scheduler.reused,
         "the unreported": scheduler.unreported,
         "the running": {request.request_id for request in scheduler.running},

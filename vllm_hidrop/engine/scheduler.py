@@ -140,7 +140,8 @@ class StagedScheduler(Scheduler):
                 num_blocks = len(list(takewhile(bool, written)))
             num_tokens = num_blocks * self.block_size
             found = self.kv_cache_manager.truncate_computed_blocks(found[0], num_tokens), num_tokens, 0, False
-        self.reused[request.request_id] = found[1]
+        # A preempted request may find tokens that it had generated, too.
+        self.reused[request.request_id] = min(found[1], request.num_prompt_tokens)
         return found
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
