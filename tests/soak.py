@@ -32,8 +32,8 @@ SERVER = ("--max-model-len", "1536", "--max-num-batched-tokens", "1536", "--num-
 MEMORY_TOLERANCE = 0.15
 """The server may hold so much more at the end than after a quarter of the requests.
 
-Measured: 10 % from request 500 to 2,000, ever slower. Stock vLLM grows alike: 1,500 mixed requests in one process took it
-from 842 to 1,150 MiB, ours from 908 to 1,208.
+Measured: 10 % from request 500 to 2,000, ever slower. Stock vLLM grows alike: 1,500 mixed requests in one process
+took it from 842 to 1,150 MiB, ours from 908 to 1,208.
 """
 SETTLING_REQUESTS = 500
 """Memory is not judged where the first quarter is shorter: the worker grows fastest at the start."""
