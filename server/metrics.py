@@ -47,7 +47,7 @@ COUNTERS = (
     ),
     CounterSpec("vllm_hidrop_kv_blocks_dense", "KV blocks the same sequences hold without pruning."),
     CounterSpec("vllm_hidrop_prefix_tokens_reused", "Prompt tokens taken from the prefix cache instead of being run."),
-    CounterSpec("vllm_hidrop_prefix_reuse_off", "Sequences that could not reuse an image, by reason.", ("reuse_off",)),
+    CounterSpec("vllm_hidrop_prefix_reuse_off", "Sequences whose images cannot be reused, by reason.", ("reuse_off",)),
     CounterSpec("vllm_hidrop_refused_requests", "Requests answered with a 4xx by us, not by vLLM.", ("reason",)),
 )
 

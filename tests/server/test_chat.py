@@ -67,6 +67,19 @@ def test_a_second_turn_still_sees_the_image_of_the_first(server: Server) -> None
     assert kept(answer["hidrop"]) == list(server.schedule.kept(IMAGE_TOKENS))
 
 
+def test_another_question_about_an_image_and_the_next_turn_reuse_it(server: Server) -> None:
+    image, other = image_url(77), "how many objects are there ?"
+    first = server.chat([image])
+    assert first["hidrop"]["reused_tokens"] < IMAGE_TOKENS
+    turns = [user([image], QUESTION), {"role": "assistant", "content": content(first)}, user([], other)]
+    again = [server.chat([image], other), server.chat([], messages=turns), server.chat([image])]
+    for answer in again:
+        check_report(answer["hidrop"], answer, server.schedule)
+        assert answer["hidrop"]["reused_tokens"] > IMAGE_TOKENS
+        assert answer["hidrop"]["layer_tokens"] < first["hidrop"]["layer_tokens"]
+    assert content(again[-1]) == content(first)
+
+
 def test_text_is_not_pruned(server: Server) -> None:
     answer = server.chat([], "what is this ?")
     report = answer["hidrop"]
