@@ -21,8 +21,9 @@ class CounterSpec(NamedTuple):
 SERVER_LABELS = ("model_name", "method")
 MODES = ("pruned", "off", "text", "fallback", "aborted", "unreported")
 REFUSALS = ("options", "media")
-REUSE_OFF = ("disabled", "adaptive", "cache_dtype")
-"""The server caches no prefixes; the method decides the counts; the cache rounds K, which scoring reads."""
+REUSE_OFF = ("disabled", "adaptive", "cache_dtype", "first_layer", "states")
+"""The server caches no prefixes; the method decides the counts; the cache rounds K, which scoring reads; the first
+layer cuts; the server has no memory for states."""
 
 COUNTERS = (
     CounterSpec(
@@ -46,7 +47,7 @@ COUNTERS = (
     ),
     CounterSpec("vllm_hidrop_kv_blocks_dense", "KV blocks the same sequences hold without pruning."),
     CounterSpec("vllm_hidrop_prefix_tokens_reused", "Prompt tokens taken from the prefix cache instead of being run."),
-    CounterSpec("vllm_hidrop_prefix_reuse_off", "Sequences that could not reuse any, by reason.", ("reuse_off",)),
+    CounterSpec("vllm_hidrop_prefix_reuse_off", "Sequences whose images cannot be reused, by reason.", ("reuse_off",)),
     CounterSpec("vllm_hidrop_refused_requests", "Requests answered with a 4xx by us, not by vLLM.", ("reason",)),
 )
 

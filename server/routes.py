@@ -43,6 +43,7 @@ def describe(planner: Planner) -> dict[str, Any]:
         "positions": str(planner.positions),
         "keeps_are_bounds": planner.methods[planner.method].adaptive,
         "request_methods": list(planner.methods),
+        "prefix_state_bytes": planner.state_bytes,
         "schedule": schedule.dump(),
         "stages": [
             {

@@ -79,7 +79,8 @@ def serve(
     hidrop_config: Annotated[
         str | None,
         typer.Option(
-            metavar="JSON|FILE", help="Keys: method, preset, options, positions, force; the two options above win."
+            metavar="JSON|FILE",
+            help="Keys: method, preset, options, positions, prefix_state_bytes, force; the two options above win.",
         ),
     ] = None,
     vllm_help: Annotated[

@@ -24,6 +24,9 @@ class HidropConfig(BaseModel):
     preset: str | None = Field(None, description="named schedule of the method; default: the checkpoint's own")
     options: dict[str, Any] = Field({}, description="the method's hyper-parameters, over the preset's")
     positions: PositionScheme | None = Field(None, description="default: the checkpoint's, else persistent")
+    prefix_state_bytes: int = Field(
+        1 << 28, ge=0, description="memory for reusing images in later prompts under methods that cut; 0: not reused"
+    )
     force: bool = Field(False, description="serve a schedule or positions the checkpoint was not trained for")
 
     @classmethod
@@ -74,7 +77,7 @@ def resolve(config: HidropConfig, shape: ModelShape, trained: Mapping[str, Any] 
             'serve those, or set "force": true'
         )
     if config.method is None and config.preset is None and not config.options:
-        config = config.model_copy(update=own.model_dump(exclude={"force", "positions"}))
+        config = config.model_copy(update=own.model_dump(exclude={"force", "positions", "prefix_state_bytes"}))
     name = config.method or own.method or "none"
     preset = config.preset or (own.preset if name == own.method else METHODS[_known(name)].preset_for(shape))
     if own.method and name == own.method and preset != own.preset and not config.force:

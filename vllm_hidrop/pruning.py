@@ -234,6 +234,7 @@ class Plan:
     the counts do not show it. ``method`` names it.
     ``prefix_tokens``: the first so many tokens, all before any image, may run or be cached before the rest of the
     prompt: they are the same in every stage and whatever follows.
+    ``carried_from``: the last block boundary within them.
     ``has_run``: the counts are those of the caches once the prompt has run, which may be any.
     """
 
@@ -246,6 +247,7 @@ class Plan:
     method: str = ""
     has_run: bool = False
     prefix_tokens: int = 0
+    carried_from: int = 0
 
     def __post_init__(self) -> None:
         if self.has_run:
@@ -302,12 +304,44 @@ class Plan:
         """Tokens of ``stage`` among the first ``num_tokens`` tokens of the request.
 
         A pruned prompt is prefilled in one step from some token of its prefix on, so ``num_tokens`` is within the
-        prefix or at least the prompt length.
+        prefix or at least the prompt length; or, where images are reused, the end of an image: then the stages from
+        the first cut on hold their prefix only.
         """
         if num_tokens >= self.num_prompt_tokens:
             return num_tokens - self.dropped[stage]
-        assert not self.is_pruned or num_tokens <= self.prefix_tokens
-        return num_tokens
+        if not self.is_pruned or num_tokens <= self.prefix_tokens:
+            return num_tokens
+        return self.carried_from if stage >= self.first_cut else self.before_cut(stage, num_tokens)
+
+    def before_cut(self, stage: int, num_tokens: int) -> int:
+        """Tokens of a stage before the first cut among the first tokens of the prompt, whole images only."""
+        images = [image for image, span in enumerate(self.spans) if span.offset < num_tokens]
+        assert all(self.spans[image].end <= num_tokens for image in images), "an image cannot be split"
+        return num_tokens - sum(self.spans[image].length - self.kept[stage][image] for image in images)
+
+    @cached_property
+    def first_cut(self) -> int:
+        """The first stage that selects tokens of an image; the number of stages where none does.
+
+        Before it, what a stage holds of a token depends on nothing behind the token.
+        """
+        stages = ((span.length for span in self.spans), *self.kept)
+        selects = (any(0 < n < m for n, m in zip(now, before, strict=True)) for before, now in pairwise(stages))
+        return next((stage for stage, found in enumerate(selects) if found), len(self.kept))
+
+    def num_carried(self, num_tokens: int) -> int:
+        """Rows that enter the first cut for the tokens from ``carried_from`` to the end of an image."""
+        return self.before_cut(self.first_cut - 1, num_tokens) - self.carried_from
+
+    def places_carried(self, num_tokens: int) -> list[int]:
+        """Their places in the prompt."""
+        gone = {
+            place
+            for span, kept in zip(self.spans, self.kept[self.first_cut - 1], strict=True)
+            for place in range(span.offset, span.end)
+            if not kept
+        }
+        return [place for place in range(self.carried_from, num_tokens) if place not in gone]
 
 
 def make_plan(

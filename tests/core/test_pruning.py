@@ -1,6 +1,7 @@
 """Keeps, schedules and plans: arithmetic on host ints."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -224,3 +225,39 @@ def test_a_prompt_that_ends_with_an_image_falls_back_only_where_something_would_
     assert make_plan(Schedule.of({0: "all"}, 2), 7, last).fallback is None
     assert make_plan(Schedule.of({0: "all", 1: 9}, 2), 7, last).fallback is None
     assert make_plan(Schedule.of({0: "all", 1: 1}, 2), 8, last).fallback is None
+
+
+@given(schedules(), prompts())
+def test_before_the_first_cut_a_stage_holds_an_image_whole_or_not_at_all(
+    schedule: Schedule, prompt: tuple[int, list[Span]]
+) -> None:
+    num_tokens, spans = prompt
+    plan = make_plan(schedule, num_tokens, spans)
+    for stage, kept in enumerate(plan.kept):
+        whole_or_nothing = all(n in (0, span.length) for n, span in zip(kept, plan.spans, strict=True))
+        assert whole_or_nothing or stage >= plan.first_cut
+    if plan.first_cut < len(plan.kept):
+        assert any(0 < n < span.length for n, span in zip(plan.kept[plan.first_cut], plan.spans, strict=True))
+
+
+@given(schedules(), prompts(), st.integers(1, 40))
+def test_a_prompt_may_start_behind_an_image(
+    schedule: Schedule, prompt: tuple[int, list[Span]], block_size: int
+) -> None:
+    num_tokens, spans = prompt
+    plan = make_plan(schedule, num_tokens, spans)
+    if not plan.is_pruned:
+        return
+    prefix = plan.spans[0].offset
+    plan = replace(plan, prefix_tokens=prefix, carried_from=prefix // block_size * block_size)
+    for image, span in enumerate(plan.spans):
+        for stage, kept in enumerate(plan.kept):
+            held = span.end - sum(s.length - n for s, n in zip(plan.spans[: image + 1], kept, strict=False))
+            expected = held if stage < plan.first_cut else plan.carried_from
+            assert plan.stage_tokens(stage, span.end) == expected
+        if 0 < plan.first_cut < len(plan.kept):
+            places = plan.places_carried(span.end)
+            assert len(places) == plan.num_carried(span.end)
+            assert set(places) >= set(range(plan.carried_from, prefix))
+            there = plan.kept[plan.first_cut - 1][image]
+            assert {place in places for place in range(span.offset, span.end)} == {bool(there)}

@@ -18,6 +18,8 @@ from tests.tiny_models import IMAGE_TOKEN, TOKENS_PER_IMAGE, make_llava
 pytestmark = pytest.mark.engine
 
 BLOCK = 32
+TEXT_ONLY = {"prefix_state_bytes": 0}
+"""Images are not reused: see ``test_image_prefix``."""
 PREFIX = "999999999"  # 81 tokens and the first one: two blocks and 18 tokens
 NUM_PREFIX = 82
 REUSED = 64
@@ -41,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")  # the tests with engines of their own come first: one lives at a time
 def hidrop(model: Path) -> Iterator[Engine]:
-    with engine(model, HIDROP) as started:
+    with engine(model, HIDROP | TEXT_ONLY) as started:
         yield started
 
 
@@ -81,7 +83,7 @@ def test_a_hit_and_a_chunked_prefix_change_nothing(model: Path, choice: dict[str
     first, second, third = shared(rng, "i5", "i3i6", "ii9")
     asks = [Ask(first, (1,)), Ask(second, (2, 3)), Ask(third, (4, 4)), Ask(first, (5,)), Ask(second, (1, 4))]
     expected = [reference(model, choice, ask) for ask in asks]
-    with engine(model, choice) as running:
+    with engine(model, choice | TEXT_ONLY) as running:
         for turn, (ask, result) in enumerate(zip(asks, expected, strict=True)):
             with running.record_selections() as kept:
                 answer = running.ask([ask])[0]
@@ -117,7 +119,7 @@ def test_a_hit_and_a_chunked_prefix_change_nothing(model: Path, choice: dict[str
 def test_a_server_without_prefix_caching_says_so_and_chunks(model: Path) -> None:
     (tokens,) = shared(np.random.default_rng(6), "i9")
     ask = Ask(tokens, (1,))
-    with engine(model, HIDROP, enable_prefix_caching=False) as running:
+    with engine(model, HIDROP | TEXT_ONLY, enable_prefix_caching=False) as running:
         chunks = record_chunks(running)
         whole = running.ask([ask])[0]
         with budget(running, 80):
@@ -133,7 +135,7 @@ def test_preempted_requests_with_a_common_prefix_resume_with_the_same_tokens(mod
     prompts = shared(rng, "i5", "i3i6", "i2", "ii4")
     asks = [Ask(tokens, (1, 2)[: tokens.count(IMAGE_TOKEN)], max_tokens=40) for tokens in prompts]
     asks += [replace(asks[0], options={"hidrop": "off"})]
-    with engine(model, HIDROP, num_gpu_blocks_override=90, max_model_len=320) as running:
+    with engine(model, HIDROP | TEXT_ONLY, num_gpu_blocks_override=90, max_model_len=320) as running:
         alone = [running.ask([ask])[0] for ask in asks]
         preempted = count_preemptions(running)
         answers = running.ask(asks)
@@ -183,7 +185,7 @@ def test_blocks_written_in_the_same_step_are_not_read(running: Engine) -> None:
 def test_the_report_counts_what_ran_and_what_was_reused(running: Engine) -> None:
     (tokens,) = shared(np.random.default_rng(5), "i9")
     cold, hit = (running.ask([Ask(tokens, (1,))])[0].report for _ in range(2))
-    assert cold["reuse_off"] is hit["reuse_off"] is None
+    assert cold["reuse_off"] == hit["reuse_off"] == "states"
     assert [stage["reused"] for stage in hit["stages"]] == [REUSED] * len(hit["stages"])
     assert [stage["rows"] for stage in hit["stages"]] == [stage["rows"] for stage in cold["stages"]]
     assert cold["layer_tokens"] - hit["layer_tokens"] == 8 * REUSED

@@ -15,8 +15,10 @@ from tests.engine.harness import ARCHITECTURE
 from tests.tiny_models import make_llava
 from vllm_hidrop.engine import compat, gate
 from vllm_hidrop.engine.gate import RULES
+from vllm_hidrop.engine.planner import Planner
 from vllm_hidrop.models.families import family_of
 from vllm_hidrop.plugin import register
+from vllm_hidrop.pruning import Span
 
 pytestmark = pytest.mark.engine
 
@@ -164,6 +166,27 @@ def test_a_step_holds_the_longest_prompt_and_prefix_caching_is_as_chosen(model: 
     assert config.scheduler_config.max_num_batched_tokens == 1024
     assert config.scheduler_config.max_num_encoder_input_tokens == 1024
     assert config.cache_config.enable_prefix_caching is caching
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype", "prefix_tokens"),
+    [("float32", "auto", 40), ("bfloat16", "auto", 40), ("bfloat16", "bfloat16", 40), ("bfloat16", "fp8", 0)],
+)
+def test_where_the_cache_rounds_k_a_pruned_prompt_starts_at_its_first_token(
+    model: Path, dtype: str, cache_dtype: str, prefix_tokens: int
+) -> None:
+    planner = Planner.from_vllm_config(configure(model, FASTV, dtype=dtype, kv_cache_dtype=cache_dtype, block_size=32))
+    plan = planner.plan(110, [Span(40, 64)], None)
+    assert plan.is_pruned
+    assert plan.prefix_tokens == prefix_tokens
+    assert plan.carried_from == prefix_tokens // 32 * 32
+
+
+def test_memory_for_states_is_as_chosen(model: Path) -> None:
+    assert Planner.from_vllm_config(configure(model, FASTV)).state_bytes == 1 << 28
+    assert Planner.from_vllm_config(configure(model, FASTV | {"prefix_state_bytes": 7})).state_bytes == 7
+    with pytest.raises(ValueError, match=r"prefix_state_bytes: .*greater than or equal to 0"):
+        configure(model, FASTV | {"prefix_state_bytes": -1})
 
 
 def test_another_vllm_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

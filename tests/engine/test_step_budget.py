@@ -1,5 +1,6 @@
 """The step budget counts rows that are computed: step tables on the real scheduler, and answers that stay the same."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ def test_a_prompt_above_the_budget_runs_beside_decodes_but_not_beside_prefills(m
     big = Ask(prompt(rng, "ii9"), (1, 2), max_tokens=2)
     assert 10 + 2 * MEAN > 30
     small = Ask(prompt(rng, "9"), max_tokens=9)
-    with engine(model, HIDROP, max_num_batched_tokens=30, max_model_len=200) as running:
+    settings = {"max_num_batched_tokens": 30, "max_model_len": 200, "enable_prefix_caching": False}
+    with engine(model, HIDROP, **settings) as running:
         found = steps(running, {"s": small, "b": big, "c": big}, 4)
     assert found[0] == {"s": 10, "b": 1, "c": 1}, "the text before the images"
     assert found[1] == {"s": 1, "b": 137}
@@ -106,6 +108,17 @@ def test_the_budget_alone() -> None:
     assert budget.fit(plan, 0, 110) == 0
     budget.take_back("b")
     assert budget.left == 50
+    # Behind a reused image: 20 tokens before the last stages cut, which run those of the image again.
+    schedule = Schedule.of({0: 0, 2: "all", 4: 8}, 8)
+    behind = replace(make_plan(schedule, 110, [Span(10, 80)]), prefix_tokens=10, carried_from=8)
+    assert behind.first_cut == 2
+    budget = StepBudget(49, schedule)
+    assert budget.fit(behind, 90, 20) == 20
+    budget.spend("c", behind, 90, 20)
+    assert budget.left == 49 - (20 * 4 + (38 - 8) * 4) / 8 == 24
+    assert budget.fit(behind, 90, 20) < 20, "fewer tokens than rows are left, but more rows"
+    assert StepBudget(23, schedule).fit(behind, 90, 20) == 20, "alone, where it is too large for any step"
+    budget = StepBudget(100, schedule)
     budget.start()
     assert budget.left == 100
     assert TOKENS_PER_IMAGE == 64

@@ -33,7 +33,8 @@ def test_a_pruned_answer_reports_what_the_schedule_promised(server: Server) -> N
 
 @pytest.mark.parametrize("include_usage", [False, True])
 def test_a_stream_says_the_same_and_reports_once_at_its_end(server: Server, include_usage: bool) -> None:
-    whole = server.chat([image_url()])
+    server.chat([image_url()])
+    whole = server.chat([image_url()])  # its image is reused, and the stream's
     options: dict[str, Any] = {"stream_options": {"include_usage": True}} if include_usage else {}
     stream: Any = server.openai.chat.completions.create(**server.body([image_url()], stream=True, **options))
     chunks = [chunk.model_dump() for chunk in stream]
@@ -64,6 +65,19 @@ def test_a_second_turn_still_sees_the_image_of_the_first(server: Server) -> None
     check_report(answer["hidrop"], answer, server.schedule)
     assert answer["hidrop"]["mode"] == "pruned"
     assert kept(answer["hidrop"]) == list(server.schedule.kept(IMAGE_TOKENS))
+
+
+def test_another_question_about_an_image_and_the_next_turn_reuse_it(server: Server) -> None:
+    image, other = image_url(77), "how many objects are there ?"
+    first = server.chat([image])
+    assert first["hidrop"]["reused_tokens"] < IMAGE_TOKENS
+    turns = [user([image], QUESTION), {"role": "assistant", "content": content(first)}, user([], other)]
+    again = [server.chat([image], other), server.chat([], messages=turns), server.chat([image])]
+    for answer in again:
+        check_report(answer["hidrop"], answer, server.schedule)
+        assert answer["hidrop"]["reused_tokens"] > IMAGE_TOKENS
+        assert answer["hidrop"]["layer_tokens"] < first["hidrop"]["layer_tokens"]
+    assert content(again[-1]) == content(first)
 
 
 def test_text_is_not_pruned(server: Server) -> None:
@@ -126,7 +140,8 @@ def test_concurrent_mixed_requests_answer_as_they_do_alone(server: Server) -> No
 
     def send(body: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
         answer = server.openai.chat.completions.create(**with_extra(body)).model_dump()
-        return content(answer), answer["hidrop"]["stages"]
+        stages = [stage | {"reused": 0} for stage in answer["hidrop"]["stages"]]  # reused is what came before
+        return content(answer), stages
 
     alone = [send(body) for body in bodies]
     with ThreadPoolExecutor(len(bodies)) as pool:
@@ -160,6 +175,7 @@ def test_the_model_list_and_hidrop_describe_the_schedule(server: Server) -> None
     (card,) = server.http.get("/v1/models").json()["data"]
     description = server.http.get("/hidrop").json()
     fields = {"method", "preset", "positions", "schedule", "stages", "keeps_are_bounds", "request_methods"}
+    fields |= {"prefix_state_bytes"}
     assert card["hidrop"].keys() == fields
     assert card["hidrop"].items() <= description.items()
     assert [stage["end_layer"] for stage in card["hidrop"]["stages"]] == list(server.schedule.end_layers)

@@ -56,10 +56,10 @@ def test_counters_are_the_sums_over_the_responses(server: Server) -> None:
 @pytest.mark.server
 def test_every_choice_is_counted(server: Server) -> None:
     requests = server.metric("vllm_hidrop_requests_total", mode="pruned")
-    rows = server.metric("vllm_hidrop_layer_tokens_run_total")
+    tokens = server.metric("vllm_hidrop_vision_tokens_in_total")
     answer = server.chat([image_url()], n=3, temperature=1.0)
     assert server.metric("vllm_hidrop_requests_total", mode="pruned") == requests + 3
-    assert server.metric("vllm_hidrop_layer_tokens_run_total") == rows + 3 * answer["hidrop"]["layer_tokens"]
+    assert server.metric("vllm_hidrop_vision_tokens_in_total") == tokens + 3 * answer["hidrop"]["vision_tokens"]
 
 
 def leave_early(server: Server) -> None:

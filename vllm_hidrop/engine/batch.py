@@ -80,10 +80,22 @@ class PrunedPrefill:
     """What was decided when this prompt ran before it was preempted; it is not decided again."""
     reduced: tuple[Reduced, ...] = ()
     """Per image, what the vision tower left of it; empty where the tower reduces nothing."""
-    num_cached: int = 0
-    """Tokens of its prefix that every stage's cache holds already; the step runs those after them."""
+    num_computed: int = 0
+    """Tokens of its prompt that the caches hold already; the step runs those after them."""
     read_keys: ReadKeys | None = None
     """Reads their K; None where nothing is cached."""
+    carried: Any = None
+    """Hidden states [n, C] that enter the first cut with the step's rows; None unless images are reused."""
+    keeps_state: bool = False
+    """Whether the states that enter the first cut are to be kept, up to the end of the last image."""
+
+    def num_cached(self, stage: int) -> int:
+        """Slots of a stage that hold tokens computed before this step."""
+        return self.plan.stage_tokens(stage, self.num_computed)
+
+    def is_carried(self, image: int) -> bool:
+        """Whether an image is not among the step's rows, but may come in with the carried states."""
+        return self.plan.spans[image].offset < self.num_computed
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,29 @@ class StagedStep:
     full: StageBatch
     stages: tuple[StageBatch, ...]
     prefills: tuple[PrunedPrefill, ...]
+
+    def entering(self, stage: int) -> StageBatch:
+        """The rows on entry to a stage: those of the stage before, and the carried ones where it is a first cut."""
+        before = self.stages[stage - 1] if stage else self.full
+        num_rows = before.num_rows.copy()
+        for prefill in self.carrying(stage):
+            num_rows[prefill.index] += len(prefill.carried)
+        return StageBatch(num_rows, before.seq_lens)
+
+    def carrying(self, stage: int) -> list[PrunedPrefill]:
+        """Prompts whose carried states come in there."""
+        return [p for p in self.prefills if p.carried is not None and p.plan.first_cut == stage]
+
+    @cached_property
+    def first_carried(self) -> dict[int, int]:
+        """By place in the batch, the index of a prompt's first carried row: they are numbered on from the full rows."""
+        first = {}
+        end = self.full.num_tokens
+        for prefill in self.prefills:
+            if prefill.carried is not None:
+                first[prefill.index] = end
+                end += len(prefill.carried)
+        return first
 
     @property
     def is_uniform(self) -> bool:
@@ -152,14 +187,20 @@ def make_step(
     prompts = np.array([plan.num_prompt_tokens for plan in plans], dtype=np.int32)
     totals = num_computed_tokens + num_scheduled_tokens
     has_run, runs = num_computed_tokens >= prompts, totals >= prompts
-    dropped = np.array([plan.dropped for plan in plans], dtype=np.int32).T * runs
+    prefilled = [int(i) for i in np.flatnonzero(runs & ~has_run) if plans[i].is_pruned]
+    dropped = np.array([plan.dropped for plan in plans], dtype=np.int32).T
+    before, dropped = dropped * has_run, dropped * runs
+    for i in prefilled:
+        if num_computed_tokens[i] > plans[i].prefix_tokens:
+            held = [plans[i].stage_tokens(stage, int(num_computed_tokens[i])) for stage in range(len(before))]
+            before[:, i] = num_computed_tokens[i] - np.array(held)
     full = StageBatch(num_scheduled_tokens, totals)
-    shared: dict[bytes, StageBatch] = {np.zeros(len(plans), np.int32).tobytes(): full}
+    shared: dict[bytes, StageBatch] = {np.zeros(2 * len(plans), np.int32).tobytes(): full}
     stages = []
-    for column in dropped:
-        key = column.tobytes()
+    for missing, left in zip(before, dropped, strict=True):
+        key = missing.tobytes() + left.tobytes()
         if key not in shared:
-            shared[key] = StageBatch(num_scheduled_tokens - column * ~has_run, totals - column)
+            shared[key] = StageBatch(num_scheduled_tokens + missing - left, totals - left)
         stages.append(shared[key])
     prefills = tuple(
         PrunedPrefill(
@@ -168,10 +209,9 @@ def make_step(
             plans[i],
             choosers[plans[i].method],
             recorded(request_ids[i]),
-            num_cached=int(num_computed_tokens[i]),
+            num_computed=int(num_computed_tokens[i]),
         )
-        for i in np.flatnonzero(runs & ~has_run)
-        if plans[i].is_pruned
+        for i in prefilled
     )
     return StagedStep(full, tuple(stages), prefills)
 

@@ -51,10 +51,11 @@ class StepBudget:
         The pruned part of a prompt fits or not. One that alone exceeds a step's rows fits where no other prefill is.
         """
         rows = self._rows(plan, num_computed_tokens, num_new_tokens)
-        is_too_large = rows > self.num_rows and rows < num_new_tokens
+        is_whole = _ends_prompt(plan, num_computed_tokens, num_new_tokens)
+        is_too_large = is_whole and rows > self.num_rows
         if rows <= self.left or (is_too_large and not self.num_prefills):
             return num_new_tokens
-        return max(0, min(num_new_tokens, int(self.left)))
+        return max(0, min(num_new_tokens - is_whole, int(self.left)))
 
     def spend(self, request_id: str, plan: Plan, num_computed_tokens: int, num_new_tokens: int) -> None:
         """Give a request so many tokens in this step."""
@@ -71,7 +72,13 @@ class StepBudget:
 
     def _rows(self, plan: Plan, num_computed_tokens: int, num_new_tokens: int) -> float:
         """What so many tokens compute."""
-        end = num_computed_tokens + num_new_tokens
-        if plan.is_pruned and num_computed_tokens < plan.num_prompt_tokens <= end:
-            return num_new_tokens - mean_over_layers(plan.dropped, self.schedule)
-        return num_new_tokens
+        if not _ends_prompt(plan, num_computed_tokens, num_new_tokens):
+            return num_new_tokens
+        places = num_computed_tokens, num_computed_tokens + num_new_tokens
+        held, holds = ([plan.stage_tokens(stage, place) for stage in range(len(plan.kept))] for place in places)
+        return mean_over_layers([n - m for m, n in zip(held, holds, strict=True)], self.schedule)
+
+
+def _ends_prompt(plan: Plan, num_computed_tokens: int, num_new_tokens: int) -> bool:
+    """Whether so many tokens are the part of a pruned prompt that runs in one step."""
+    return plan.is_pruned and num_computed_tokens < plan.num_prompt_tokens <= num_computed_tokens + num_new_tokens

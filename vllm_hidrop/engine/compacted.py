@@ -66,7 +66,7 @@ def renumber(positions: torch.Tensor, full: torch.Tensor, runs: list[ImageRun]) 
         first = run.first_row - num_gone
         num_gone += run.num_rows - run.keep
         has_neighbour = run.first_row > run.prompt_first_row
-        start = before[full[first - 1]] + 1 if has_neighbour else run.prefill.num_cached
+        start = before[full[first - 1]] + 1 if has_neighbour else run.num_cached
         positions[full[first : first + run.keep]] = start + torch.arange(run.keep, device=positions.device)
 
 

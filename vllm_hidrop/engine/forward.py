@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -33,7 +34,7 @@ class Rows:
     hidden: torch.Tensor
     residual: torch.Tensor | None
     full: torch.Tensor
-    """int64 [T], indices into the step's full rows."""
+    """int64 [T], indices into the step's full rows and, after them, the carried ones."""
 
     def gather(self, index: torch.Tensor) -> None:
         """Keep the rows at ``index``, int64 [T']."""
@@ -50,12 +51,14 @@ class Outcome:
         hidden: [T, C], final hidden states; rows that the last stage does not hold are zero.
         step: the step with the counts it ran with.
         survivors: by request id, what was decided about the adaptive prompts.
+        states: by request id, the hidden states [n, C] that were to be kept.
         selection_seconds: spent on signals and selections, by the host's clock.
     """
 
     hidden: torch.Tensor
     step: StagedStep
     survivors: dict[str, Survivors]
+    states: dict[str, torch.Tensor]
     selection_seconds: float
 
 
@@ -85,17 +88,20 @@ class StagedForward:
         Args:
             step: the step's layout.
             embeds: [T, C], input embeddings of the full rows, projector outputs at the vision rows.
-            positions: int64 [T], RoPE positions of the full rows.
+            positions: int64 [T + T_carried], RoPE positions of the full rows and the carried ones.
             enter: see :data:`Enter`.
         """
         rows = Rows(embeds, None, torch.arange(embeds.shape[0], device=embeds.device))
         decisions = Decisions(step)
         scores: Scores = {}
+        states: dict[str, torch.Tensor] = {}
         seconds = 0.0
         for stage, laid_out in enumerate(step.stages):
             step = decisions.enter(step, stage)
             if step.stages[stage] is not laid_out:
                 enter(step, stage)
+            carry_in(rows, step, stage)
+            states |= keep_states(rows, step, stage)
             layers = range(self.schedule.stages[stage].first_layer, self.schedule.end_layers[stage])
             runs = self._inject(rows, image_runs(step, stage), embeds)
             watch = Watch.of(step, stage, layers, decisions)
@@ -111,7 +117,8 @@ class StagedForward:
             scores = watch.settle()
             seconds += watch.seconds
         hidden, _ = self.add_norm(self.norm, rows.hidden, rows.residual)
-        return Outcome(_scatter(hidden, rows.full, embeds.shape[0]), step, decisions.survivors(), seconds)
+        scattered = _scatter(hidden, rows.full, len(positions))[: embeds.shape[0]]
+        return Outcome(scattered, step, decisions.survivors(), states, seconds)
 
     def _inject(self, rows: Rows, runs: list[ImageRun], embeds: torch.Tensor) -> list[ImageRun]:
         """Bring in the images that start here; return the runs that are left, in the new rows."""
@@ -213,6 +220,47 @@ class _Hooked:
 
     def _edit(self, attention: nn.Module, inputs: AttentionInputs, output: torch.Tensor) -> None:
         edit_output(self.edits, attention, inputs, output)
+
+
+def carry_in(rows: Rows, step: StagedStep, stage: int) -> None:
+    """Put the carried states of the prompts whose first cut is ``stage`` before their rows."""
+    carrying = step.carrying(stage)
+    if not carrying:
+        return
+    assert rows.residual is not None, "no layer runs before the first one"
+    pieces, cursor, end = [], 0, len(rows.full)
+    for prefill in carrying:
+        first, num_rows = int(step.stages[stage - 1].row_starts[prefill.index]), len(prefill.carried)
+        pieces += [np.arange(cursor, first), np.arange(end, end + num_rows)]
+        cursor, end = first, end + num_rows
+    pieces.append(np.arange(cursor, len(rows.full)))
+    states = torch.cat([prefill.carried for prefill in carrying])
+    numbers = [np.arange(len(p.carried)) + step.first_carried[p.index] for p in carrying]
+    rows.hidden = torch.cat((rows.hidden, states))
+    rows.residual = torch.cat((rows.residual, torch.zeros_like(states)))
+    rows.full = torch.cat((rows.full, torch.from_numpy(np.concatenate(numbers)).to(rows.full.device)))
+    rows.gather(torch.from_numpy(np.concatenate(pieces)).to(rows.full.device))
+
+
+def keep_states(rows: Rows, step: StagedStep, stage: int) -> dict[str, torch.Tensor]:
+    """The states of prompts whose first cut is ``stage`` and which are to be kept.
+
+    They are those from the last block boundary before the first image to the end of the last. These rows go on as
+    those of a later prompt will: with the sum as hidden state, and residual 0.
+    """
+    found = {}
+    for prefill in step.prefills:
+        plan = prefill.plan
+        if prefill.keeps_state and plan.first_cut == stage:
+            assert rows.residual is not None, "no layer runs before the first one"
+            first = int(step.entering(stage).row_starts[prefill.index])
+            if prefill.carried is None:
+                first += plan.carried_from - prefill.num_computed
+            here = slice(first, first + plan.num_carried(plan.spans[-1].end))
+            found[prefill.request_id] = state = rows.hidden[here] + rows.residual[here]
+            rows.hidden, rows.residual = rows.hidden.clone(), rows.residual.clone()
+            rows.hidden[here], rows.residual[here] = state, 0
+    return found
 
 
 def _scatter(hidden: torch.Tensor, full: torch.Tensor, num_rows: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ carries its stage, so stages become groups; a :class:`StageManager` counts the t
 tokens of the request. Knows no model runner.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -71,10 +71,37 @@ class StageManager(FullAttentionManager):
         plan = self.plans.get(request_id)
         return num_tokens if plan is None else plan.stage_tokens(self.kv_cache_spec.stage, num_tokens)
 
-    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
-        """The count of vLLM, for this stage's share of ``num_tokens``."""
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        """The count of vLLM, for this stage's share of the tokens."""
+        total, local, main = (
+            self._stage_tokens(request_id, count)
+            for count in (total_computed_tokens, num_local_computed_tokens, num_tokens_main_model)
+        )
         stage_tokens = self._stage_tokens(request_id, num_tokens)
-        return super().get_num_blocks_to_allocate(request_id, stage_tokens, *args, **kwargs)
+        return super().get_num_blocks_to_allocate(
+            request_id, stage_tokens, new_computed_blocks, total, local, main, *args, **kwargs
+        )
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """The blocks of a hit; of one that this stage's share ends within, vLLM copies the page for the request."""
+        stage_tokens = self._stage_tokens(request_id, num_local_computed_tokens)
+        super().add_local_computed_blocks(request_id, new_computed_blocks, stage_tokens, num_external_computed_tokens)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """The allocation of vLLM, for this stage's share of ``num_tokens``."""

@@ -32,6 +32,8 @@ class ImageRun:
     """First row of the image in the step's full rows."""
     prompt_first_row: int
     prompt_last_row: int
+    num_cached: int
+    """Rows of the prompt before its first one here: they are in the caches."""
 
     @property
     def key(self) -> tuple[int, int]:
@@ -70,20 +72,38 @@ class ImageRun:
 
 def image_runs(step: StagedStep, stage: int) -> list[ImageRun]:
     """Every image that changes on entry to ``stage``, in row order, in the rows of the stage before."""
-    before = step.stages[stage - 1] if stage else step.full
+    before = step.entering(stage)
+    found = []
+    for prefill in step.prefills:
+        comes_in = prefill.carried is not None and prefill.plan.first_cut == stage
+        num_cached = prefill.plan.carried_from if comes_in else _num_cached_before(prefill, stage)
+        runs = _runs_of(step, prefill, before, stage, num_cached)
+        is_in = stage >= prefill.plan.first_cut
+        found += [run for run in runs if run.keep != run.num_rows and (is_in or not prefill.is_carried(run.image))]
+    return found
+
+
+def scored_before(step: StagedStep, stage: int) -> list[ImageRun]:
+    """The images that are scored under the last layer before ``stage``; in that layer's rows if they are among them."""
+    before = step.stages[stage - 1]
     return [
         run
         for prefill in step.prefills
-        for run in _runs_of(prefill, before, step.full, stage)
-        if run.keep != run.num_rows
+        for run in _runs_of(step, prefill, before, stage, _num_cached_before(prefill, stage))
+        if run.scores_before
     ]
 
 
-def _runs_of(prefill: PrunedPrefill, before: StageBatch, full: StageBatch, stage: int) -> Iterator[ImageRun]:
+def _num_cached_before(prefill: PrunedPrefill, stage: int) -> int:
+    return prefill.num_cached(stage - 1) if stage else prefill.num_computed
+
+
+def _runs_of(
+    step: StagedStep, prefill: PrunedPrefill, before: StageBatch, stage: int, num_cached: int
+) -> Iterator[ImageRun]:
+    """All images of a prompt whose first row is slot ``num_cached`` of the stage before."""
     plan = prefill.plan
     first_row = int(before.row_starts[prefill.index])
-    num_cached = prefill.num_cached
-    full_first_row = int(full.row_starts[prefill.index]) - num_cached
     dropped = plan.dropped[stage - 1] if stage else 0
     missing = 0
     for image, span in enumerate(plan.spans):
@@ -94,11 +114,21 @@ def _runs_of(prefill: PrunedPrefill, before: StageBatch, full: StageBatch, stage
             first_row=first_row + span.offset - missing - num_cached,
             num_rows=num_rows,
             keep=plan.kept[stage][image],
-            full_first_row=full_first_row + span.offset,
+            full_first_row=_full_row(step, prefill, image),
             prompt_first_row=first_row,
             prompt_last_row=first_row + plan.num_prompt_tokens - dropped - num_cached - 1,
+            num_cached=num_cached,
         )
         missing += span.length - num_rows
+
+
+def _full_row(step: StagedStep, prefill: PrunedPrefill, image: int) -> int:
+    """Index of an image's first row among the step's full rows and, after them, the carried ones."""
+    plan = prefill.plan
+    offset = plan.spans[image].offset
+    if not prefill.is_carried(image):
+        return int(step.full.row_starts[prefill.index]) + offset - prefill.num_computed
+    return step.first_carried[prefill.index] + plan.num_carried(offset) if prefill.carried is not None else -1
 
 
 def after_injection(runs: list[ImageRun]) -> list[ImageRun]:
@@ -174,7 +204,7 @@ class PromptRows:
 def prompt_rows(step: StagedStep, stage: int, prefill: PrunedPrefill) -> PromptRows:
     """A prompt's rows in ``stage``, none cached; those of tokens generated before a preemption follow them."""
     plan = prefill.plan
-    assert not prefill.num_cached
+    assert not prefill.num_computed
     first = int(step.stages[stage].row_starts[prefill.index])
     images = []
     missing = 0

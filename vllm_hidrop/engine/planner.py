@@ -56,6 +56,8 @@ class Planner:
         max_prompt_tokens: longest part of a prompt that one step holds, its token budget.
         positions: RoPE ids of every request's rows.
         cache_is_exact: whether the KV cache gives K back as it was computed.
+        block_size: slots of a KV block.
+        state_bytes: most that carried hidden states may take, see ``prefix``.
     """
 
     method: str
@@ -64,6 +66,8 @@ class Planner:
     max_prompt_tokens: int
     positions: PositionScheme
     cache_is_exact: bool = True
+    block_size: int = 1
+    state_bytes: int = 0
 
     @classmethod
     def from_vllm_config(cls, vllm_config: Any) -> "Planner":
@@ -77,6 +81,8 @@ class Planner:
             max_prompt_tokens=limits.max_num_scheduled_tokens or limits.max_num_batched_tokens,
             positions=PositionScheme(resolved["positions"]),
             cache_is_exact=_cache_is_exact(vllm_config),
+            block_size=vllm_config.cache_config.block_size,
+            state_bytes=vllm_config.additional_config["hidrop"]["prefix_state_bytes"],
         )
 
     @property
@@ -121,7 +127,9 @@ class Planner:
         keeps = wishes.get("hidrop_keep")
         schedule = self._wished_keeps(keeps, mode, name, method)
         plan = make_plan(schedule, num_prompt_tokens, spans, mode == "off", method.adaptive)
-        plan = replace(plan, method=name, prefix_tokens=self._prefix_tokens(plan))
+        prefix = self._prefix_tokens(plan)
+        carried_from = prefix // self.block_size * self.block_size
+        plan = replace(plan, method=name, prefix_tokens=prefix, carried_from=carried_from)
         self._check_selections(plan, method)
         if wants_prompt_logprobs and plan.is_pruned:
             raise ValueError(

@@ -26,7 +26,7 @@ def make_report(
         rows_run: rows of every stage in the prompt's prefill, as the worker ran them; None when the prompt ran dense.
         managers: vLLM's block managers, one per KV group.
         request: vLLM's request.
-        reused: tokens of the prompt that came from the prefix cache, in every stage.
+        reused: tokens of the prompt that came from the prefix cache.
 
     Returns:
         Plain data; ``kv_blocks`` are blocks of the shared pool, ``layer_tokens`` rows summed over layers.
@@ -38,6 +38,7 @@ def make_report(
         stage = getattr(manager.kv_cache_spec, "stage", 0)
         blocks[stage] += len(manager.req_to_blocks.get(request.request_id, ()))
     num_text_tokens = plan.num_prompt_tokens - plan.num_vision_tokens
+    held = [plan.stage_tokens(i, reused) for i in range(len(schedule.stages))]
     cached = plan.after_prefill(schedule)
     stages = [
         {
@@ -45,7 +46,7 @@ def make_report(
             "end_layer": end,
             "kept": rows[i] - num_text_tokens,
             "rows": rows[i],
-            "reused": reused,
+            "reused": held[i],
             "cached": sum(cached.kept[i]),
             "kv_blocks": blocks[i],
         }
@@ -63,7 +64,7 @@ def make_report(
         **_cut_and_exit(stages, plan.num_vision_tokens),
         "kv_blocks": sum(blocks),
         "kv_blocks_dense": sum(cdiv(request.num_computed_tokens, m.block_size) for m in managers),
-        "layer_tokens": sum((n - reused) * schedule.layers_in(i) for i, n in enumerate(rows)),
+        "layer_tokens": sum((n - held[i]) * schedule.layers_in(i) for i, n in enumerate(rows)),
         "layer_tokens_dense": plan.num_prompt_tokens * schedule.num_layers,
     }
 

@@ -24,9 +24,10 @@ from vllm_hidrop.engine.batch import PrunedPrefill, StageBatch, StagedStep, Surv
 from vllm_hidrop.engine.forward import Outcome
 from vllm_hidrop.engine.kv_cache import StageSpec
 from vllm_hidrop.engine.planner import Planner
+from vllm_hidrop.engine.prefix import Orders
 from vllm_hidrop.engine.slots import SlotLayout, places_cached
 from vllm_hidrop.merging import Reduced
-from vllm_hidrop.positions import PositionScheme
+from vllm_hidrop.positions import PositionScheme, grouped_ids
 from vllm_hidrop.pruning import Plan
 
 
@@ -56,6 +57,9 @@ class StagedRunner(GPUModelRunner):
     selection_seconds: float
     built: dict[StageBatch, Any]
     slot_layouts: dict[Any, SlotLayout]
+    states: dict[int, torch.Tensor]
+    orders: Orders
+    carried: dict[str, torch.Tensor]
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """The specs vLLM finds, each with its layer's stage."""
@@ -80,6 +84,10 @@ class StagedRunner(GPUModelRunner):
             self.reduced.pop(identifier, None)
         for request_id, num_blocks in getattr(scheduler_output, "trimmed", {}).items():
             self._trim(request_id, num_blocks)
+        self.orders = getattr(scheduler_output, "prefix_orders", Orders())
+        self.carried = {name: self.states[each.state][: each.num_rows] for name, each in self.orders.reuse.items()}
+        for state in self.orders.drop:
+            self.states.pop(state, None)
         return super()._update_states(scheduler_output)
 
     def _trim(self, request_id: str, num_blocks: Sequence[int]) -> None:
@@ -105,13 +113,19 @@ class StagedRunner(GPUModelRunner):
             self.model.choosers,
             lambda request_id: self.tracked[request_id].survivors,
         )
-        if any(prefill.num_cached for prefill in self.step.prefills):
-            prefills = tuple(
-                dataclasses.replace(p, read_keys=partial(self._read_keys, p.index)) if p.num_cached else p
-                for p in self.step.prefills
-            )
-            self.step = dataclasses.replace(self.step, prefills=prefills)
+        prefills = tuple(map(self._with_prefix, self.step.prefills))
+        self.step = dataclasses.replace(self.step, prefills=prefills)
         return prepared
+
+    def _with_prefix(self, prefill: PrunedPrefill) -> PrunedPrefill:
+        """The prompt with what earlier steps computed of it, and what is to be kept of it."""
+        name = prefill.request_id
+        return dataclasses.replace(
+            prefill,
+            read_keys=partial(self._read_keys, prefill.index) if prefill.num_computed else None,
+            carried=self.carried.get(name),
+            keeps_state=name in self.orders.keep,
+        )
 
     def _read_keys(self, index: int, attention: Any, num_slots: int) -> torch.Tensor:
         """See ``batch.ReadKeys``; of the request at ``index`` in the batch."""
@@ -219,10 +233,19 @@ class StagedRunner(GPUModelRunner):
         assert inputs_embeds is not None
         assert positions is not None
         step = self._with_reduced(self.step)
-        outcome = self.model.forward_staged(step, inputs_embeds[:num_tokens], positions[:num_tokens], self._enter)
+        positions = torch.cat((positions[:num_tokens], *map(self._carried_positions, step.first_carried)))
+        outcome = self.model.forward_staged(step, inputs_embeds[:num_tokens], positions, self._enter)
         self.step, self.selection_seconds = outcome.step, outcome.selection_seconds
+        self.states.update({self.orders.keep[name]: state for name, state in outcome.states.items()})
         self._settle(outcome)
         return outcome.hidden
+
+    def _carried_positions(self, index: int) -> torch.Tensor:
+        """RoPE ids of the rows that the request at ``index`` carries into its first cut, int64 [n]."""
+        plan = self.tracked[self.input_batch.req_ids[index]].plan
+        places = np.array(plan.places_carried(int(self.input_batch.num_computed_tokens_cpu[index])), dtype=np.int64)
+        is_grouped = self.planner.positions is PositionScheme.GROUPED
+        return torch.from_numpy(grouped_ids(places, plan.spans) if is_grouped else places).to(self.device)
 
     def _with_reduced(self, step: StagedStep) -> StagedStep:
         """The step with what the vision tower left of its images."""
@@ -334,4 +357,7 @@ def adopt(runner: Any, planner: Planner) -> None:
     runner.tracked = {}
     runner.reduced = {}
     runner.slot_layouts = {}
+    runner.states = {}
+    runner.orders = Orders()
+    runner.carried = {}
     runner.step = None

@@ -22,9 +22,13 @@ Rules, on top of vLLM's own:
    pruned is a row, a pruned prompt is fewer rows than tokens. One that alone exceeds the bound runs in a step without
    other prefills, beside the decodes. vLLM's own limit on a step's tokens is higher, and sizes its buffers.
 9. When the last request has ended, the books are checked; what is found makes the server unready, not the engine dead.
+10. Images are reused up to the first cut: a pruned prompt may start behind any image that an earlier prompt had at the
+    same place after the same tokens, see ``prefix``. A page that the reused slots end within is copied for it. Only
+    images behind that one are encoded, and the step's budget counts the rows that are computed. What is reused is there
+    in full, blocks and states, or it is not reused.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -41,6 +45,7 @@ from vllm_hidrop.engine.budget import StepBudget
 from vllm_hidrop.engine.compat import let_clients_ask
 from vllm_hidrop.engine.integrity import IntegrityLog, find_faults
 from vllm_hidrop.engine.planner import Planner
+from vllm_hidrop.engine.prefix import Entry, ImagePrefixes
 from vllm_hidrop.engine.report import make_report
 from vllm_hidrop.engine.room import adopt_cache_manager
 from vllm_hidrop.pruning import Plan
@@ -71,6 +76,10 @@ class StagedScheduler(Scheduler):
         let_clients_ask()
         if self.planner.is_staged:
             adopt_cache_manager(self.kv_cache_manager, self.plans)
+        managers, pool = self.kv_cache_manager.coordinator.single_type_managers, self.kv_cache_manager.block_pool
+        model = self.vllm_config.model_config
+        row_bytes = model.get_hidden_size() * model.dtype.itemsize
+        self.prefixes = ImagePrefixes(managers, pool, row_bytes, self.planner.state_bytes)
 
     def add_request(self, request: Request) -> None:
         """Plan the request, then vLLM's admission (rules 1 and 7)."""
@@ -102,7 +111,10 @@ class StagedScheduler(Scheduler):
         plan = self.plans[request.request_id]
         num_new_tokens = self.budget.fit(plan, num_computed_tokens, num_new_tokens)
         if plan.is_pruned and num_computed_tokens + num_new_tokens < plan.num_prompt_tokens:
-            return max(0, min(num_new_tokens, plan.prefix_tokens - num_computed_tokens))
+            fits = plan.num_prompt_tokens - plan.carried_from <= self.max_num_scheduled_tokens
+            is_reusable = fits and self._reuse_off(plan) is None
+            prefix = plan.carried_from if is_reusable else plan.prefix_tokens
+            return max(0, min(num_new_tokens, prefix - num_computed_tokens))
         if plan.adaptive and num_computed_tokens == 0:
             return min(num_new_tokens, plan.num_prompt_tokens)
         return num_new_tokens
@@ -129,10 +141,13 @@ class StagedScheduler(Scheduler):
         return found
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
-        """The cached blocks that a request may start from (rule 6)."""
+        """The cached blocks that a request may start from (rules 6 and 10)."""
         found = super()._get_local_prefix_cache_hit(request)
         plan = self.plans[request.request_id]
-        if plan.is_pruned and found[1]:
+        entry = self._reusable(request, plan)
+        if entry is not None:
+            found = self.prefixes.blocks_of(entry), entry.num_tokens, 0, False
+        elif plan.is_pruned and found[1]:
             num_blocks = min(found[1], plan.prefix_tokens) // self.block_size
             managers = self.kv_cache_manager.coordinator.single_type_managers
             for manager, blocks in zip(managers, found[0].blocks, strict=True):
@@ -144,11 +159,19 @@ class StagedScheduler(Scheduler):
         self.reused[request.request_id] = min(found[1], request.num_prompt_tokens)
         return found
 
+    def _reusable(self, request: Request, plan: Plan) -> Entry | None:
+        """The longest prefix that ends with an image, if the request may start behind one."""
+        if self._reuse_off(plan) or not plan.is_pruned or request.skip_reading_prefix_cache:
+            return None
+        return self.prefixes.find(request, plan)
+
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """The step that vLLM schedules, and the blocks that the worker must forget before it."""
+        """The step that vLLM schedules, and what the worker must forget before it, and keep (rules 5 and 10)."""
         self.budget.start()
         output = super().schedule(*args, **kwargs)
         output.trimmed, self.trimmed = self.trimmed, {}
+        self.prefixes.start(self._prompts_ending(output))
+        output.prefix_orders = self.prefixes.take_orders()
         if not self.requests:
             # The step that tells the worker of the last request's end; its answer is on its way already (rule 9).
             self.integrity.record(self.check_integrity())
@@ -161,10 +184,27 @@ class StagedScheduler(Scheduler):
             logger.error("integrity: %s", fault)
         return faults
 
+    def _prompts_ending(self, output: SchedulerOutput) -> Iterator[tuple[Request, Plan, int]]:
+        """Pruned prompts whose ends run in a step, and the first token of each that does."""
+        for name, num_tokens in output.num_scheduled_tokens.items():
+            plan, request = self.plans[name], self.requests[name]
+            first = request.num_computed_tokens - num_tokens
+            ends_here = first < plan.num_prompt_tokens <= request.num_computed_tokens
+            if ends_here and plan.is_pruned and self._reuse_off(plan) is None:
+                yield request, plan, first
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """The reset of vLLM, and of what is remembered of images."""
+        is_reset: bool = super().reset_prefix_cache(*args, **kwargs)
+        if is_reset:
+            self.prefixes.clear()
+        return is_reset
+
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Its prompt will run again, by the plan it ran by (rule 4)."""
         super()._preempt_request(request, *args, **kwargs)
         self.budget.take_back(request.request_id)
+        self.prefixes.gone(request.request_id)
         self.plans[request.request_id] = self.prefill_plans[request.request_id]
 
     def update_from_output(
@@ -175,6 +215,8 @@ class StagedScheduler(Scheduler):
         for name, rows in getattr(model_runner_output, "rows_run", {}).items():
             if name in self.requests:  # else aborted since
                 self.rows_run[name], self.selection_ms[name] = rows, took_ms
+                if not self._reuse_off(self.plans[name]):
+                    self.prefixes.ran(self.requests[name], self.plans[name])
         for name, kept in getattr(model_runner_output, "decided", {}).items():
             if name in self.requests:
                 self._settle(self.requests[name], kept)
@@ -215,14 +257,18 @@ class StagedScheduler(Scheduler):
         }
 
     def _reuse_off(self, plan: Plan) -> str | None:
-        """Why nothing of this prompt could have come from the prefix cache."""
+        """Why no image of this prompt could have been reused."""
         if not self.kv_cache_manager.enable_caching:
             return "disabled"
         if not plan.is_pruned:
             return None
         if plan.adaptive:
             return "adaptive"
-        return None if self.planner.cache_is_exact else "cache_dtype"
+        if not self.planner.cache_is_exact:
+            return "cache_dtype"
+        if plan.first_cut == 0:
+            return "first_layer"
+        return "states" if plan.first_cut < len(plan.kept) and not self.planner.state_bytes else None
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
         """Report what the request held, free it as vLLM does, forget its plan."""
@@ -230,6 +276,7 @@ class StagedScheduler(Scheduler):
         self.unreported.discard(request.request_id)
         for by_request in (self.rows_run, self.selection_ms, self.trimmed, self.blocks_returned, self.reused):
             by_request.pop(request.request_id, None)
+        self.prefixes.gone(request.request_id)
         kv_transfer_params, ec_transfer_params = super()._free_request(request, delay_free_blocks)
         del self.plans[request.request_id], self.prefill_plans[request.request_id]
         return {**(kv_transfer_params or {}), "hidrop": report}, ec_transfer_params

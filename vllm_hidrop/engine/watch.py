@@ -14,7 +14,7 @@ from vllm_hidrop.deciding import Decider, Verdict
 from vllm_hidrop.edits import AttentionEdit, Heads, edited_rows
 from vllm_hidrop.engine.batch import PrunedPrefill, StagedStep
 from vllm_hidrop.engine.decisions import Decisions, Key
-from vllm_hidrop.engine.layout import ImageRun, PromptRows, image_runs, prompt_rows
+from vllm_hidrop.engine.layout import ImageRun, PromptRows, prompt_rows, scored_before
 from vllm_hidrop.engine.ranks import mean_over_ranks, means_over_ranks, sum_over_ranks
 from vllm_hidrop.engine.signals import contribution, row_attention, text_attention
 from vllm_hidrop.scoring import Contribution, Signal, TextAttention
@@ -44,7 +44,7 @@ class Watch:
     def of(cls, step: StagedStep, stage: int, layers: range, decisions: Decisions) -> "Watch":
         """What the prompts of a step need of a stage."""
         is_last = stage + 1 == len(step.stages)
-        upcoming = [] if is_last else [run for run in image_runs(step, stage + 1) if run.scores_before]
+        upcoming = [] if is_last else scored_before(step, stage + 1)
         adaptive = [
             (p, prompt_rows(step, stage, p), [] if is_last else decisions.pending(p.index, layers.stop))
             for p in step.prefills
@@ -154,10 +154,10 @@ def attention_to(
             by_request.setdefault(run.prefill.index, []).append(run)
     for group in by_request.values():
         first, last = group[0].prompt_first_row, group[0].prompt_last_row
-        prefill = group[0].prefill
+        read_keys, num_cached = group[0].prefill.read_keys, group[0].num_cached
         keys = key[first : last + 1]
-        if prefill.read_keys is not None:
-            keys = torch.cat((prefill.read_keys(attention, prefill.num_cached), keys))
+        if read_keys is not None:
+            keys = torch.cat((read_keys(attention, num_cached), keys))
         weights = row_attention(
             query[last],
             keys,
@@ -166,6 +166,6 @@ def attention_to(
             attention.impl.scale,
         )
         for run in group:
-            start = run.first_row - first + prefill.num_cached
+            start = run.first_row - first + num_cached
             result[run.key] = weights[start : start + run.num_rows]
     return dict(zip(result, means_over_ranks(list(result.values())), strict=True))
