@@ -29,6 +29,11 @@ def until(is_so: Callable[[httpx.Response], bool], http: httpx.Client) -> httpx.
         time.sleep(0.1)
 
 
+def cores() -> set[int]:
+    """Engine processes below this one."""
+    return {child.pid for child in psutil.Process().children(recursive=True) if "EngineCore" in child.name()}
+
+
 def test_a_server_that_has_answered_is_ready(server: Server) -> None:
     server.chat([image_url()])
     server.chat([], "what is this ?")
@@ -43,6 +48,7 @@ def test_a_server_that_has_answered_is_ready(server: Server) -> None:
 def test_a_leak_makes_the_server_unready_and_so_does_the_engines_death(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setenv("VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "1")
+    others = cores()
     with (
         local_server([], on_wait=lambda: None, command=COMMAND) as url,
         httpx.Client(base_url=url, timeout=120) as http,
@@ -68,8 +74,8 @@ def test_a_leak_makes_the_server_unready_and_so_does_the_engines_death(monkeypat
         assert http.get("/health").status_code == 200, "it lives"
         assert http.post("/v1/chat/completions", json=body).status_code == 200, "it still answers"
 
-        (core,) = [child for child in psutil.Process().children(recursive=True) if "EngineCore" in child.name()]
-        os.kill(core.pid, signal.SIGKILL)
+        (core,) = cores() - others  # other tests' servers live on
+        os.kill(core, signal.SIGKILL)
         dead = until(lambda response: "EngineCore" in response.text, http)
         assert dead.status_code == 503
         assert "EngineCore" in dead.json()["reason"]

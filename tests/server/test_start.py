@@ -38,7 +38,8 @@ BEFORE_VLLM = {
     "unknown method": Refused("known: none, hidrop", ("--method", "hydrop")),
     "unknown preset": Refused("no preset 'tok1'", ("--method", "hidrop", "--preset", "tok1")),
     "unknown key": Refused(
-        "known keys: method, preset, options, positions, force", ("--hidrop-config", '{"metod": "none"}')
+        "known keys: method, preset, options, positions, prefix_state_bytes, force",
+        ("--hidrop-config", '{"metod": "none"}'),
     ),
     "unknown option": Refused("no option 'kept'", ("--hidrop-config", '{"method": "fastv", "options": {"kept": 0.5}}')),
     "not JSON": Refused("not JSON", ("--hidrop-config", "{method: fastv}")),
