@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from vllm_hidrop.cli_bench import bench_app
-from vllm_hidrop.cli_options import one_line_errors, parse_object, parse_windows
+from vllm_hidrop.cli_options import one_line_errors, parse_counts, parse_object
 
 app = typer.Typer(
     name="hidrop",
@@ -231,6 +231,6 @@ def calibrate(  # noqa: PLR0913, PLR0917 (one argument is one option)
             command.Data(data, images, samples, seed),
             command.Wish(budget, filters, exit_tolerance),
             command.Output(json_file, png_file),
-            Settings(parse_windows(windows), top_tokens, answer_tokens),
+            Settings(parse_counts(windows, "--windows", 1, 1024), top_tokens, answer_tokens),
             device,
         )

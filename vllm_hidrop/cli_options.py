@@ -18,18 +18,6 @@ def one_line_errors() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def parse_windows(text: str) -> tuple[int, ...]:
-    """Read comma-separated layer counts, in order, each once.
-
-    Raises:
-        ValueError: not positive whole numbers.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
-        raise ValueError(f"--windows must be layer counts like 2,4, got {text!r}")
-    return tuple(dict.fromkeys(map(int, parts)))
-
-
 def parse_object(text: str, option: str) -> dict[str, Any]:
     """Read a JSON object given on the command line.
 

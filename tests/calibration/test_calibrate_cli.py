@@ -95,8 +95,8 @@ def test_qwen_gets_a_schedule_and_a_note_that_it_is_not_served_staged(tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--windows", "2,x"), "--windows must be layer counts like 2,4, got '2,x'"),
-        (("--windows", "0"), "--windows must be layer counts"),
+        (("--windows", "2,x"), "--windows must be whole numbers from 1 to 1024 like 1,2,4, got '2,x'"),
+        (("--windows", "0"), "--windows must be whole numbers"),
         (("--windows", "12"), "a window must be in [1, 11] for 12 layers, got 12"),
         (("--data", "nowhere.json"), "no such data file: nowhere.json"),
         (("--json", "nowhere/a.json"), "no such folder: nowhere"),

@@ -62,7 +62,10 @@ REFUSED: dict[str, list[dict[str, Any]]] = {
     "--ec-transfer-config": [{"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}}],
     "--ec-manager-config": [{"ec_manager_config": {"encoder_cache_manager_cls": "a.Manager"}}],
     "--mm-encoder-only": [{"mm_encoder_only": True}],
-    "--kv-cache-dtype other than auto, bfloat16, float16 or fp8": [
+    "--kv-cache-dtype other than auto, the model's own or fp8": [
+        {"kv_cache_dtype": "bfloat16"},
+        {"kv_cache_dtype": "bfloat16", "dtype": "float16"},
+        {"kv_cache_dtype": "float16", "dtype": "bfloat16"},
         {"kv_cache_dtype": "int8_per_token_head"},
         {"kv_cache_dtype": "turboquant_k8v4"},
     ],

@@ -248,18 +248,21 @@ def keep_states(rows: Rows, step: StagedStep, stage: int) -> dict[str, torch.Ten
     They are those from the last block boundary before the first image to the end of the last. These rows go on as
     those of a later prompt will: with the sum as hidden state, and residual 0.
     """
+    keeping = [p for p in step.prefills if p.keeps_state and p.plan.first_cut == stage]
+    if not keeping:
+        return {}
+    assert rows.residual is not None, "no layer runs before the first one"
+    rows.hidden, rows.residual = rows.hidden.clone(), rows.residual.clone()
+    starts = step.entering(stage).row_starts
     found = {}
-    for prefill in step.prefills:
-        plan = prefill.plan
-        if prefill.keeps_state and plan.first_cut == stage:
-            assert rows.residual is not None, "no layer runs before the first one"
-            first = int(step.entering(stage).row_starts[prefill.index])
-            if prefill.carried is None:
-                first += plan.carried_from - prefill.num_computed
-            here = slice(first, first + plan.num_carried(plan.spans[-1].end))
-            found[prefill.request_id] = state = rows.hidden[here] + rows.residual[here]
-            rows.hidden, rows.residual = rows.hidden.clone(), rows.residual.clone()
-            rows.hidden[here], rows.residual[here] = state, 0
+    for prefill in keeping:
+        plan, first = prefill.plan, int(starts[prefill.index])
+        if prefill.carried is None:
+            first += plan.carried_from - prefill.num_computed
+        here = slice(first, first + plan.num_carried(plan.spans[-1].end))
+        rows.hidden[here] += rows.residual[here]
+        rows.residual[here] = 0
+        found[prefill.request_id] = rows.hidden[here].clone()
     return found
 
 

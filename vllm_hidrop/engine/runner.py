@@ -5,7 +5,7 @@ hooks below. Everything they call is in ``batch``, ``kv_cache`` and ``forward``.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
@@ -113,8 +113,9 @@ class StagedRunner(GPUModelRunner):
             self.model.choosers,
             lambda request_id: self.tracked[request_id].survivors,
         )
-        prefills = tuple(map(self._with_prefix, self.step.prefills))
-        self.step = dataclasses.replace(self.step, prefills=prefills)
+        if self.step.prefills:
+            prefills = tuple(map(self._with_prefix, self.step.prefills))
+            self.step = dataclasses.replace(self.step, prefills=prefills)
         return prepared
 
     def _with_prefix(self, prefill: PrunedPrefill) -> PrunedPrefill:
@@ -150,19 +151,23 @@ class StagedRunner(GPUModelRunner):
         """Compact slots of every group's stage, by group and by layer."""
         if self.step is None:
             return super()._get_slot_mappings(*args, **kwargs)
-        by_group = {}
-        by_layer = {}
-        for group_index, group in enumerate(self.kv_cache_config.kv_cache_groups):
-            slots = self._slots(group_index, self.step.stages[group.kv_cache_spec.stage])
-            by_group[group_index] = slots
-            by_layer.update(dict.fromkeys(group.layer_names, slots))
+        groups = self.kv_cache_config.kv_cache_groups
+        sharing: dict[StageBatch, list[int]] = {}
+        for index, group in enumerate(groups):
+            sharing.setdefault(self.step.stages[group.kv_cache_spec.stage], []).append(index)
+        by_group = {index: slots for batch, each in sharing.items() for index, slots in self._slots(each, batch)}
+        by_layer = {name: slots for index, slots in by_group.items() for name in groups[index].layer_names}
         return by_group, by_layer
 
-    def _slots(self, group_index: int, batch: StageBatch) -> torch.Tensor:
-        table = self.input_batch.block_table[group_index]
-        requests, slots = batch.requests_and_slots
-        blocks = table.block_table.np[requests, slots // table.block_size].astype(np.int64)
-        return torch.from_numpy(blocks * table.block_size + slots % table.block_size).to(self.device)
+    def _slots(self, groups: Sequence[int], batch: StageBatch) -> Iterable[tuple[int, torch.Tensor]]:
+        """(group, int64 [T]): the slots of a stage's rows in the caches of groups that hold the same tokens."""
+        tables = [self.input_batch.block_table[index] for index in groups]
+        (block_size,) = {table.block_size for table in tables}
+        requests, blocks, offsets = batch.places(block_size)
+        slots = np.stack([table.block_table.np[requests, blocks] for table in tables]).astype(np.int64)
+        slots *= block_size
+        slots += offsets
+        return zip(groups, torch.from_numpy(slots).to(self.device), strict=True)
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         """Metadata built once per distinct set of rows; groups that share it differ in tables and slots only."""
@@ -189,12 +194,12 @@ class StagedRunner(GPUModelRunner):
         """Lay a stage out anew in the running step: it has fewer rows than were planned for."""
         context = get_forward_context()
         batch = step.stages[stage]
-        for group_index, group in enumerate(self.kv_cache_config.kv_cache_groups):
-            if group.kv_cache_spec.stage == stage:
-                slots = self._slots(group_index, batch)
-                metadata = self._metadata(group_index, batch, slots)
-                context.slot_mapping.update(dict.fromkeys(group.layer_names, slots))
-                context.attn_metadata.update(dict.fromkeys(group.layer_names, metadata))
+        groups = self.kv_cache_config.kv_cache_groups
+        here = [index for index, group in enumerate(groups) if group.kv_cache_spec.stage == stage]
+        for index, slots in self._slots(here, batch):
+            metadata = self._metadata(index, batch, slots)
+            context.slot_mapping.update(dict.fromkeys(groups[index].layer_names, slots))
+            context.attn_metadata.update(dict.fromkeys(groups[index].layer_names, metadata))
 
     def _common_metadata(self, batch: StageBatch, tables: torch.Tensor, slots: torch.Tensor) -> CommonAttentionMetadata:
         row_starts = torch.from_numpy(batch.row_starts)
@@ -272,7 +277,7 @@ class StagedRunner(GPUModelRunner):
         identifiers, _, places = self._batch_mm_inputs_from_scheduler(scheduler_output)
         with self.model.encoding([self._track(request_id).plan for request_id, _ in places]) as found:
             outputs = super()._execute_mm_encoder(scheduler_output)
-        self.reduced.update({name: each for name, each in zip(identifiers, found, strict=False) if each is not None})
+        self.reduced.update({name: each for name, each in zip(identifiers, found, strict=True) if each is not None})
         return outputs
 
     def _settle(self, outcome: Outcome) -> None:

@@ -47,13 +47,13 @@ class HidropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """While entered, the next images are encoded for requests with these plans.
 
         Yields:
-            What a reducing tower leaves of each image, once it has run; empty without one.
+            Per image, what a reducing tower leaves of it, once it has run.
         """
         with ExitStack() as stack:
             if self.tower_kernel is not None and all(plan.is_pruned for plan in plans):
                 stack.enter_context(self.tower_kernel.entered())
             if self.reducing_tower is None:
-                yield []
+                yield [None] * len(plans)
             else:
                 yield stack.enter_context(self.reducing_tower.expecting(plan.adaptive for plan in plans))
 
