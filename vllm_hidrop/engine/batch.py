@@ -56,11 +56,6 @@ class StageBatch:
         first_slots = self.seq_lens - self.num_rows - self.row_starts[:-1]
         return requests, np.arange(self.num_tokens) + first_slots[requests]
 
-    def places(self, block_size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """int64 [T] each: the request of every row, the block of its slot in that request's table, the slot in it."""
-        requests, slots = self.requests_and_slots
-        return requests, *np.divmod(slots, block_size)
-
     def without(self, fewer: IntArray) -> "StageBatch":
         """The same with so many rows less of each request, int32 [R]."""
         return StageBatch(self.num_rows - fewer, self.seq_lens - fewer)

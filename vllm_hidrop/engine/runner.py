@@ -17,9 +17,9 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
-from vllm.v1.worker.block_table import SlotMappingMode
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_hidrop.engine import tables
 from vllm_hidrop.engine.batch import PrunedPrefill, StageBatch, StagedStep, Survivors, grouped_positions, make_step
 from vllm_hidrop.engine.forward import Outcome
 from vllm_hidrop.engine.kv_cache import StageSpec
@@ -71,10 +71,9 @@ class StagedRunner(GPUModelRunner):
         return StageSpec.of(spec, self.planner.schedule.stage_of_layer(extract_layer_index(layer_name)))
 
     def may_reinitialize_input_batch(self, kv_cache_config: Any) -> None:
-        """The batch, whose block tables need not map slots: :meth:`_get_slot_mappings` does, per stage."""
+        """The batch, with its block tables in one array and no slots of their own: see :meth:`_get_slot_mappings`."""
         super().may_reinitialize_input_batch(kv_cache_config)
-        for table in self.input_batch.block_table.block_tables:
-            table.slot_mapping_mode = SlotMappingMode.NONE
+        tables.adopt(self.input_batch.block_table)
 
     def _update_states(self, scheduler_output: Any) -> Any:
         """Forget what is finished and freed, then vLLM's update; also in steps that run nothing."""
@@ -161,12 +160,7 @@ class StagedRunner(GPUModelRunner):
 
     def _slots(self, groups: Sequence[int], batch: StageBatch) -> Iterable[tuple[int, torch.Tensor]]:
         """(group, int64 [T]): the slots of a stage's rows in the caches of groups that hold the same tokens."""
-        tables = [self.input_batch.block_table[index] for index in groups]
-        (block_size,) = {table.block_size for table in tables}
-        requests, blocks, offsets = batch.places(block_size)
-        slots = np.stack([table.block_table.np[requests, blocks] for table in tables]).astype(np.int64)
-        slots *= block_size
-        slots += offsets
+        slots = self.input_batch.block_table.slots(groups, *batch.requests_and_slots)
         return zip(groups, torch.from_numpy(slots).to(self.device), strict=True)
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
@@ -182,11 +176,11 @@ class StagedRunner(GPUModelRunner):
         return by_layer, None
 
     def _metadata(self, group_index: int, batch: StageBatch, slots: torch.Tensor) -> Any:
-        tables = self.input_batch.block_table[group_index].get_device_tensor(len(batch.num_rows))
+        table = self.input_batch.block_table[group_index].get_device_tensor(len(batch.num_rows))
         if batch in self.built:
-            return dataclasses.replace(self.built[batch], block_table=tables, slot_mapping=slots)
+            return dataclasses.replace(self.built[batch], block_table=table, slot_mapping=slots)
         (attention_group,) = self.attn_groups[group_index]
-        common = self._common_metadata(batch, tables, slots)
+        common = self._common_metadata(batch, table, slots)
         self.built[batch] = attention_group.build_metadata(common, 0)
         return self.built[batch]
 
@@ -201,7 +195,7 @@ class StagedRunner(GPUModelRunner):
             context.slot_mapping.update(dict.fromkeys(groups[index].layer_names, slots))
             context.attn_metadata.update(dict.fromkeys(groups[index].layer_names, metadata))
 
-    def _common_metadata(self, batch: StageBatch, tables: torch.Tensor, slots: torch.Tensor) -> CommonAttentionMetadata:
+    def _common_metadata(self, batch: StageBatch, table: torch.Tensor, slots: torch.Tensor) -> CommonAttentionMetadata:
         row_starts = torch.from_numpy(batch.row_starts)
         seq_lens = torch.from_numpy(batch.seq_lens)
         num_requests = len(batch.num_rows)
@@ -215,7 +209,7 @@ class StagedRunner(GPUModelRunner):
             num_actual_tokens=batch.num_tokens,
             max_query_len=int(batch.num_rows.max()),
             max_seq_len=int(batch.seq_lens.max()),
-            block_table_tensor=tables,
+            block_table_tensor=table,
             slot_mapping=slots,
             causal=True,
             is_prefilling=computed < self.input_batch.num_prompt_tokens_cpu_tensor[:num_requests],
@@ -339,7 +333,7 @@ class StagedRunner(GPUModelRunner):
         """
         generators = self.input_batch.generators
         resting: dict[int, torch.Generator] = {}
-        if self.device.type == "cpu":
+        if generators and self.device.type == "cpu":
             discarded = np.flatnonzero(self.discard_request_mask.np[: self.input_batch.num_reqs]).tolist()
             resting = {row: generators.pop(row) for row in discarded if row in generators}
         yield
