@@ -142,6 +142,15 @@ def measured(draw: st.DrawFn) -> tuple[dict[str, list[float]], int, int]:
     return curves, draw(st.integers(1, 3000)), draw(st.integers(1, 8))
 
 
+@pytest.mark.parametrize("num_layers", range(3, 60))
+def test_the_least_and_the_most_budget_are_met(num_layers: int) -> None:
+    """102 / 21 * 21 < 102 in floats."""
+    where = Boundaries(inject_layer=1, exit_layer=num_layers + 1, notes=())
+    for keep in (1, 82):
+        budget = (82 + keep * (num_layers - 1)) / num_layers
+        assert keep_counts(where, (1,), (num_layers, 82), budget) == (keep,)
+
+
 @given(measured(), st.floats(0, 1))
 def test_every_schedule_is_valid_and_within_one_token_of_the_budget(
     found: tuple[dict[str, list[float]], int, int], where: float

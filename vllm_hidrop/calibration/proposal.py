@@ -174,7 +174,7 @@ def keep_counts(where: Boundaries, filters: Sequence[int], shape: tuple[int, int
     fixed = full * num_tokens + sum(k * n for k, n in zip(tail, rest, strict=True))
     least_keep = max(tail, default=1)
     least, most = (fixed + keep * first for keep in (least_keep, num_tokens))
-    wanted = budget * num_layers
+    wanted = round(budget * num_layers, 6)  # a mean of whole tokens, times layers, is rarely whole in floats
     if wanted < least:
         raise ValueError(
             f"budget {budget:g} cannot be met: layers {where.inject_layer} to {filters[0]} hold all {num_tokens} "
@@ -186,7 +186,7 @@ def keep_counts(where: Boundaries, filters: Sequence[int], shape: tuple[int, int
             f"budget {budget:g} cannot be used up: the most this schedule reaches is "
             f"{math.floor(10 * most / num_layers) / 10:.1f} of {num_tokens} tokens"
         )
-    return (max(least_keep, math.ceil((wanted - fixed) / first - 1e-9)), *tail)
+    return (max(least_keep, math.ceil((wanted - fixed) / first)), *tail)
 
 
 def propose(
