@@ -1,6 +1,12 @@
-"""Settings every test process needs before vLLM, transformers or OpenMP are first imported."""
+"""Settings every test process needs before vLLM, transformers or OpenMP are first imported.
+
+Property tests draw the same examples every time, so that a failure is the change's; ``--hypothesis-profile=explore``
+draws new ones. None has a deadline: machines stall.
+"""
 
 import os
+
+from hypothesis import settings
 
 ENVIRONMENT = {
     # The engine core runs in the test's own process: its scheduler and runner are at hand.
@@ -15,3 +21,7 @@ ENVIRONMENT = {
 }
 for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
+
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None)
+settings.load_profile("same")

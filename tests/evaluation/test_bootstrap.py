@@ -12,7 +12,7 @@ from vllm_hidrop.evaluation.bootstrap import mean_interval, ratio_interval
 SCORES = st.lists(st.sampled_from([0.0, 0.3, 0.6, 1.0]), min_size=1, max_size=40)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(SCORES, st.integers(0, 5))
 def test_an_interval_lies_within_the_scores_and_repeats_by_seed(scores: list[float], seed: int) -> None:
     low, high = mean_interval(scores, seed, 200)
@@ -20,14 +20,14 @@ def test_an_interval_lies_within_the_scores_and_repeats_by_seed(scores: list[flo
     assert mean_interval(scores, seed, 200) == (low, high)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(SCORES)
 def test_one_minus_the_scores_mirrors_the_interval(scores: list[float]) -> None:
     low, high = mean_interval(scores, 1, 200)
     assert mean_interval([1 - score for score in scores], 1, 200) == pytest.approx((1 - high, 1 - low))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(SCORES.filter(any))
 def test_the_ratio_of_equal_scores_is_exactly_1(scores: list[float]) -> None:
     assert ratio_interval(scores, scores, 0, 200) == pytest.approx((1, 1))
