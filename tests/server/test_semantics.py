@@ -1,10 +1,7 @@
 """What an OpenAI client may ask for means the same on a pruning server, for pruned, ``off`` and text requests."""
 
-import json
 import re
 import time
-from contextlib import closing
-from http.client import HTTPConnection
 from typing import Any
 
 import pytest
@@ -128,22 +125,22 @@ def test_a_grammar_is_followed(server: Server, kind: dict[str, Any]) -> None:
     assert re.fullmatch(FORM, found.choices[0].message.content.replace(" ", ""))
 
 
-@pytest.mark.parametrize("streams", [True, False], ids=["stream", "whole"])
-def test_a_client_that_gives_up_frees_its_request(server: Server, kind: dict[str, Any], streams: bool) -> None:
-    """So long an answer (ten seconds) outlasts any hiccup of the machine."""
+def test_a_client_that_gives_up_frees_its_request(server: Server, kind: dict[str, Any]) -> None:
+    """It leaves at the first line of a stream; on a machine that stalls that can come after the last: then again."""
     aborted = server.metric("vllm_hidrop_requests_total", mode="aborted")
-    body = server.body(kind["images"], max_tokens=3000, ignore_eos=True, stream=streams)
+    body = server.body(kind["images"], max_tokens=3000, ignore_eos=True, stream=True)
     body["vllm_xargs"] = kind.get("vllm_xargs", {})
-    with closing(HTTPConnection(server.url.removeprefix("http://"))) as connection:
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-        if streams:
-            assert connection.getresponse().readline().startswith(b"data: ")
-        else:
-            time.sleep(0.3)
-    deadline = time.monotonic() + 60
-    while server.metric("vllm_hidrop_requests_total", mode="aborted") == aborted:
-        assert time.monotonic() < deadline, "the request runs on"
-        time.sleep(0.1)
+    for _ in range(5):
+        ended = server.metric("vllm_hidrop_requests_total")
+        with server.http.stream("POST", "/v1/chat/completions", json=body) as response:
+            assert next(response.iter_lines()).startswith("data: ")
+        deadline = time.monotonic() + 60
+        while server.metric("vllm_hidrop_requests_total") == ended:
+            assert time.monotonic() < deadline, "the request neither ended nor was aborted"
+            time.sleep(0.1)
+        if server.metric("vllm_hidrop_requests_total", mode="aborted") > aborted:
+            break
+    assert server.metric("vllm_hidrop_requests_total", mode="aborted") == aborted + 1
     server.chat([])  # the gauge is of the last step
     assert server.metric("vllm:kv_cache_usage_perc") == 0
     assert server.http.get("/ready").status_code == 200
