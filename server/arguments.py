@@ -13,6 +13,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from hidrop_server.choice import check_choice
 from hidrop_server.errors import StartError
+from hidrop_server.metrics import VLLM_BUCKETS
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.embedded import CHECKPOINTS, MODEL_DIR, MODEL_METHOD
 from vllm_hidrop.models.families import FAMILIES, Family
@@ -43,6 +44,7 @@ def parse(model: str | None, vllm_args: list[str], method: str | None = None) ->
         StartError: what vLLM's parser and its checks refuse, and launch modes that are vLLM's alone.
     """
     parser = make_arg_parser(_Parser(prog="hidrop serve", add_json_tip=False))
+    parser.set_defaults(custom_histogram_buckets=VLLM_BUCKETS)
     argv = [model, *vllm_args] if model else vllm_args
     args = parser.parse_args(argv)
     named = args.model_tag or (args.model if _has_model_flag(vllm_args) else None)

@@ -18,10 +18,12 @@ from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
+from vllm.v1.metrics.stats import RequestStateStats
 
 from hidrop_server.adopt import adopt
-from hidrop_server.metrics import HidropMetrics
+from hidrop_server.metrics import HidropMetrics, Times
 from hidrop_server.reports import REPORT_KEY
+from vllm_hidrop import __version__
 from vllm_hidrop.engine.compat import INTEGRITY_CALL
 from vllm_hidrop.engine.planner import Planner
 from vllm_hidrop.pruning import Span
@@ -45,6 +47,11 @@ class HidropLLM(AsyncLLM):
             model_name=_served_name(vllm_config.model_config),
             method=self.planner.method,
             first_layers=[stage.first_layer for stage in self.planner.schedule.stages],
+            info={
+                "preset": self.planner.preset or "",
+                "positions": str(self.planner.positions),
+                "version": __version__,
+            },
         )
         self.integrity: dict[str, Any] = {}
         super().__init__(vllm_config, *args, **kwargs)
@@ -131,7 +138,7 @@ class HidropOutputProcessor(OutputProcessor):
 
     def _finish_request(self, req_state: RequestState) -> None:
         super()._finish_request(req_state)
-        self.metrics.ended(self.reports.pop(req_state.request_id, None))
+        self.metrics.ended(self.reports.pop(req_state.request_id, None), times=times_of(req_state.stats))
 
     def abort_requests(self, request_ids: Iterable[str], internal: bool) -> list[str]:
         """Stock abort, and a count for every sequence that was running."""
@@ -140,6 +147,18 @@ class HidropOutputProcessor(OutputProcessor):
         for request_id in before.difference(self.request_states):
             self.metrics.ended(self.reports.pop(request_id, None), aborted=True)
         return aborted
+
+
+def times_of(stats: RequestStateStats | None) -> Times | None:
+    """What a finished sequence took, from vLLM's own time stamps; None where it keeps none or no token came."""
+    if stats is None or not stats.num_generation_tokens:
+        return None
+    later = stats.num_generation_tokens - 1
+    return Times(
+        first_token=stats.first_token_latency,
+        prefill=stats.first_token_ts - stats.scheduled_ts,
+        per_output_token=(stats.last_token_ts - stats.first_token_ts) / later if later else None,
+    )
 
 
 def spans_in(prompt: dict[str, Any]) -> tuple[Span, ...]:

@@ -1,61 +1,162 @@
-"""Every metric of ours, in one list, and the object that counts.
+"""Every metric of ours, in one table, and the object that counts.
 
-Knows prometheus_client and the report of a finished request; not vLLM. Counters of the process's default registry work
+Knows prometheus_client and the report of a finished sequence; not vLLM. Metrics of the process's default registry work
 in multi-process mode as well: prometheus_client then keeps them in files that vLLM's ``/metrics`` adds up.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, NamedTuple
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from vllm_hidrop.pruning import FALLBACKS
 
-class CounterSpec(NamedTuple):
-    """One counter; Prometheus shows its name with ``_total``."""
-
-    name: str
-    help: str
-    labels: tuple[str, ...] = ()
-
-
-SERVER_LABELS = ("model_name", "method")
-MODES = ("pruned", "off", "text", "fallback", "aborted", "unreported")
+PREFIX = "vllm_hidrop_"
+SERVER_LABELS = ("model_name", "engine", "method")
+"""Of every series, the first two as in vLLM's own metrics; ``method`` is the one that the request used."""
+ENGINE = "0"
+"""One server has one engine."""
+TIMED_MODES = ("pruned", "off", "text", "fallback")
+MODES = (*TIMED_MODES, "aborted", "unreported")
 REFUSALS = ("options", "media")
 REUSE_OFF = ("disabled", "adaptive", "cache_dtype", "first_layer", "states")
 """The server caches no prefixes; the method decides the counts; the cache rounds K, which scoring reads; the first
 layer cuts; the server has no memory for states."""
 
-COUNTERS = (
-    CounterSpec(
-        "vllm_hidrop_requests",
-        "Sequences that ended, by what pruning did. aborted: the client went away; unreported: it ended before the "
-        "engine had reported.",
-        ("mode",),
-    ),
-    CounterSpec("vllm_hidrop_vision_tokens_in", "Vision tokens in the prompts of reported sequences."),
-    CounterSpec("vllm_hidrop_vision_tokens_kept", "Vision tokens held, by layer stage.", ("stage",)),
-    CounterSpec(
-        "vllm_hidrop_vision_tokens_cached", "Vision tokens in the KV cache after prefill, by layer stage.", ("stage",)
-    ),
-    CounterSpec("vllm_hidrop_layer_tokens_run", "Rows that prefills ran, summed over layers."),
-    CounterSpec(
-        "vllm_hidrop_layer_tokens_dense", "Rows that the same prefills have without pruning, summed over layers."
-    ),
-    CounterSpec("vllm_hidrop_kv_blocks_held", "KV blocks held when a sequence ended."),
-    CounterSpec(
-        "vllm_hidrop_kv_blocks_returned", "KV blocks allocated for an upper bound and given back after the prefill."
-    ),
-    CounterSpec("vllm_hidrop_kv_blocks_dense", "KV blocks the same sequences hold without pruning."),
-    CounterSpec("vllm_hidrop_prefix_tokens_reused", "Prompt tokens taken from the prefix cache instead of being run."),
-    CounterSpec("vllm_hidrop_prefix_reuse_off", "Sequences whose images cannot be reused, by reason.", ("reuse_off",)),
-    CounterSpec("vllm_hidrop_refused_requests", "Requests answered with a 4xx by us, not by vLLM.", ("reason",)),
-)
-
-
-HISTOGRAMS = {
-    "cut_layer": "First layer of a sequence that runs with fewer vision tokens than it had; its buckets are stages.",
-    "exit_layer": "First layer of a sequence that runs without vision tokens; its buckets are stages.",
+SECONDS = tuple(float(f"{digit}e{power}") for power in range(-3, 3) for digit in (1, 2, 3, 5, 7))
+"""1 ms to 700 s, five to a decade: from one token of a small model to a queue of minutes."""
+STEP_SECONDS = tuple(float(f"{digit}e{power}") for power in range(-5, 1) for digit in (1, 2, 5))
+RATIOS = tuple(step / 20 for step in range(1, 21))
+VLLM_BUCKETS = {
+    "time_to_first_token": list(SECONDS),
+    "inter_token_latency": list(SECONDS),
+    "request_latency": list(SECONDS),
 }
+"""For vLLM's own histograms: its steps for first tokens and requests are too wide to see what pruning saves."""
+
+
+class Kind(StrEnum):
+    """Type of a metric in Prometheus."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+class MetricSpec(NamedTuple):
+    """One metric; labels are those besides :data:`SERVER_LABELS`, buckets None are the stages' first layers.
+
+    A counter's name is shown by Prometheus with ``_total``. ``field`` is the report's, where the metric is its sum.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] | None = None
+    field: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """The name in ``/metrics``, as a counter's or a gauge's samples have it."""
+        return PREFIX + self.name + ("_total" if self.kind is Kind.COUNTER else "")
+
+
+def _counter(name: str, text: str, *labels: str, field: str | None = None) -> MetricSpec:
+    return MetricSpec(name, Kind.COUNTER, text, labels, field=field)
+
+
+def _histogram(name: str, text: str, *labels: str, buckets: tuple[float, ...] | None) -> MetricSpec:
+    return MetricSpec(name, Kind.HISTOGRAM, text, labels, buckets)
+
+
+METRICS = (
+    _counter(
+        "requests",
+        "Sequences that ended, by what pruning did. text: no image; fallback: could not be pruned; "
+        "aborted: the client went away; unreported: ended before the engine had reported.",
+        "mode",
+    ),
+    _counter("fallback_requests", "Sequences with images that could not be pruned, by reason.", "reason"),
+    _counter("refused_requests", "Requests answered with a 4xx by us, not by vLLM, by reason.", "reason"),
+    _counter("vision_tokens_in", "Vision tokens in the prompts of reported sequences.", field="vision_tokens"),
+    _counter("vision_tokens_kept", "Vision tokens held, by layer stage.", "stage"),
+    _counter("vision_tokens_cached", "Vision tokens in the KV cache after prefill, by layer stage.", "stage"),
+    _counter("layer_tokens_run", "Rows that prefills ran, summed over layers.", field="layer_tokens"),
+    _counter(
+        "layer_tokens_dense",
+        "Rows of the same prefills, nothing pruned or reused, summed over layers.",
+        field="layer_tokens_dense",
+    ),
+    _counter("kv_blocks_held", "KV blocks held when a sequence ended.", field="kv_blocks"),
+    _counter("kv_blocks_dense", "KV blocks the same sequences hold unpruned on this server.", field="kv_blocks_dense"),
+    _counter(
+        "kv_blocks_returned",
+        "KV blocks allocated for an upper bound and given back after the prefill.",
+        field="kv_blocks_returned",
+    ),
+    _counter("kv_bytes_held", "Bytes of the KV blocks held when a sequence ended, all ranks.", field="kv_bytes"),
+    _counter("kv_bytes_dense", "Bytes that stock vLLM holds for the same sequences.", field="kv_bytes_dense"),
+    _counter(
+        "prefill_flops_run",
+        "FLOPs of the prefills as they ran: layers, scoring, LM head, vision tower and projector.",
+        field="prefill_flops",
+    ),
+    _counter(
+        "prefill_flops_dense", "FLOPs of the same prefills, nothing pruned or reused.", field="prefill_flops_dense"
+    ),
+    _counter(
+        "prefix_tokens_reused",
+        "Prompt tokens taken from the prefix cache instead of being run.",
+        field="reused_tokens",
+    ),
+    _counter("prefix_reuse_off", "Sequences whose images cannot be reused, by reason.", "reuse_off"),
+    _histogram(
+        "keep_ratio", "Vision tokens kept of those in the prompt, mean over layers, per sequence.", buckets=RATIOS
+    ),
+    _histogram(
+        "cut_layer",
+        "First layer of a sequence that runs with fewer vision tokens than it had; its buckets are stages.",
+        buckets=None,
+    ),
+    _histogram(
+        "exit_layer", "First layer of a sequence that runs without vision tokens; its buckets are stages.", buckets=None
+    ),
+    _histogram(
+        "selection_seconds",
+        "Signals and selections in the step of a pruned sequence's prefill; sequences of one step share its time.",
+        buckets=STEP_SECONDS,
+    ),
+    _histogram(
+        "time_to_first_token_seconds", "From arrival to the first token, by what pruning did.", "mode", buckets=SECONDS
+    ),
+    _histogram(
+        "prefill_seconds",
+        "From being scheduled to the first token, by what pruning did: no queue in it.",
+        "mode",
+        buckets=SECONDS,
+    ),
+    _histogram(
+        "time_per_output_token_seconds",
+        "Mean time between a sequence's tokens after the first, by what pruning did.",
+        "mode",
+        buckets=SECONDS,
+    ),
+    MetricSpec("plan_info", Kind.GAUGE, "1; what the server was started with.", ("preset", "positions", "version")),
+    MetricSpec("stage_first_layer", Kind.GAUGE, "First layer of each of the server's stages.", ("stage",)),
+)
+BY_NAME = {spec.name: spec for spec in METRICS}
+
+
+@dataclass(frozen=True)
+class Times:
+    """What one sequence took, in seconds; None where it never came so far."""
+
+    first_token: float
+    prefill: float
+    per_output_token: float | None
 
 
 class HidropMetrics:
@@ -65,73 +166,112 @@ class HidropMetrics:
         model_name: label.
         method: the server's own; the label of a sequence is the method it used.
         first_layers: of the server's stages.
+        info: labels of ``plan_info``.
         registry: where the metrics live.
     """
 
     def __init__(
-        self, model_name: str, method: str, first_layers: Sequence[int], registry: CollectorRegistry = REGISTRY
+        self,
+        model_name: str,
+        method: str,
+        first_layers: Sequence[int],
+        info: Mapping[str, str],
+        registry: CollectorRegistry = REGISTRY,
     ) -> None:
-        self.server = {"model_name": model_name, "method": method}
-        self.counters = {
-            spec.name.removeprefix("vllm_hidrop_"): Counter(
-                spec.name, spec.help, (*SERVER_LABELS, *spec.labels), registry=registry
-            )
-            for spec in COUNTERS
-        }
-        self.histograms = {
-            name: Histogram(f"vllm_hidrop_{name}", text, SERVER_LABELS, buckets=tuple(first_layers), registry=registry)
-            for name, text in HISTOGRAMS.items()
-        }
+        self.server = {"model_name": model_name, "engine": ENGINE, "method": method}
+        self.metrics = {spec.name: _make(spec, first_layers, registry) for spec in METRICS}
         self._show_zeros(len(first_layers))
+        self._series("plan_info", **info).set(1)
+        for stage, layer in enumerate(first_layers):
+            self._series("stage_first_layer", stage=str(stage)).set(layer)
 
-    def ended(self, report: Mapping[str, Any] | None, aborted: bool = False) -> None:
-        """Count one sequence; ``report`` is the engine's, None when it sent none."""
+    def ended(self, report: Mapping[str, Any] | None, aborted: bool = False, times: Times | None = None) -> None:
+        """Count one sequence.
+
+        Args:
+            report: the engine's; None when it sent none.
+            aborted: whether its client went away; its tokens count, its times do not.
+            times: what it took; None where vLLM keeps no statistics.
+        """
         mode = "aborted" if aborted else report["mode"] if report else "unreported"
         method = report["method"] if report else self.server["method"]
         self._add("requests", 1, method=method, mode=mode)
         if report is None:
             return
-        sums = {
-            "vision_tokens_in": "vision_tokens",
-            "layer_tokens_run": "layer_tokens",
-            "layer_tokens_dense": "layer_tokens_dense",
-            "kv_blocks_held": "kv_blocks",
-            "kv_blocks_returned": "kv_blocks_returned",
-            "kv_blocks_dense": "kv_blocks_dense",
-            "prefix_tokens_reused": "reused_tokens",
-        }
-        for name, field in sums.items():
-            self._add(name, report[field], method=method)
+        for spec in METRICS:
+            if spec.field is not None:
+                self._add(spec.name, report[spec.field], method=method)
         if report["reuse_off"] is not None:
             self._add("prefix_reuse_off", 1, method=method, reuse_off=report["reuse_off"])
+        if report["fallback"] is not None:
+            self._add("fallback_requests", 1, method=method, reason=FALLBACKS[report["fallback"]])
         for index, stage in enumerate(report["stages"]):
             self._add("vision_tokens_kept", stage["kept"], method=method, stage=str(index))
             self._add("vision_tokens_cached", stage["cached"], method=method, stage=str(index))
-        for name, histogram in self.histograms.items():
-            if report[name] is not None:
-                histogram.labels(**{**self.server, "method": method}).observe(report[name])
+        for name, value in _observed(report).items():
+            if value is not None:
+                self._series(name, method=method).observe(value)
+        if times is not None and not aborted:
+            self._observe_times(times, method, mode)
 
     def refused(self, reason: str) -> None:
         """Count one request that we answered with a 4xx."""
         self._add("refused_requests", 1, reason=reason)
 
+    def _observe_times(self, times: Times, method: str, mode: str) -> None:
+        self._series("time_to_first_token_seconds", method=method, mode=mode).observe(times.first_token)
+        self._series("prefill_seconds", method=method, mode=mode).observe(times.prefill)
+        if times.per_output_token is not None:
+            self._series("time_per_output_token_seconds", method=method, mode=mode).observe(times.per_output_token)
+
     def _add(self, name: str, amount: float, **labels: str) -> None:
-        self.counters[name].labels(**{**self.server, **labels}).inc(amount)
+        self._series(name, **labels).inc(amount)
+
+    def _series(self, name: str, **labels: str) -> Any:
+        return self.metrics[name].labels(**{**self.server, **labels})
 
     def _show_zeros(self, num_stages: int) -> None:
         """Let every series exist from the start: ``rate()`` does not see the first value of a new one."""
-        values = {
-            "mode": MODES,
-            "reason": REFUSALS,
-            "reuse_off": REUSE_OFF,
-            "stage": tuple(str(index) for index in range(num_stages)),
+        stages = tuple(str(index) for index in range(num_stages))
+        values = {"mode": MODES, "reuse_off": REUSE_OFF, "stage": stages}
+        own = {
+            "fallback_requests": {"reason": tuple(FALLBACKS.values())},
+            "refused_requests": {"reason": REFUSALS},
+            **{spec.name: {"mode": TIMED_MODES} for spec in METRICS if spec.kind is Kind.HISTOGRAM},
         }
-        for histogram in self.histograms.values():
-            histogram.labels(**self.server)
-        for spec in COUNTERS:
-            name = spec.name.removeprefix("vllm_hidrop_")
-            for label in spec.labels:
-                for value in values[label]:
-                    self._add(name, 0, **{label: value})
+        for spec in METRICS:
+            if spec.kind is Kind.GAUGE:
+                continue
             if not spec.labels:
-                self._add(name, 0)
+                self._series(spec.name)
+            for label in spec.labels:
+                for value in own.get(spec.name, {}).get(label, values.get(label, ())):
+                    self._series(spec.name, **{label: value})
+
+
+def _make(spec: MetricSpec, first_layers: Sequence[int], registry: CollectorRegistry) -> Counter | Gauge | Histogram:
+    name, labels = PREFIX + spec.name, (*SERVER_LABELS, *spec.labels)
+    if spec.kind is Kind.COUNTER:
+        return Counter(name, spec.help, labels, registry=registry)
+    if spec.kind is Kind.GAUGE:
+        return Gauge(name, spec.help, labels, registry=registry, multiprocess_mode="max")
+    buckets = tuple(first_layers) if spec.buckets is None else spec.buckets
+    return Histogram(name, spec.help, labels, buckets=buckets, registry=registry)
+
+
+def _observed(report: Mapping[str, Any]) -> dict[str, float | None]:
+    """What one report adds to the histograms without further labels."""
+    is_pruned = report["mode"] == "pruned"
+    return {
+        "keep_ratio": _keep_ratio(report),
+        "cut_layer": report["cut_layer"],
+        "exit_layer": report["exit_layer"],
+        "selection_seconds": report["selection_ms"] / 1000 if is_pruned else None,
+    }
+
+
+def _keep_ratio(report: Mapping[str, Any]) -> float | None:
+    """Vision tokens kept of all, mean over layers; None without any."""
+    layers = [(stage["end_layer"] - stage["first_layer"], stage["kept"]) for stage in report["stages"]]
+    num_tokens = report["vision_tokens"] * sum(count for count, _ in layers)
+    return sum(count * kept for count, kept in layers) / num_tokens if num_tokens else None

@@ -52,13 +52,15 @@ RULES = {
     "vllm_hidrop.deciding": Rule(("vllm_hidrop.edits", "vllm_hidrop.merging", *SCORING, "torch")),
     "vllm_hidrop.methods": Rule((*DECIDING, "torch")),
     "vllm_hidrop.config": Rule((*METHODS, *POSITIONS, "torch")),
-    "vllm_hidrop.engine": Rule((*DECIDING, *POSITIONS, "torch", "vllm")),
-    "vllm_hidrop.models": Rule((*CONFIG, *ENGINE, "torch", "vllm")),
+    "vllm_hidrop.engine": Rule(("vllm_hidrop.costs", *DECIDING, *POSITIONS, "torch", "vllm")),
+    "vllm_hidrop.models": Rule(("vllm_hidrop.shapes", *CONFIG, *ENGINE, "torch", "vllm")),
     "vllm_hidrop.plugin": Rule(lazily=(*MODELS, "torch", "vllm")),
     "vllm_hidrop.torchvision_compat": Rule(lazily=("torch",)),
     "vllm_hidrop.costs": Rule(SCORING),
+    "vllm_hidrop.shapes": Rule(("vllm_hidrop.costs",)),
     "vllm_hidrop.commands": Rule(
-        ("vllm_hidrop.costs", "vllm_hidrop.bench", "vllm_hidrop.evaluation", *CONFIG), lazily=EVERYTHING
+        ("vllm_hidrop.costs", "vllm_hidrop.shapes", "vllm_hidrop.bench", "vllm_hidrop.evaluation", *CONFIG),
+        lazily=EVERYTHING,
     ),
     "vllm_hidrop.cli": Rule(
         ("vllm_hidrop.cli_bench", "vllm_hidrop.cli_options", "vllm_hidrop.commands", *CONFIG), lazily=EVERYTHING

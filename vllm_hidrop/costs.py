@@ -6,7 +6,7 @@ schedules before anything runs; what a server reports is read from the engine.
 A multiply-add counts as 2 FLOPs. Norms, activations, RoPE, softmax and sampling are left out.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from vllm_hidrop.pruning import Plan, Schedule
@@ -282,9 +282,36 @@ def request_costs(
         tuple(_stage_costs(shape, schedule, plan, signal, block_size, stage) for stage in stages),
         group_size(schedule),
         shape.lm_head_flops,
-        None if vision is None else sum(vision.flops(left) for left in _tokens_left(plan, vision)),
+        None if vision is None else encoder_flops(vision, plan, range(len(plan.spans))),
         None if vision is None else vision.flops() * len(plan.spans),
     )
+
+
+def flops_run(
+    shape: TextShape, schedule: Schedule, plan: Plan, signal: Signal, rows: Sequence[int], reused: Sequence[int]
+) -> int:
+    """Prefill FLOPs of the text model for one request, LM head included.
+
+    Args:
+        shape: the text model.
+        schedule: its stages.
+        plan: the request's tokens in every stage; where a method decides them, the decided ones.
+        signal: what the method reads at a cut.
+        rows: of every stage, the rows of the whole prompt.
+        reused: the first so many of them come from the KV cache; the others attend to them.
+    """
+    layers = sum(
+        schedule.layers_in(stage) * (shape.layer_flops(rows[stage]) - shape.layer_flops(reused[stage]))
+        for stage in range(len(schedule.stages))
+    )
+    cuts = sum(_cut_flops(shape, plan, signal, stage) for stage in range(len(schedule.stages)))
+    return layers + cuts + shape.lm_head_flops
+
+
+def encoder_flops(vision: VisionShape, plan: Plan, images: Iterable[int]) -> int:
+    """FLOPs of the vision tower and projector for those images of a request that they run."""
+    left = tokens_left(plan, vision)
+    return sum(vision.flops(left[image]) for image in images)
 
 
 def ideal_decode_ratio(shape: TextShape, costs: RequestCosts, batch: int, bytes_per_weight: int = 2) -> float:
@@ -293,7 +320,7 @@ def ideal_decode_ratio(shape: TextShape, costs: RequestCosts, batch: int, bytes_
     return (weights + batch * costs.dense_kv_token_bytes) / (weights + batch * costs.kv_token_bytes)
 
 
-def _tokens_left(plan: Plan, vision: VisionShape) -> list[int | None]:
+def tokens_left(plan: Plan, vision: VisionShape) -> list[int | None]:
     """Per image, the tokens that the tower's later layers run: all, unless a method merged some there."""
     if not plan.adaptive:
         return [None] * len(plan.spans)

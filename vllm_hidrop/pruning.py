@@ -344,6 +344,11 @@ class Plan:
         return [place for place in range(self.carried_from, num_tokens) if place not in gone]
 
 
+ENDS_WITH_IMAGE = "the prompt ends with an image: no text row is left to score from"
+FALLBACKS = {ENDS_WITH_IMAGE: "ends_with_image"}
+"""Why a request that could have been pruned is not, and the name of each in metrics."""
+
+
 def make_plan(
     schedule: Schedule, num_prompt_tokens: int, spans: Iterable[Span], keep_all: bool = False, adaptive: bool = False
 ) -> Plan:
@@ -365,7 +370,7 @@ def make_plan(
     acts = (kept != whole or adaptive) and bool(ordered) and not keep_all
     fallback = None
     if acts and ordered[-1].end == num_prompt_tokens:
-        fallback = "the prompt ends with an image: no text row is left to score from"
+        fallback = ENDS_WITH_IMAGE
     adapts = adaptive and acts and fallback is None
     return Plan(
         num_prompt_tokens, ordered, whole if keep_all or fallback else kept, fallback, adapts, decided=not adapts

@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 from vllm_hidrop import torchvision_compat
 from vllm_hidrop.cli import app
-from vllm_hidrop.commands.plan import SHAPES, Workload, request_costs, text_shape, vision_shape
+from vllm_hidrop.commands.plan import SHAPES, Workload, request_costs
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.costs import LLAVA_7B_VISION, TextShape
 from vllm_hidrop.methods import METHODS, ModelShape
+from vllm_hidrop.shapes import text_shape, vision_shape
 
 # What the package's .pth file does where the package is installed: transformers imports torchvision.
 torchvision_compat.install()

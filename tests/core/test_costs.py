@@ -13,6 +13,8 @@ from vllm_hidrop.costs import (
     LLAVA_13B,
     RequestCosts,
     TextShape,
+    encoder_flops,
+    flops_run,
     group_size,
     ideal_decode_ratio,
     num_groups,
@@ -232,3 +234,31 @@ def test_a_decode_step_reads_the_weights_once_and_every_request_its_rows() -> No
         expected = (weights + batch * dense) / (weights + batch * ours)
         assert ideal_decode_ratio(TINY, found, batch) == pytest.approx(expected)
     assert ideal_decode_ratio(TINY, costs_of(NoPruning(), shape=TINY), 8) == 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_prefill_that_reuses_nothing_runs_what_planning_says(name: str) -> None:
+    method = METHODS[name]() if name != "hidrop" else HiDrop.from_preset("tok48")
+    schedule = method.schedule(PAPER)
+    plan = make_plan(schedule, 700, [Span(5, 576)])
+    rows = [700 - dropped for dropped in plan.dropped]
+    found = flops_run(LLAVA_7B, schedule, plan, method.signal, rows, [0] * len(rows))
+    assert found == request_costs(LLAVA_7B, schedule, plan, method.signal, 32).flops
+
+
+@given(rows=st.integers(1, 40), data=st.data())
+def test_reused_rows_are_attended_to_and_not_run(rows: int, data: st.DataObject) -> None:
+    reused = data.draw(st.integers(0, rows - 1))
+    schedule = Schedule.of({0: "all"}, TINY.num_layers)
+    plan = make_plan(schedule, rows, [])
+    found = flops_run(TINY, schedule, plan, Signal.NONE, [rows], [reused])
+    # Weights of one row: Q, K, V and output of 4 and 2 heads of 7, three MLP matrices; then Q K^T and the sum over V.
+    weights = 3 * (4 + 2 + 2) * 7 + 4 * 7 * 3 + 3 * 3 * 5
+    by_row = sum(2 * weights + 2 * 2 * 4 * 7 * (row + 1) for row in range(reused, rows))
+    assert found == 4 * by_row + 2 * 3 * 11
+
+
+def test_only_images_that_the_tower_runs_are_counted() -> None:
+    plan = make_plan(NoPruning().schedule(PAPER), 1200, [Span(0, 576), Span(600, 576)])
+    assert encoder_flops(LLAVA_7B_VISION, plan, []) == 0
+    assert encoder_flops(LLAVA_7B_VISION, plan, [1]) == LLAVA_7B_VISION.flops()

@@ -37,6 +37,11 @@ REPORT_FIELDS = {
     "exit_layer",
     "layer_tokens",
     "layer_tokens_dense",
+    "kv_bytes",
+    "kv_bytes_dense",
+    "encoded_images",
+    "prefill_flops",
+    "prefill_flops_dense",
 }
 STAGE_FIELDS = {"first_layer", "end_layer", "kept", "rows", "reused", "cached", "kv_blocks"}
 
@@ -155,6 +160,8 @@ def check_report(report: dict[str, Any], answer: dict[str, Any], schedule: Sched
     assert report["layer_tokens_dense"] == report["prompt_tokens"] * schedule.num_layers
     assert report["kv_blocks"] == sum(s["kv_blocks"] for s in report["stages"])
     assert report["kv_blocks"] <= report["kv_blocks_dense"]
+    assert report["kv_bytes"] % report["kv_blocks"] == 0
+    assert 0 < report["prefill_flops"] <= report["prefill_flops_dense"]
 
 
 def kept(report: dict[str, Any]) -> list[int]:

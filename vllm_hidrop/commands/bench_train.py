@@ -9,11 +9,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from vllm_hidrop.bench.shapes import SHAPES, random_model
-from vllm_hidrop.commands.plan import text_shape, vision_shape
 from vllm_hidrop.config import make_method
 from vllm_hidrop.costs import request_costs
 from vllm_hidrop.methods import Method, ModelShape
 from vllm_hidrop.pruning import Span, make_plan
+from vllm_hidrop.shapes import text_shape, vision_shape
 
 if TYPE_CHECKING:
     from vllm_hidrop.training.step_cost import StepCost

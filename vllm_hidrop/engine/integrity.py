@@ -133,6 +133,7 @@ def _request_faults(scheduler: Any) -> Iterator[str]:
         "the rows run": scheduler.rows_run,
         "the selection times": scheduler.selection_ms,
         "the tokens reused": scheduler.reused,
+        "the images encoded": scheduler.encoded,
         "the reused prefixes": scheduler.prefixes.hits,
         "the prefixes being kept": scheduler.prefixes.storing,
         "the unreported": scheduler.unreported,

@@ -1,38 +1,51 @@
 """What one finished request held and ran, read from the engine: the ``hidrop`` object users see."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import dropwhile
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
 
-from vllm_hidrop.engine.planner import Planner
+from vllm_hidrop.engine.costing import Costing
 from vllm_hidrop.pruning import Plan
 
+EMBEDDINGS = "image_embeds"
+"""Key of the features that a client sends instead of an image."""
 
-def make_report(
-    planner: Planner,
-    plan: Plan,
-    rows_run: tuple[int, ...] | None,
-    managers: Sequence[Any],
-    request: Any,
-    reused: int = 0,
-) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class Run:
+    """What the engine did for one request.
+
+    Attributes:
+        rows: of every stage in the prompt's prefill, as the worker ran them; None when the prompt ran dense.
+        reused: tokens of the prompt that came from the prefix cache.
+        images: those that went through the vision tower for this request; others were in the encoder's cache, or were
+            not needed.
+    """
+
+    rows: tuple[int, ...] | None
+    reused: int = 0
+    images: frozenset[int] = frozenset()
+
+
+def make_report(costing: Costing, plan: Plan, run: Run, managers: Sequence[Any], request: Any) -> dict[str, Any]:
     """Read a request's state just before its blocks are freed.
 
     Args:
-        planner: the server's schedule and names.
+        costing: the server's schedule, names and sizes.
         plan: the request's plan.
-        rows_run: rows of every stage in the prompt's prefill, as the worker ran them; None when the prompt ran dense.
+        run: what was done for it.
         managers: vLLM's block managers, one per KV group.
         request: vLLM's request.
-        reused: tokens of the prompt that came from the prefix cache.
 
     Returns:
         Plain data; ``kv_blocks`` are blocks of the shared pool, ``layer_tokens`` rows summed over layers.
     """
+    planner, reused = costing.planner, run.reused
     schedule = planner.schedule
-    rows = rows_run or (plan.num_prompt_tokens,) * len(schedule.stages)
+    rows = run.rows or (plan.num_prompt_tokens,) * len(schedule.stages)
     blocks = [0] * len(schedule.stages)
     for manager in managers:
         stage = getattr(manager.kv_cache_spec, "stage", 0)
@@ -63,6 +76,11 @@ def make_report(
         "stages": stages,
         **_cut_and_exit(stages, plan.num_vision_tokens),
         "kv_blocks": sum(blocks),
+        "kv_bytes": costing.kv_bytes(sum(blocks)),
+        "kv_bytes_dense": costing.kv_bytes_dense(request.num_computed_tokens),
+        "encoded_images": len(run.images),
+        "prefill_flops": costing.flops(plan, rows, held, run.images),
+        "prefill_flops_dense": costing.flops_dense(plan, tower_images(request)),
         "kv_blocks_dense": sum(cdiv(request.num_computed_tokens, m.block_size) for m in managers),
         "layer_tokens": sum((n - held[i]) * schedule.layers_in(i) for i, n in enumerate(rows)),
         "layer_tokens_dense": plan.num_prompt_tokens * schedule.num_layers,
@@ -76,6 +94,11 @@ def _cut_and_exit(stages: Sequence[dict[str, Any]], num_vision_tokens: int) -> d
     cut = (layer for layer, kept in since_injection if kept < num_vision_tokens)
     left = (layer for layer, kept in since_injection if not kept)
     return {"cut_layer": next(cut, None), "exit_layer": next(left, None)}
+
+
+def tower_images(request: Any) -> frozenset[int]:
+    """Which images of vLLM's request the tower encodes; embeddings that a client sends pass it by."""
+    return frozenset(i for i, feature in enumerate(request.mm_features) if EMBEDDINGS not in (feature.data or ()))
 
 
 def _mode(plan: Plan) -> str:

@@ -43,10 +43,11 @@ from vllm.v1.request import Request
 
 from vllm_hidrop.engine.budget import StepBudget
 from vllm_hidrop.engine.compat import let_clients_ask
+from vllm_hidrop.engine.costing import Costing
 from vllm_hidrop.engine.integrity import IntegrityLog, find_faults
 from vllm_hidrop.engine.planner import Planner
 from vllm_hidrop.engine.prefix import Entry, ImagePrefixes
-from vllm_hidrop.engine.report import make_report
+from vllm_hidrop.engine.report import Run, make_report, tower_images
 from vllm_hidrop.engine.room import adopt_cache_manager
 from vllm_hidrop.pruning import Plan
 
@@ -62,6 +63,7 @@ class StagedScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.planner = Planner.from_vllm_config(self.vllm_config)
+        self.costing = Costing.of(self.planner, self.vllm_config, self.kv_cache_config)
         self.plans: dict[str, Plan] = {}
         self.prefill_plans: dict[str, Plan] = {}
         self.trimmed: dict[str, list[int]] = {}
@@ -69,6 +71,7 @@ class StagedScheduler(Scheduler):
         self.rows_run: dict[str, tuple[int, ...]] = {}
         self.selection_ms: dict[str, float] = {}
         self.reused: dict[str, int] = {}
+        self.encoded: dict[str, set[int]] = {}
         self.unreported: set[str] = set()
         step_rows = self.vllm_config.additional_config["hidrop"]["resolved"]["step_rows"]
         self.budget = StepBudget(step_rows, self.planner.schedule)
@@ -172,6 +175,8 @@ class StagedScheduler(Scheduler):
         output.trimmed, self.trimmed = self.trimmed, {}
         self.prefixes.start(self._prompts_ending(output))
         output.prefix_orders = self.prefixes.take_orders()
+        for name, images in output.scheduled_encoder_inputs.items():
+            self.encoded.setdefault(name, set()).update(tower_images(self.requests[name]).intersection(images))
         if not self.requests:
             # The step that tells the worker of the last request's end; its answer is on its way already (rule 9).
             self.integrity.record(self.check_integrity())
@@ -249,8 +254,9 @@ class StagedScheduler(Scheduler):
     def _report(self, request: Request) -> dict[str, Any]:
         managers = self.kv_cache_manager.coordinator.single_type_managers
         name = request.request_id
-        plan, rows_run = self.prefill_plans[name], self.rows_run.get(name)
-        return make_report(self.planner, plan, rows_run, managers, request, self.reused.get(name, 0)) | {
+        plan = self.prefill_plans[name]
+        run = Run(self.rows_run.get(name), self.reused.get(name, 0), frozenset(self.encoded.get(name, ())))
+        return make_report(self.costing, plan, run, managers, request) | {
             "kv_blocks_returned": self.blocks_returned.get(name, 0),
             "selection_ms": self.selection_ms.get(name, 0.0),
             "reuse_off": self._reuse_off(plan),
@@ -274,7 +280,8 @@ class StagedScheduler(Scheduler):
         """Report what the request held, free it as vLLM does, forget its plan."""
         report = self._report(request)
         self.unreported.discard(request.request_id)
-        for by_request in (self.rows_run, self.selection_ms, self.trimmed, self.blocks_returned, self.reused):
+        records = (self.rows_run, self.selection_ms, self.trimmed, self.blocks_returned, self.reused, self.encoded)
+        for by_request in records:
             by_request.pop(request.request_id, None)
         self.prefixes.gone(request.request_id)
         kv_transfer_params, ec_transfer_params = super()._free_request(request, delay_free_blocks)

@@ -19,6 +19,7 @@ from vllm_hidrop.methods import METHODS, Adaptive, Method, ModelShape
 from vllm_hidrop.models.families import family_of
 from vllm_hidrop.positions import PositionScheme
 from vllm_hidrop.pruning import Cached, Schedule
+from vllm_hidrop.shapes import text_shape, vision_shape
 
 logger = init_logger(__name__)
 
@@ -50,6 +51,7 @@ def configure(vllm_config: Any) -> None:
             "options": resolved.options,
             "methods": {name: each.dump() for name, each in alternatives(resolved, family.shape(hf_config)).items()},
             "positions": str(resolved.positions),
+            "shapes": _shapes(hf_config),
             # As it was the first time, where vLLM asks again.
             "step_rows": chosen.get("resolved", {}).get("step_rows") or _step_tokens(vllm_config.scheduler_config),
         },
@@ -59,6 +61,13 @@ def configure(vllm_config: Any) -> None:
     if Planner.from_vllm_config(vllm_config).is_staged:
         _set_limits(vllm_config, resolved.schedule, family.shape(hf_config).tokens_per_image)
         _set_kernels(vllm_config)
+
+
+def _shapes(hf_config: Any) -> dict[str, Any]:
+    """The sizes that reports count FLOPs by, as plain data."""
+    text = text_shape(hf_config.text_config)
+    vision = vision_shape(hf_config, text)
+    return {"text": dataclasses.asdict(text), "vision": vision and dataclasses.asdict(vision)}
 
 
 def check_adaptive(resolved: Resolved, hf_config: Any) -> None:
