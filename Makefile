@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: install serve demo test soak check format bench lock clean help
+.PHONY: install serve demo monitor test soak check format bench lock clean help
 
 install: $(STAMP)  ## build .venv from the lock file
 
@@ -29,6 +29,9 @@ serve: $(STAMP)  ## start the OpenAI-compatible server
 
 demo: $(STAMP)  ## serve the embedded model and ask it about a picture, with and without pruning
 	$(BIN)/hidrop demo $(ARGS)
+
+monitor: $(STAMP)  ## serve, scrape with a real Prometheus, send traffic, draw docs/dashboard.png
+	$(BIN)/hidrop monitor --png docs/dashboard.png $(ARGS)
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)

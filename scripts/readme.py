@@ -1,4 +1,4 @@
-"""Fill the generated parts of README.md and docs/performance.md: the gate's table and the tables of docs/bench.json.
+"""Fill the generated parts of README.md and docs: the gate's table, the tables of docs/bench.json, the metrics.
 
 ``python scripts/readme.py`` writes, ``--check`` only compares (exit code 1 when one of them is out of date).
 """
@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+from hidrop_server.metrics import METRICS
 from vllm_hidrop.bench.rows import read_rows
 from vllm_hidrop.bench.tables import markdown_sections, markdown_summary
 from vllm_hidrop.engine.gate import CHECKED, RULES
@@ -31,6 +32,15 @@ def gate_table() -> str:
     )
 
 
+def metrics_table() -> str:
+    """One row per metric."""
+    rows = (
+        f"| `{spec.shown}` | {spec.kind} | {', '.join(f'`{label}`' for label in spec.labels)} | {spec.help} |"
+        for spec in METRICS
+    )
+    return "\n".join(["| metric | type | labels of its own | meaning |", "|---|---|---|---|", *rows])
+
+
 def fill(text: str, part: str, content: str) -> str:
     """Put ``content`` between the markers of ``part``."""
     pattern = re.compile(rf"(<!-- {part}:begin[^>]*-->\n).*?(<!-- {part}:end -->)", re.DOTALL)
@@ -43,6 +53,7 @@ def main() -> int:
     parts = {
         ROOT / "README.md": {"gate": gate_table(), "numbers": markdown_summary(rows)},
         ROOT / "docs" / "performance.md": {"numbers": markdown_sections(rows)},
+        ROOT / "docs" / "metrics.md": {"metrics": metrics_table()},
     }
     is_current = True
     for file, contents in parts.items():

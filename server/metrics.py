@@ -234,7 +234,7 @@ class HidropMetrics:
         """Let every series exist from the start: ``rate()`` does not see the first value of a new one."""
         stages = tuple(str(index) for index in range(num_stages))
         values = {"mode": MODES, "reuse_off": REUSE_OFF, "stage": stages}
-        own = {
+        own: dict[str, dict[str, tuple[str, ...]]] = {
             "fallback_requests": {"reason": tuple(FALLBACKS.values())},
             "refused_requests": {"reason": REFUSALS},
             **{spec.name: {"mode": TIMED_MODES} for spec in METRICS if spec.kind is Kind.HISTOGRAM},

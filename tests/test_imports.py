@@ -77,6 +77,7 @@ RULES = {
         ("vllm_hidrop.evaluation", "vllm_hidrop.training", "vllm_hidrop.embedded", "vllm_hidrop.commands", *CONFIG)
     ),
     "vllm_hidrop.calibration": Rule(("torch",), lazily=("vllm_hidrop.training",)),
+    "vllm_hidrop.monitoring": Rule(("vllm_hidrop.commands",)),
     "vllm_hidrop.bench": Rule(lazily=("vllm_hidrop.engine.compat", "torch", "vllm")),
     "hidrop_server": Rule((*MODELS, "vllm_hidrop.plugin", "vllm_hidrop.embedded", "torch", "vllm")),
     "hidrop_loadtests": Rule(),

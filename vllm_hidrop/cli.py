@@ -125,6 +125,22 @@ def demo(
 
 
 @app.command()
+def monitor(
+    png: Annotated[Path, typer.Option(help="The picture to write.")] = Path("dashboard.png"),
+    url: Annotated[
+        str | None, typer.Option(help="A running server (default: start one with the embedded model).")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=5, help="How long to send requests.")] = 60,
+    clients: Annotated[int, typer.Option(min=1, max=64, help="Requests at once.")] = 3,
+) -> None:
+    """Send traffic to a server that a real Prometheus scrapes, and draw what the dashboards show (docs/metrics.md)."""
+    from vllm_hidrop.commands import monitor as command
+
+    with one_line_errors():
+        raise typer.Exit(command.run(url, command.Traffic(seconds, clients), png))
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Directory of an original LLaVA-1.5 or HiDrop.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="New directory, or one of an interrupted run.")],

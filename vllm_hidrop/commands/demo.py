@@ -113,7 +113,7 @@ def ask(url: str, model: str, question: Question, pruned: bool) -> Answer:
     """Send one streamed request."""
     request = urllib.request.Request(
         f"{url}/v1/chat/completions",
-        data=json.dumps(_body(model, question, pruned)).encode(),
+        data=json.dumps(body(model, question, pruned)).encode(),
         headers={"Content-Type": "application/json"},
     )
     try:
@@ -144,7 +144,8 @@ def _read_stream(request: urllib.request.Request) -> Answer:
     return Answer(text.strip(), first_token - started, report)
 
 
-def _body(model: str, question: Question, pruned: bool) -> dict[str, Any]:
+def body(model: str, question: Question, pruned: bool) -> dict[str, Any]:
+    """One streamed chat request: the image, then the question."""
     image = {
         "type": "image_url",
         "image_url": {"url": "data:image/png;base64," + base64.b64encode(question.image).decode()},
@@ -162,7 +163,7 @@ def _body(model: str, question: Question, pruned: bool) -> dict[str, Any]:
 
 
 def _ask_all(url: str, questions: list[Question], progress: Progress) -> Iterator[Row]:
-    model = _model_name(url)
+    model = model_name(url)
     for pruned in (False, True):  # what a first request sets up is not to be in the times
         ask(url, model, questions[0], pruned)
     task = progress.add_task("asking", total=2 * len(questions))
@@ -174,7 +175,12 @@ def _ask_all(url: str, questions: list[Question], progress: Progress) -> Iterato
         yield Row(question, *answers)
 
 
-def _model_name(url: str) -> str:
+def model_name(url: str) -> str:
+    """The model that a server serves.
+
+    Raises:
+        ValueError: none, or the server is not one of ours.
+    """
     try:
         with urllib.request.urlopen(f"{url}/v1/models", timeout=REQUEST_SECONDS) as response:
             card = json.load(response)["data"][0]

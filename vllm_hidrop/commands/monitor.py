@@ -1,0 +1,163 @@
+"""``hidrop monitor``: a server and a real Prometheus under traffic, and a picture of what its dashboards show.
+
+Knows a server by its address. The traffic is the demo's questions: pruned, `off`, text only, and some that are refused.
+"""
+
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from vllm_hidrop.commands import demo
+from vllm_hidrop.commands.local_server import local_server
+
+SCRAPE_SECONDS = 1.0
+INTERVAL = "15s"
+"""Of every rate: Prometheus wants four scrapes in it."""
+FIRST_SAMPLE_SECONDS = 60.0
+REQUEST_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Seconds of traffic, and how many clients send at once; each waits for its answer before it asks again."""
+
+    seconds: float
+    clients: int
+
+
+def run(url: str | None, traffic: Traffic, png: Path) -> int:
+    """Drive traffic, draw the dashboards; returns the exit code, 1 if no request was answered.
+
+    Raises:
+        ValueError: no Prometheus, no server, or matplotlib is missing.
+    """
+    try:
+        from vllm_hidrop.monitoring import rules
+        from vllm_hidrop.monitoring.draw import draw
+        from vllm_hidrop.monitoring.panels import DASHBOARDS
+        from vllm_hidrop.monitoring.prometheus import find_tools, running
+    except ImportError as error:
+        raise ValueError(f"{error.name} is missing: install vllm-hidrop with its dev extra") from None
+    console = Console()
+    tools = find_tools()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress, _server(url, progress) as address:
+        with running(address, rules.FILE, SCRAPE_SECONDS, progress.refresh, tools) as prometheus:
+            wait_for_scrape(prometheus)
+            start = time.time()
+            answered, refused = drive(address, traffic, progress)
+            time.sleep(2 * SCRAPE_SECONDS)
+            lines = ask_panels(prometheus, DASHBOARDS, start, time.time())
+        draw(DASHBOARDS, lines, png)
+    empty = sum(not found for found in lines.values())
+    console.print(
+        f"{answered} requests answered, {refused} refused; {len(lines)} queries, {empty} without data: {png}",
+        highlight=False,
+    )
+    return 0 if answered else 1
+
+
+def wait_for_scrape(prometheus: Any) -> None:
+    """Until Prometheus has the server's first numbers, so that rates see the first request.
+
+    Raises:
+        ValueError: it does not get any.
+    """
+    deadline = time.monotonic() + FIRST_SAMPLE_SECONDS
+    while not any(series.points[-1][1] == 1 for series in prometheus.query('up{job="hidrop"}')):
+        if time.monotonic() > deadline:
+            raise ValueError("Prometheus cannot scrape the server's /metrics")
+        time.sleep(0.2)
+    time.sleep(SCRAPE_SECONDS)
+
+
+def ask_panels(prometheus: Any, dashboards: Any, start: float, end: float) -> dict[str, Any]:
+    """What every expression of the dashboards gives between two times; stats are asked at the end, over all of it."""
+    from vllm_hidrop.monitoring.panels import fill
+
+    lines = {}
+    for panel in (panel for dashboard in dashboards for panel in dashboard.panels):
+        for query in panel.queries:
+            if panel.is_stat:
+                whole = f"{max(1, round(end - start))}s"
+                lines[query.expr] = prometheus.query(fill(query.expr, whole))
+            else:
+                lines[query.expr] = prometheus.query_range(fill(query.expr, INTERVAL), start, end, SCRAPE_SECONDS)
+    return lines
+
+
+def drive(url: str, traffic: Traffic, progress: Progress) -> tuple[int, int]:
+    """Ask until the time is up; returns how many requests were answered and how many refused.
+
+    Raises:
+        ValueError: no model there, or no questions.
+    """
+    questions = demo.read_questions(demo.find_examples())
+    model = demo.model_name(url)
+    task = progress.add_task("traffic", total=traffic.seconds)
+    deadline = time.monotonic() + traffic.seconds
+    statuses: list[int] = []
+
+    def client(first: int) -> None:
+        for number in count(first, traffic.clients):
+            if time.monotonic() > deadline:
+                return
+            statuses.append(_send(url, _body(model, questions[number % len(questions)], number)))
+
+    threads = [threading.Thread(target=client, args=(first,), daemon=True) for first in range(traffic.clients)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        progress.update(task, completed=traffic.seconds - max(0.0, deadline - time.monotonic()))
+        time.sleep(0.1)
+    progress.remove_task(task)
+    return sum(status == 200 for status in statuses), sum(400 <= status < 500 for status in statuses)
+
+
+def _body(model: str, question: demo.Question, number: int) -> dict[str, Any]:
+    """Of ten requests six are pruned, two off, one is text, one is refused; one image in two is new to the server."""
+    body = demo.body(model, question, pruned=number % 10 not in (2, 6))
+    parts = body["messages"][0]["content"]
+    parts[0]["uuid"] = uuid.uuid4().hex if number % 2 else f"monitor-{hash(question.image)}"
+    if number % 10 == 4:
+        del parts[0]
+    if number % 10 == 8:
+        body["vllm_xargs"] = {"hidrop_keeps": "a misspelt key"}
+    return body | {"stream": False, "stream_options": None, "ignore_eos": True, "max_tokens": 8 + number % 17}
+
+
+def _send(url: str, body: dict[str, Any]) -> int:
+    """The status of one request; 0 when there is no answer."""
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as response:
+            response.read()
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        error.read()
+        return error.code
+    except OSError:
+        return 0
+
+
+@contextmanager
+def _server(url: str | None, progress: Progress) -> Iterator[str]:
+    task = progress.add_task("starting the server", total=None)
+    on_wait: Callable[[], None] = progress.refresh
+    with nullcontext(url.rstrip("/")) if url else local_server([], on_wait=on_wait) as address:
+        progress.remove_task(task)
+        yield address

@@ -1,0 +1,208 @@
+"""A real Prometheus on loopback: found or fetched, started, asked, stopped.
+
+Fetching needs apt, no root, and once: Debian's package is unpacked into a cache folder. Knows no metric.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_hidrop.commands.local_server import LOOPBACK, free_port
+
+NAMES = ("prometheus", "promtool")
+PACKAGE = "prometheus"
+READY_SECONDS = 60.0
+STOP_SECONDS = 10.0
+ANSWER_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Tools:
+    """Paths of the two programs."""
+
+    prometheus: Path
+    promtool: Path
+
+
+def find_tools(cache: Path | None = None) -> Tools:
+    """Take the programs from PATH, else from Debian's package, fetched once into ``cache``.
+
+    Args:
+        cache: folder (default: vllm_hidrop/prometheus in the user's cache folder).
+
+    Raises:
+        ValueError: neither is possible; says what was tried.
+    """
+    installed = [shutil.which(name) for name in NAMES]
+    if all(installed):
+        return Tools(*(Path(path) for path in installed if path))
+    folder = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vllm_hidrop" / "prometheus"
+    programs = folder / "usr" / "bin"
+    if not all((programs / name).is_file() for name in NAMES):
+        _fetch(folder)
+    return Tools(*(programs / name for name in NAMES))
+
+
+def _fetch(folder: Path) -> None:
+    """Unpack Debian's package into ``folder``; whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetching-") as name:
+        work = Path(name)
+        _run(["apt-get", "download", PACKAGE], work)
+        packages = list(work.glob("*.deb"))
+        if len(packages) != 1:
+            raise ValueError(f"apt-get download {PACKAGE} left {len(packages)} packages, not one")
+        _run(["dpkg-deb", "-x", packages[0].name, "unpacked"], work)
+        if folder.exists():
+            shutil.rmtree(folder)
+        (work / "unpacked").rename(folder)
+
+
+def _run(command: Sequence[str], folder: Path) -> None:
+    advice = f"Prometheus is not installed (Debian package {PACKAGE}), and fetching it failed"
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+    except OSError as error:
+        raise ValueError(f"{advice}: {command[0]}: {error.strerror}") from None
+    if done.returncode != 0:
+        last = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise ValueError(f"{advice}: {' '.join(command)}: {last} (apt-get update may be needed first)")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of an answer: labels, and (seconds since 1970, value) pairs."""
+
+    labels: dict[str, str]
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Prometheus:
+    """A running one, by its address."""
+
+    url: str
+
+    def query(self, expr: str) -> list[Series]:
+        """The value of an expression now.
+
+        Raises:
+            ValueError: Prometheus does not understand it.
+        """
+        found = self._ask("query", {"query": expr})
+        if found["resultType"] == "scalar":
+            return [Series({}, (_point(found["result"]),))]
+        return [Series(each["metric"], (_point(each["value"]),)) for each in found["result"]]
+
+    def query_range(self, expr: str, start: float, end: float, step: float) -> list[Series]:
+        """Its values over time, seconds.
+
+        Raises:
+            ValueError: Prometheus does not understand it.
+        """
+        found = self._ask("query_range", {"query": expr, "start": start, "end": end, "step": step})
+        return [Series(each["metric"], tuple(map(_point, each["values"]))) for each in found["result"]]
+
+    def rules(self) -> list[dict[str, Any]]:
+        """Every rule with its health and last error."""
+        return [rule for group in self._ask("rules", {})["groups"] for rule in group["rules"]]
+
+    def _ask(self, what: str, values: dict[str, Any]) -> Any:
+        try:
+            url = f"{self.url}/api/v1/{what}?{urllib.parse.urlencode(values)}"
+            with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as response:
+                return json.load(response)["data"]
+        except urllib.error.HTTPError as error:
+            raise ValueError(f"Prometheus: {json.load(error)['error']}: {values}") from None
+
+
+def _point(pair: Sequence[Any]) -> tuple[float, float]:
+    return float(pair[0]), float(pair[1])
+
+
+@contextmanager
+def running(
+    target: str,
+    rules: Path | None = None,
+    scrape_seconds: float = 1.0,
+    on_wait: Callable[[], None] = lambda: None,
+    tools: Tools | None = None,
+) -> Iterator[Prometheus]:
+    """Start one that scrapes the server at ``target`` as job "hidrop", and end it; what it stored is deleted.
+
+    Args:
+        target: address of the server, http://HOST:PORT.
+        rules: a rule file.
+        scrape_seconds: between two scrapes, and between two evaluations of the rules.
+        on_wait: called a few times a second until it is ready.
+        tools: the programs (default: :func:`find_tools`).
+
+    Raises:
+        ValueError: there is none, or it does not start; says why.
+    """
+    tools = tools or find_tools()
+    with tempfile.TemporaryDirectory(prefix="hidrop-prometheus-") as name:
+        folder = Path(name)
+        config = folder / "prometheus.json"  # JSON is YAML
+        config.write_text(json.dumps(_config(target, rules, scrape_seconds)), encoding="utf-8")
+        port = free_port()
+        log = folder / "log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [
+                    tools.prometheus,
+                    f"--config.file={config}",
+                    f"--storage.tsdb.path={folder / 'data'}",
+                    f"--web.listen-address={LOOPBACK}:{port}",
+                    "--log.level=warn",
+                ],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+            )
+        try:
+            url = f"http://{LOOPBACK}:{port}"
+            _wait_until_ready(url, process, log, on_wait)
+            yield Prometheus(url)
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _config(target: str, rules: Path | None, scrape_seconds: float) -> dict[str, Any]:
+    every = f"{round(scrape_seconds * 1000)}ms"
+    host = target.removeprefix("http://").rstrip("/")
+    return {
+        "global": {"scrape_interval": every, "evaluation_interval": every, "scrape_timeout": every},
+        "rule_files": [str(rules.resolve())] if rules else [],
+        "scrape_configs": [{"job_name": "hidrop", "static_configs": [{"targets": [host]}]}],
+    }
+
+
+def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, on_wait: Callable[[], None]) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ValueError(f"Prometheus ended: {log.read_text(errors='replace')[-500:]}")
+        try:
+            with urllib.request.urlopen(f"{url}/-/ready", timeout=5):
+                return
+        except OSError:
+            on_wait()
+            time.sleep(0.2)
+    raise ValueError(f"Prometheus was not ready after {READY_SECONDS:.0f} s")
