@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -44,17 +45,18 @@ def run(url: str | None, traffic: Traffic, png: Path) -> int:
         ValueError: no Prometheus, no server, or matplotlib is missing.
     """
     try:
-        from vllm_hidrop.monitoring import rules
-        from vllm_hidrop.monitoring.draw import draw
-        from vllm_hidrop.monitoring.panels import DASHBOARDS
-        from vllm_hidrop.monitoring.prometheus import find_tools, running
-    except ImportError as error:
-        raise ValueError(f"{error.name} is missing: install vllm-hidrop with its dev extra") from None
+        import matplotlib  # noqa: F401 (draws at the end; missing it is better said now)
+    except ImportError:
+        raise ValueError("drawing needs matplotlib: install vllm-hidrop[monitor]") from None
+    from vllm_hidrop.monitoring.draw import draw
+    from vllm_hidrop.monitoring.panels import DASHBOARDS
+    from vllm_hidrop.monitoring.prometheus import find_tools, running
+
     console = Console()
     tools = find_tools()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress, _server(url, progress) as address:
-        with running(address, rules.FILE, SCRAPE_SECONDS, progress.refresh, tools) as prometheus:
+        with running(address, None, SCRAPE_SECONDS, progress.refresh, tools) as prometheus:
             wait_for_scrape(prometheus)
             start = time.time()
             answered, refused = drive(address, traffic, progress)
@@ -130,7 +132,7 @@ def _body(model: str, question: demo.Question, number: int) -> dict[str, Any]:
     """Of ten requests six are pruned, two off, one is text, one is refused; one image in two is new to the server."""
     body = demo.body(model, question, pruned=number % 10 not in (2, 6))
     parts = body["messages"][0]["content"]
-    parts[0]["uuid"] = uuid.uuid4().hex if number % 2 else f"monitor-{hash(question.image)}"
+    parts[0]["uuid"] = uuid.uuid4().hex if number % 2 else f"monitor-{zlib.crc32(question.image)}"
     if number % 10 == 4:
         del parts[0]
     if number % 10 == 8:
