@@ -227,9 +227,11 @@ def test_images_of_requests_with_other_keeps_before_the_cut_are_not_reused(runni
 
 def test_what_is_reused_is_reported_by_stage(running: Engine) -> None:
     (ask, _), (other, _), *_ = conversation(np.random.default_rng(6), "99999999")
-    running.ask([ask])
+    cold = running.ask([ask])[0].report
     report = running.ask([other])[0].report
     end = end_of_images(other.tokens, 1)
+    assert report["encoded_images"] == 0
+    assert report["prefill_flops"] < cold["prefill_flops"] < report["prefill_flops_dense"]
     stages = len(report["stages"])
     assert report["reused_tokens"] == end
     assert [stage["reused"] for stage in report["stages"]] == [end - TOKENS_PER_IMAGE, end] + [64] * (stages - 2)

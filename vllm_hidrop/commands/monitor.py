@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
@@ -53,13 +53,14 @@ def run(url: str | None, traffic: Traffic, png: Path) -> int:
     from vllm_hidrop.monitoring.prometheus import find_tools, running
 
     console = Console()
-    tools = find_tools()
+    questions, tools = demo.read_questions(demo.find_examples()), find_tools()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress, _server(url, progress) as address:
+        asking = (demo.model_name(address), questions)
         with running(address, None, SCRAPE_SECONDS, progress.refresh, tools) as prometheus:
             wait_for_scrape(prometheus)
             start = time.time()
-            answered, refused = drive(address, traffic, progress)
+            answered, refused = drive(address, *asking, traffic, progress)
             time.sleep(2 * SCRAPE_SECONDS)
             lines = ask_panels(prometheus, DASHBOARDS, start, time.time())
         draw(DASHBOARDS, lines, png)
@@ -100,14 +101,10 @@ def ask_panels(prometheus: Any, dashboards: Any, start: float, end: float) -> di
     return lines
 
 
-def drive(url: str, traffic: Traffic, progress: Progress) -> tuple[int, int]:
-    """Ask until the time is up; returns how many requests were answered and how many refused.
-
-    Raises:
-        ValueError: no model there, or no questions.
-    """
-    questions = demo.read_questions(demo.find_examples())
-    model = demo.model_name(url)
+def drive(
+    url: str, model: str, questions: Sequence[demo.Question], traffic: Traffic, progress: Progress
+) -> tuple[int, int]:
+    """Ask until the time is up; returns how many requests were answered and how many refused."""
     task = progress.add_task("traffic", total=traffic.seconds)
     deadline = time.monotonic() + traffic.seconds
     statuses: list[int] = []

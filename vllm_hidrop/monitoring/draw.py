@@ -41,8 +41,9 @@ def draw(dashboards: Sequence[Dashboard], lines: Lines, file: Path) -> None:
         parts = figure.subfigures(len(rows), 1, height_ratios=[_depth(row.panels) for _, row in rows], squeeze=False)
         for part, (dashboard, row) in zip(parts[:, 0], rows, strict=True):
             part.suptitle(f"{dashboard.title}: {row.title}", x=0.01, ha="left", fontsize=10, fontweight="bold")
-            part.subplots_adjust(left=0.04, right=0.99, top=0.8, bottom=0.12, wspace=0.22, hspace=0.5)
-            axes = part.subplots(_depth(row.panels), COLUMNS, squeeze=False).flat
+            depth = _depth(row.panels)
+            part.subplots_adjust(0.04, 0.12 / depth, 0.99, 1 - 0.2 / depth, wspace=0.22, hspace=0.4)
+            axes = part.subplots(depth, COLUMNS, squeeze=False).flat
             for panel, cell in zip(row.panels, axes, strict=False):
                 _draw_panel(cell, panel, lines)
             for cell in list(axes):
