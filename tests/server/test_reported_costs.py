@@ -14,6 +14,8 @@ pytestmark = pytest.mark.server
 
 BLOCK_SIZE = 32
 FLOAT32 = 4
+METHODS = [None, "fastv", "uniform"]
+"""The server's own, and those that its stages can express."""
 
 
 def planned(text_tokens: int, num_images: int, method: str | None = None) -> RequestCosts:
@@ -30,11 +32,11 @@ def planned(text_tokens: int, num_images: int, method: str | None = None) -> Req
 
 
 @pytest.mark.parametrize("num_images", [1, 3])
-@pytest.mark.parametrize("method", [None, "fastv", "uniform"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_cold_prompt_costs_what_planning_says(server: Server, method: str | None, num_images: int) -> None:
-    seeds = range(1000 * num_images + len(method or ""), 1000 * num_images + len(method or "") + num_images)
+    first_seed = 1000 * num_images + 10 * METHODS.index(method)  # of images that no other test sends
     wish = {"hidrop_method": method} if method else {}
-    images = [image_url(seed) for seed in seeds]
+    images = [image_url(first_seed + number) for number in range(num_images)]
     report = server.chat(images, max_tokens=1, vllm_xargs=wish, cache_salt=f"{method} {num_images}")["hidrop"]
     assert (report["reused_tokens"], report["encoded_images"]) == (0, num_images)
     costs = planned(report["prompt_tokens"] - report["vision_tokens"], num_images, method)
@@ -54,7 +56,7 @@ def test_off_saves_nothing_but_what_is_cached(server: Server) -> None:
     assert again["encoded_images"] == 0, "its features are in the encoder's cache"
     assert again["prefill_flops"] == again["prefill_flops_dense"] - (tower or 0)
     reused = server.chat([image_url(7001)], vllm_xargs=off, max_tokens=1, cache_salt="off")["hidrop"]
-    assert reused["reused_tokens"] > IMAGE_TOKENS
+    assert reused["reused_tokens"] > IMAGE_TOKENS - BLOCK_SIZE
     assert reused["prefill_flops"] < again["prefill_flops"] / 5
     assert reused["prefill_flops_dense"] == cold["prefill_flops_dense"]
     assert reused["kv_bytes"] == cold["kv_bytes"]
