@@ -6,6 +6,7 @@ Knows the panels and what Prometheus answered; needs matplotlib.
 import math
 import re
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,9 @@ def draw(dashboards: Sequence[Dashboard], lines: Lines, file: Path) -> None:
                 _draw_panel(cell, panel, lines)
             for cell in list(axes):
                 cell.axis("off")
-        figure.savefig(file, dpi=80)
+        whole = BytesIO()  # an interrupted run leaves no half a picture
+        figure.savefig(whole, dpi=80, format="png")
+    file.write_bytes(whole.getvalue())
 
 
 def _depth(panels: Sequence[Panel]) -> int:
