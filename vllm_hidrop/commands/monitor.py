@@ -126,10 +126,13 @@ def drive(
 
 
 def _body(model: str, question: demo.Question, number: int) -> dict[str, Any]:
-    """Of ten requests six are pruned, two off, one is text, one is refused; one image in two is new to the server."""
+    """Of ten requests six are pruned, two off, one is text, one is refused.
+
+    Every image is new to the server, so that pruned and off compare like with like, but one in ten: it may be reused.
+    """
     body = demo.body(model, question, pruned=number % 10 not in (2, 6))
     parts = body["messages"][0]["content"]
-    parts[0]["uuid"] = uuid.uuid4().hex if number % 2 else f"monitor-{zlib.crc32(question.image)}"
+    parts[0]["uuid"] = uuid.uuid4().hex if number % 10 else f"monitor-{zlib.crc32(question.image)}"
     if number % 10 == 4:
         del parts[0]
     if number % 10 == 8:

@@ -43,7 +43,7 @@ def draw(dashboards: Sequence[Dashboard], lines: Lines, file: Path) -> None:
         for part, (dashboard, row) in zip(parts[:, 0], rows, strict=True):
             part.suptitle(f"{dashboard.title}: {row.title}", x=0.01, ha="left", fontsize=10, fontweight="bold")
             depth = _depth(row.panels)
-            part.subplots_adjust(0.04, 0.12 / depth, 0.99, 1 - 0.2 / depth, wspace=0.22, hspace=0.4)
+            part.subplots_adjust(0.05, 0.12 / depth, 0.99, 1 - 0.2 / depth, wspace=0.22, hspace=0.4)
             axes = part.subplots(depth, COLUMNS, squeeze=False).flat
             for panel, cell in zip(row.panels, axes, strict=False):
                 _draw_panel(cell, panel, lines)
