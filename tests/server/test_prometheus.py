@@ -50,16 +50,17 @@ def scraped(server: Server) -> Iterator[Scraped]:
         reports.append(server.chat([])["hidrop"])
         bad = server.http.post("/v1/chat/completions", json=server.body([], vllm_xargs={"hidrop_no": 1}))
         assert bad.status_code == 400
-        wait_for(
-            prometheus, "sum(vllm_hidrop_refused_requests_total)", server.metric("vllm_hidrop_refused_requests_total")
-        )
+        refused = server.metric("vllm_hidrop_refused_requests_total")
+        wait_for(prometheus, f"sum(vllm_hidrop_refused_requests_total) == {refused}")
+        for recorded in ('hidrop:requests:rate5m{mode="text"}', rules.RECORDINGS[-1].name):
+            wait_for(prometheus, f"{recorded} > 0")
         yield Scraped(prometheus, reports, 1)
 
 
-def wait_for(prometheus: Prometheus, expr: str, value: float) -> None:
+def wait_for(prometheus: Prometheus, condition: str) -> None:
     deadline = time.monotonic() + 60
-    while not any(series.points[-1][1] == value for series in prometheus.query(expr)):
-        assert time.monotonic() < deadline, f"{expr} never became {value}"
+    while not prometheus.query(condition):
+        assert time.monotonic() < deadline, f"never: {condition}"
         time.sleep(0.2)
 
 
