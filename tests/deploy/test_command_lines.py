@@ -1,0 +1,66 @@
+"""Every command line in `deploy/` is one that `hidrop serve` accepts, and no YAML file there surprises its reader."""
+
+import json
+import shlex
+from collections.abc import Iterator
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.deploy.test_compose import FORMS, project
+from tests.deploy.test_containers import DOCKERFILES, last_stage
+from tests.deploy.test_kubernetes import OVERLAYS, container
+from tests.deploy.test_systemd import UNIT, settings
+from tests.deploy.tools import accepts, files
+from vllm_hidrop.cli import app
+
+YAML_RULES = json.dumps(
+    {
+        "extends": "default",
+        "rules": {
+            "line-length": {"max": 120},
+            "document-start": "disable",
+            "comments": {"min-spaces-from-content": 1},
+            "braces": {"max-spaces-inside": 1},
+        },
+    }
+)
+
+
+def command_lines() -> Iterator[tuple[str, list[str]]]:
+    for path in DOCKERFILES:
+        yield path.name, json.loads(dict(last_stage(path))["CMD"])
+    for names in FORMS:
+        yield "+".join(names), project(names)["services"]["hidrop"]["command"]
+    for overlay in OVERLAYS:
+        yield f"kubernetes {overlay}", container(overlay)["args"]
+    (start,) = settings(UNIT.read_text())["ExecStart"]
+    (own,) = settings((UNIT.parent / "hidrop.env").read_text())["HIDROP_ARGUMENTS"]
+    yield "systemd", shlex.split(start.replace("$HIDROP_ARGUMENTS", own))[2:]
+
+
+def test_hidrop_serve_accepts_every_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hidrop_server import arguments
+
+    parsed = []
+
+    def serve(model: str | None, method: str | None, preset: object, config: object, vllm_args: list[str]) -> int:
+        parsed.append(arguments.parse(model, vllm_args, method))
+        return 0
+
+    monkeypatch.setattr("hidrop_server.main", serve)
+    for where, words in command_lines():
+        answer = CliRunner().invoke(app, ["serve", *words], catch_exceptions=False)
+        assert answer.exit_code == 0, where
+        args = parsed[-1]
+        assert args.port == 8000, where
+        assert args.host == ("127.0.0.1" if where == "systemd" else "0.0.0.0"), where
+        assert args.shutdown_timeout > 0, where
+        assert args.enforce_eager or "cuda" not in where, where
+        assert args.enforce_eager or "gpu" not in where, where
+
+
+def test_yaml_is_tidy() -> None:
+    found = files(".yaml", ".yml")
+    assert len(found) > 10
+    accepts("yamllint", "--strict", "-d", YAML_RULES, *found)
