@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: install serve demo monitor test soak check format bench lock clean help
+.PHONY: install serve demo monitor test soak loadtest check format bench lock clean help
 
 install: $(STAMP)  ## build .venv from the lock file
 
@@ -38,6 +38,9 @@ test: $(STAMP)  ## run the tests
 
 soak: $(STAMP)  ## 2,000 mixed requests against a pool that is too small; every answer must be the one in isolation
 	$(BIN)/python -m tests.soak $(ARGS)
+
+loadtest: $(STAMP)  ## load the embedded model's server, pruned and off: make loadtest ARGS=steady
+	$(BIN)/hidrop loadtest $(or $(ARGS),smoke)
 
 check: $(STAMP)  ## lint, formatting and types, changing nothing
 	$(BIN)/ruff check

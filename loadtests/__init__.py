@@ -1,4 +1,5 @@
 """Load tests that talk to a running server over HTTP and report what its users would see.
 
-Installed as `hidrop_loadtests`. Knows no engine: neither vLLM nor `vllm_hidrop` is imported here.
+Installed as `hidrop_loadtests`. Requests are sent, timed and counted by vLLM's own benchmark client, the only thing of
+vLLM that is imported here; `vllm_hidrop` is not.
 """

@@ -141,6 +141,32 @@ def monitor(
 
 
 @app.command()
+def loadtest(
+    scenario: Annotated[str | None, typer.Argument(help="Name of a scenario; without one they are listed.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="A running server (default: start one with the embedded model).")
+    ] = None,
+    compare: Annotated[
+        str, typer.Option(metavar="off|none|URL", help="Ask the same server to keep every token, or another server.")
+    ] = "off",
+    file: Annotated[Path | None, typer.Option(help="Scenarios of your own (TOML).")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the report, HTML and JSON.")] = Path("runs/loadtest"),
+    api_key: Annotated[str | None, typer.Option(help="Key of the servers.", envvar="OPENAI_API_KEY")] = None,
+    allow_remote: Annotated[
+        bool, typer.Option("--allow-remote", help="Let an address be another machine's, whose owner agrees.")
+    ] = False,
+) -> None:
+    """Load a server by vLLM's benchmark client, with and without pruning, and write one HTML report."""
+    from vllm_hidrop.commands import loadtest as command
+
+    with one_line_errors():
+        if scenario is None:
+            command.show_scenarios(file)
+        else:
+            raise typer.Exit(command.run(scenario, file, command.Target(url, compare, api_key, allow_remote), out))
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Directory of an original LLaVA-1.5 or HiDrop.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="New directory, or one of an interrupted run.")],

@@ -1,7 +1,5 @@
 """vLLM's own benchmark client against a server: its inputs, its command line, its results."""
 
-import base64
-import io
 import json
 import sys
 import tempfile
@@ -99,15 +97,10 @@ def contents(load: Load) -> list[list[dict[str, Any]]]:
 
 
 def _picture(seed: int, request: int, index: int) -> dict[str, Any]:
-    """A smooth random picture, as large a file as a photograph of its size."""
-    import numpy as np
-    from PIL import Image
+    """Another one for every load, request and place."""
+    from hidrop_loadtests.pictures import picture_url
 
-    noise = np.random.default_rng((seed, request, index)).integers(0, 256, (24, 24, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(noise).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC).save(file, "JPEG")
-    url = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-    return {"type": "image_url", "image_url": {"url": url}}
+    return {"type": "image_url", "image_url": {"url": picture_url((seed, request, index), IMAGE_SIZE)}}
 
 
 def _words(load: Load, request: int) -> dict[str, Any]:

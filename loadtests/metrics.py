@@ -1,0 +1,138 @@
+"""What a server itself counted between two moments, from ``/metrics``.
+
+Knows vLLM's and our metrics by name; a server without ours has no savings to show.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from hidrop_loadtests.sending import Endpoint
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+OURS = "vllm_hidrop_"
+RUN_AND_DENSE = {
+    "layer tokens of prefills": ("vllm_hidrop_layer_tokens_run_total", "vllm_hidrop_layer_tokens_dense_total"),
+    "KV blocks held": ("vllm_hidrop_kv_blocks_held_total", "vllm_hidrop_kv_blocks_dense_total"),
+    "KV bytes held": ("vllm_hidrop_kv_bytes_held_total", "vllm_hidrop_kv_bytes_dense_total"),
+    "prefill FLOPs": ("vllm_hidrop_prefill_flops_run_total", "vllm_hidrop_prefill_flops_dense_total"),
+}
+"""What is shown as a saving: counters of what was done and of what a dense server does; those a server has."""
+LATENCIES = {
+    "ttft": "vllm:time_to_first_token_seconds",
+    "itl": "vllm:inter_token_latency_seconds",
+    "e2e": "vllm:e2e_request_latency_seconds",
+}
+HELD = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+
+
+def read(endpoint: Endpoint) -> Samples:
+    """Every sample by name and labels.
+
+    Raises:
+        ValueError: no answer, or not 200.
+    """
+    try:
+        response = httpx.get(f"{endpoint.url}/metrics", headers=endpoint.headers, timeout=30)
+        response.raise_for_status()
+    except httpx.HTTPError as error:
+        raise ValueError(f"{endpoint.url}/metrics: {error}") from None
+    families = text_string_to_metric_families(response.text)
+    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
+
+
+def idle_after(endpoint: Endpoint, most_seconds: float) -> float | None:
+    """Seconds until the server holds no request and is ready; None if that takes longer than ``most_seconds``.
+
+    Ready is ``/ready``, or ``/health`` of a server that has none.
+    """
+    started = time.monotonic()
+    while True:
+        samples = read(endpoint)
+        if not any(value for (name, _), value in samples.items() if name in HELD) and _is_ready(endpoint):
+            return time.monotonic() - started
+        if time.monotonic() - started > most_seconds:
+            return None
+        time.sleep(0.2)
+
+
+def _is_ready(endpoint: Endpoint) -> bool:
+    for path in ("/ready", "/health"):
+        try:
+            status = httpx.get(endpoint.url + path, headers=endpoint.headers, timeout=10).status_code
+        except httpx.HTTPError:
+            return False
+        if status != httpx.codes.NOT_FOUND:
+            return status == httpx.codes.OK
+    return False
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What grew between two readings."""
+
+    samples: Samples
+
+    @classmethod
+    def between(cls, before: Samples, after: Samples) -> "Growth":
+        """The later reading less the earlier one; gauges are left out of every question below."""
+        return cls({key: value - before.get(key, 0.0) for key, value in after.items()})
+
+    def total(self, name: str, **labels: str) -> float | None:
+        """Sum over all series of a counter that have these labels; None if there is none."""
+        wanted = set(labels.items())
+        found = [value for (own, have), value in self.samples.items() if own == name and wanted <= set(have)]
+        return sum(found) if found else None
+
+    def latency_ms(self, name: str) -> dict[str, float] | None:
+        """Mean, and p50, p90, p99 interpolated within their buckets, of a histogram of seconds; None if it is empty."""
+        count, seconds = self.total(f"{name}_count"), self.total(f"{name}_sum")
+        if not count or seconds is None:
+            return None
+        bounds: dict[float, float] = {}
+        for (own, labels), value in self.samples.items():
+            if own == f"{name}_bucket":
+                bound = float(dict(labels)["le"])
+                bounds[bound] = bounds.get(bound, 0.0) + value
+        return {"mean": 1000 * seconds / count} | {f"p{p}": 1000 * _quantile(bounds, p / 100) for p in (50, 90, 99)}
+
+    def savings(self) -> dict[str, Any]:
+        """Per saving what was run, what a dense server runs, and their ratio; and every counter of ours that grew."""
+        pairs = {title: tuple(map(self.total, names)) for title, names in RUN_AND_DENSE.items()}
+        return {
+            "pairs": {
+                title: {"run": run, "dense": dense, "ratio": dense / run}
+                for title, (run, dense) in pairs.items()
+                if run and dense
+            },
+            "counters": self._ours(),
+        }
+
+    def _ours(self) -> dict[str, float]:
+        counters = {key: value for key, value in self.samples.items() if key[0].startswith(OURS) and value}
+        return {
+            name + _shown(dict(labels)): value
+            for (name, labels), value in sorted(counters.items())
+            if name.endswith("_total")
+        }
+
+
+def _shown(labels: Mapping[str, str]) -> str:
+    return "{" + ",".join(f'{name}="{value}"' for name, value in labels.items()) + "}"
+
+
+def _quantile(bounds: Mapping[float, float], share: float) -> float:
+    """A quantile as Prometheus' ``histogram_quantile`` takes it: linear in a bucket, the last bound in the open one."""
+    edges = sorted(bounds.items())
+    rank = share * edges[-1][1]
+    low, below = 0.0, 0.0
+    for bound, cumulated in edges:
+        if cumulated >= rank and cumulated > below:
+            return low if math.isinf(bound) else low + (bound - low) * (rank - below) / (cumulated - below)
+        low, below = bound, cumulated
+    return low

@@ -1,0 +1,168 @@
+"""A scenario against one server or two, in turn, and what came of it.
+
+Knows how a round is sent and what a server counts; not how a server is started, nor how results are shown.
+"""
+
+import ipaddress
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from hidrop_loadtests.metrics import LATENCIES, Growth, idle_after, read
+from hidrop_loadtests.scenarios import Closed, Scenario
+from hidrop_loadtests.sending import Endpoint, Outcome, Sent, send
+from hidrop_loadtests.traffic import Ask, first_turns, next_turns
+
+OFF = {"vllm_xargs": {"hidrop": "off"}}
+PERCENTILES = (50, 90, 95, 99)
+WARM_UP_SEED = 1_000_000
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the servers, or ways of asking one, that are compared."""
+
+    name: str
+    endpoint: Endpoint
+    prunes: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a scenario at one arm.
+
+    Attributes:
+        arm: which.
+        outcomes: one per request.
+        seconds: from the first request to the last answer, summed over rounds.
+        good: answers within the goal.
+        growth: what the server counted meanwhile.
+        idle_seconds: until the server held no request and was ready; None: longer than the scenario allows.
+    """
+
+    arm: Arm
+    outcomes: tuple[Outcome, ...]
+    seconds: float
+    good: int
+    growth: Growth
+    idle_seconds: float | None
+
+    def count(self, kind: str, bad: bool | None = None) -> int:
+        """Outcomes of a kind; of good or of bad requests only."""
+        return sum(o.kind == kind and bad in (None, o.bad is not None) for o in self.outcomes)
+
+    def times_ms(self) -> dict[str, list[float]]:
+        """Every time of the answered requests, by the client's clock."""
+        answered = [outcome for outcome in self.outcomes if outcome.kind == "answered"]
+        return {
+            "ttft": [1000 * outcome.ttft for outcome in answered],
+            "itl": [1000 * itl for outcome in answered for itl in outcome.itls],
+            "e2e": [1000 * outcome.latency for outcome in answered],
+        }
+
+    def client_ms(self) -> dict[str, dict[str, float]]:
+        """Mean and percentiles of those, where there are any."""
+        import numpy as np
+
+        return {
+            name: {"mean": float(np.mean(times))} | {f"p{p}": float(np.percentile(times, p)) for p in PERCENTILES}
+            for name, times in self.times_ms().items()
+            if times
+        }
+
+    def server_ms(self) -> dict[str, dict[str, float]]:
+        """The same by the server's histograms, coarser."""
+        found = {name: self.growth.latency_ms(metric) for name, metric in LATENCIES.items()}
+        return {name: values for name, values in found.items() if values}
+
+
+def check_address(url: str, allow_remote: bool) -> str:
+    """The address without a trailing slash.
+
+    Raises:
+        ValueError: no HTTP address, or one of another machine without leave.
+    """
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        _ = parts.port
+    except ValueError as error:
+        raise ValueError(f"{url!r} is not an address: {error}") from None
+    if parts.scheme not in ("http", "https") or not host:
+        raise ValueError(f"{url!r} is not an address like http://127.0.0.1:8000")
+    if not allow_remote and not _is_loopback(host):
+        raise ValueError(f"{host} is another machine: a load test of it needs --allow-remote, and its owner's consent")
+    return url.rstrip("/")
+
+
+def connect(url: str, api_key: str | None = None, body: dict[str, Any] | None = None) -> Endpoint:
+    """An endpoint for the first model that a server serves.
+
+    Raises:
+        ValueError: no server answers there, or it wants another key.
+    """
+    unnamed = Endpoint(url, "", body or {}, api_key)
+    try:
+        answer = httpx.get(f"{url}/v1/models", headers=unnamed.headers, timeout=30)
+        answer.raise_for_status()
+        model = str(answer.json()["data"][0]["id"])
+    except (httpx.HTTPError, ValueError, LookupError) as error:
+        raise ValueError(f"{url}/v1/models: {error}") from None
+    return Endpoint(url, model, unnamed.body, api_key)
+
+
+def run(
+    scenario: Scenario, arms: Sequence[Arm], on_start: Callable[[str], None] = lambda _: None, quiet: bool = False
+) -> list[Result]:
+    """Warm every arm up by one request of its own, then run the scenario on each.
+
+    Args:
+        scenario: what to send.
+        arms: where to, in this order.
+        on_start: told the name of an arm before it is asked.
+        quiet: whether to show no progress bar.
+
+    Raises:
+        ValueError: a server is gone.
+    """
+    for index, arm in enumerate(arms):
+        one = scenario.model_copy(
+            update={"requests": 1, "turns": 1, "arrivals": Closed(kind="closed", at_once=1), "bad_share": 0.0}
+        )
+        send(one, first_turns(one, WARM_UP_SEED + index), arm.endpoint, time.monotonic() + scenario.seconds, True)
+    return [_run_arm(scenario, arm, index, on_start, quiet) for index, arm in enumerate(arms)]
+
+
+def _run_arm(scenario: Scenario, arm: Arm, index: int, on_start: Callable[[str], None], quiet: bool) -> Result:
+    idle_after(arm.endpoint, scenario.passes.idle_seconds)
+    on_start(arm.name)
+    before = read(arm.endpoint)
+    rounds = _rounds(scenario, arm, index, quiet)
+    idle = idle_after(arm.endpoint, scenario.passes.idle_seconds)
+    growth = Growth.between(before, read(arm.endpoint))
+    outcomes = tuple(outcome for sent in rounds for outcome in sent.outcomes)
+    return Result(arm, outcomes, sum(sent.seconds for sent in rounds), sum(sent.good for sent in rounds), growth, idle)
+
+
+def _rounds(scenario: Scenario, arm: Arm, index: int, quiet: bool) -> list[Sent]:
+    """One round per turn: a turn carries the answers before it."""
+    deadline = time.monotonic() + scenario.seconds
+    asks: list[Ask] = first_turns(scenario, index)
+    rounds = [send(scenario, asks, arm.endpoint, deadline, quiet)]
+    for turn in range(1, scenario.turns):
+        asks = next_turns(scenario, asks, [outcome.text for outcome in rounds[-1].outcomes], turn)
+        rounds.append(send(scenario, asks, arm.endpoint, deadline, quiet))
+    return rounds
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,112 @@
+"""What the clients of a scenario send: questions about pictures, when they go away, and what bad ones send instead.
+
+Everything follows from the seed. Two servers get the same arrivals, words and mistakes and different pictures, so that
+neither finds the other's in a cache when both are one server.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from random import Random
+from typing import Any
+
+from hidrop_loadtests.pictures import picture_url
+from hidrop_loadtests.scenarios import Burst, Scenario
+
+VOCABULARY = (
+    "what where which how colour shape size object picture left right above below between red green blue yellow small "
+    "large round square many near far the a is are and of in on with does it look like describe compare count name"
+)
+WORDS = tuple(VOCABULARY.split())
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request.
+
+    Attributes:
+        messages: of a chat.
+        send_at: seconds after the start, where the scenario fixes times itself.
+        cancel_after: seconds until the client goes away; None: it stays.
+        bad: name of what is wrong with it; None: nothing.
+        body: fields that replace those of a good request.
+    """
+
+    messages: Messages
+    send_at: float | None = None
+    cancel_after: float | None = None
+    bad: str | None = None
+    body: dict[str, Any] = field(default_factory=dict)
+
+
+def first_turns(scenario: Scenario, picture_seed: int) -> list[Ask]:
+    """The requests of a scenario, or the first turn of each of its conversations."""
+    rng = Random(scenario.seed)
+    return [_ask(scenario, picture_seed, index, rng) for index in range(scenario.requests // scenario.turns)]
+
+
+def next_turns(scenario: Scenario, asks: Sequence[Ask], answers: Sequence[str], turn: int) -> list[Ask]:
+    """The same conversations one turn further; an empty answer stays empty."""
+    rng = Random(f"{scenario.seed} {turn}")
+    return [
+        Ask([*ask.messages, {"role": "assistant", "content": answer}, _user([_words(rng, scenario.words)])])
+        for ask, answer in zip(asks, answers, strict=True)
+    ]
+
+
+@cache
+def mistakes() -> dict[str, dict[str, Any]]:
+    """Name -> fields that make a request one that must be answered with a 4xx."""
+    picture = picture_url((0,), 64)
+    header, data = picture.split(",")
+    return {
+        "unknown option": {"vllm_xargs": {"hidrop_nonsense": 1}},
+        "NaN budget": {"vllm_xargs": {"hidrop_keep": [float("nan")]}},
+        "wrong type": {"temperature": "hot"},
+        "negative length": {"max_completion_tokens": -1},
+        "messages no list": {"messages": 5},
+        "bad base64": {"messages": [_user([_image("data:image/png;base64,%%%%"), _text("what ?")])]},
+        "truncated image": {"messages": [_user([_image(f"{header},{data[: len(data) // 8 * 4]}"), _text("what ?")])]},
+        "not an image": {"messages": [_user([_image("data:image/png;base64,aGVsbG8="), _text("what ?")])]},
+        "file URL": {"messages": [_user([_image("file:///etc/hostname"), _text("what ?")])]},
+        "loopback URL": {"messages": [_user([_image("http://127.0.0.1:1/a.png"), _text("what ?")])]},
+        "too many images": {"messages": [_user([*[_image(picture)] * 40, _text("what ?")])]},
+        "prompt too long": {"messages": [_user([_text("what " * 150_000)])]},
+    }
+
+
+def _ask(scenario: Scenario, picture_seed: int, index: int, rng: Random) -> Ask:
+    draw, moment, question = rng.random(), rng.random(), _words(rng, scenario.words)
+    send_at = _send_at(scenario, index)
+    if draw < scenario.bad_share:
+        kinds = mistakes()
+        name = list(kinds)[index % len(kinds)]
+        return Ask([_user([_text("what ?")])], send_at, bad=name, body=kinds[name])
+    leaves = draw < scenario.bad_share + scenario.cancel_share
+    seeds = ((scenario.seed, picture_seed, index, number) for number in range(scenario.images))
+    images = [_image(picture_url(seed, scenario.image_side)) for seed in seeds]
+    return Ask(
+        [_user([*images, question])], send_at, cancel_after=moment * scenario.cancel_within_seconds if leaves else None
+    )
+
+
+def _send_at(scenario: Scenario, index: int) -> float | None:
+    arrivals = scenario.arrivals
+    return index // arrivals.at_once * arrivals.every_seconds if isinstance(arrivals, Burst) else None
+
+
+def _words(rng: Random, count: int) -> dict[str, Any]:
+    return _text(" ".join(rng.choices(WORDS, k=count)))
+
+
+def _user(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"role": "user", "content": parts}
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _image(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}

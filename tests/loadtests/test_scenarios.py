@@ -1,0 +1,113 @@
+"""What a scenario may say, and what its clients then send."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hidrop_loadtests.scenarios import SHIPPED, Scenario, choose, load
+from hidrop_loadtests.traffic import Ask, first_turns, mistakes, next_turns
+
+NAMES = ["smoke", "steady", "burst", "ramp", "soak", "multi-image", "chat-turns", "cancel-storm", "abuse"]
+
+
+def scenario(**more: Any) -> Scenario:
+    own: dict[str, Any] = {
+        "summary": "?",
+        "seed": 3,
+        "requests": 12,
+        "seconds": 60,
+        "arrivals": {"kind": "closed", "at_once": 4},
+        "images": 1,
+        "image_side": 32,
+        "words": 5,
+        "output_tokens": 4,
+        "goal": {"ttft_ms": 1000, "e2e_ms": 2000},
+    }
+    return Scenario.model_validate(own | more)
+
+
+def parts(ask: Ask, kind: str) -> list[dict[str, Any]]:
+    return [part for part in ask.messages[0]["content"] if part["type"] == kind]
+
+
+def test_every_scenario_of_the_issue_is_shipped_and_bounded() -> None:
+    found = load()
+    assert list(found) == NAMES
+    assert all(each.requests <= 1000 and each.seconds <= 3600 for each in found.values())
+    assert len({each.seed for each in found.values()}) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"requets": 1}, "Extra inputs are not permitted"),
+        ({"requests": 0}, "greater than or equal to 1"),
+        ({"seconds": float("inf")}, "less than or equal to"),
+        ({"arrivals": {"kind": "poisson", "requests_per_second": 0.1}}, "sending 12 requests takes 120 s"),
+        ({"arrivals": {"kind": "burst", "at_once": 2, "every_seconds": 30}}, "sending 12 requests takes 150 s"),
+        ({"arrivals": {"kind": "constant"}}, "does not match any of the expected tags"),
+        ({"turns": 5}, "no whole number of conversations"),
+        ({"turns": 2, "arrivals": {"kind": "poisson", "requests_per_second": 9}}, "a turn waits"),
+        ({"bad_share": 0.6, "cancel_share": 0.6}, "add up to more than 1"),
+        ({"passes": {"good_share": 1.5}}, "less than or equal to 1"),
+        ({"goal": {"ttft_ms": 0, "e2e_ms": 1}}, "greater than 0"),
+    ],
+)
+def test_a_mistake_in_a_scenario_is_refused(more: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        scenario(**more)
+
+
+def test_a_mistake_in_a_file_names_file_scenario_and_key(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(SHIPPED.read_text().replace("requests = 8", "requests = -8"))
+    with pytest.raises(ValueError, match=r"mine\.toml: smoke\.requests: .*greater than or equal to 1"):
+        load(path)
+    path.write_text("[smoke")
+    with pytest.raises(ValueError, match=r"mine\.toml"):
+        load(path)
+    with pytest.raises(ValueError, match="unknown scenario 'smok'; known: smoke, steady"):
+        choose("smok")
+
+
+def test_two_servers_get_the_same_traffic_and_different_pictures() -> None:
+    both = [first_turns(scenario(bad_share=0.2, cancel_share=0.3), seed) for seed in (0, 1)]
+    again = first_turns(scenario(bad_share=0.2, cancel_share=0.3), 0)
+    assert [ask.messages for ask in again] == [ask.messages for ask in both[0]]
+    assert len({ask.bad for ask in both[0]}) > 1
+    for one, other in zip(*both, strict=True):
+        assert (one.cancel_after, one.bad, one.body) == (other.cancel_after, other.bad, other.body)
+        assert parts(one, "text") == parts(other, "text")
+        assert parts(one, "image_url") != parts(other, "image_url") or one.bad
+    pictures = [json.dumps(part) for asks in both for ask in asks for part in parts(ask, "image_url")]
+    assert len(set(pictures)) == len(pictures)
+
+
+def test_shares_are_kept_and_images_come_before_the_text() -> None:
+    asks = first_turns(scenario(requests=200, bad_share=0.25, cancel_share=0.5, images=2), 0)
+    assert 30 < sum(ask.bad is not None for ask in asks) < 70
+    leaving = [ask.cancel_after for ask in asks if ask.cancel_after is not None]
+    assert 80 < len(leaving) < 120
+    assert all(0 <= seconds <= 1 for seconds in leaving)
+    kinds = [part["type"] for part in next(ask for ask in asks if ask.bad is None).messages[0]["content"]]
+    assert kinds == ["image_url", "image_url", "text"]
+    assert {ask.bad for ask in asks} - {None} == set(mistakes())
+
+
+def test_bursts_are_sent_at_fixed_times() -> None:
+    asks = first_turns(scenario(arrivals={"kind": "burst", "at_once": 5, "every_seconds": 2.5}), 0)
+    assert [ask.send_at for ask in asks] == [0] * 5 + [2.5] * 5 + [5.0] * 2
+
+
+def test_a_turn_carries_the_picture_and_the_answers_before_it() -> None:
+    turns = scenario(turns=3)
+    first = first_turns(turns, 0)
+    second = next_turns(turns, first, [f"answer {index}" for index in range(len(first))], 1)
+    assert len(first) == 4
+    for index, (one, other) in enumerate(zip(first, second, strict=True)):
+        assert other.messages[:1] == one.messages
+        assert other.messages[1] == {"role": "assistant", "content": f"answer {index}"}
+        assert [message["role"] for message in other.messages] == ["user", "assistant", "user"]
+    assert second[0].messages[2] != first[0].messages[0]

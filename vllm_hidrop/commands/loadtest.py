@@ -1,0 +1,118 @@
+"""``hidrop loadtest``: a scenario of `hidrop_loadtests` against a server that runs, or one that is started for it."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from vllm_hidrop.commands.local_server import local_server
+
+if TYPE_CHECKING:
+    from hidrop_loadtests.judging import Verdict
+    from hidrop_loadtests.running import Arm, Result
+
+ALONE = "none"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is tested and with what it is compared.
+
+    Attributes:
+        url: a running server; None: the embedded model is served for the test.
+        compare: "off": the same server asked to keep every token; "none"; or the address of another server.
+        api_key: of both servers.
+        allow_remote: whether an address may be another machine's.
+    """
+
+    url: str | None
+    compare: str
+    api_key: str | None
+    allow_remote: bool
+
+
+def show_scenarios(file: Path | None) -> None:
+    """Print every scenario with its question.
+
+    Raises:
+        ValueError: the file has a mistake.
+    """
+    from hidrop_loadtests import scenarios
+
+    table = Table("scenario", "requests", "seconds", "arrivals", "question")
+    for name, scenario in scenarios.load(file or scenarios.SHIPPED).items():
+        table.add_row(name, str(scenario.requests), f"{scenario.seconds:g}", scenario.arrivals.kind, scenario.summary)
+    Console().print(table)
+
+
+def run(name: str, file: Path | None, target: Target, out: Path) -> int:
+    """Run, show, and write ``NAME.json`` and ``NAME.html`` into ``out``; returns the exit code, 1 if not passed.
+
+    Raises:
+        ValueError: a mistake in the choice, or a server that is not there.
+    """
+    from hidrop_loadtests import report, scenarios
+    from hidrop_loadtests.judging import judge
+    from hidrop_loadtests.running import check_address
+    from hidrop_loadtests.running import run as run_scenario
+
+    scenario = scenarios.choose(name, file or scenarios.SHIPPED)
+    for address in (target.url, target.compare if target.compare not in ("off", ALONE) else None):
+        if address is not None:
+            check_address(address, target.allow_remote)
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    with _server(target.url, console) as url:
+        arms = _arms(url, target)
+        results = run_scenario(scenario, arms, lambda arm: console.print(f"{name}: {arm}", markup=False))
+    verdicts = [verdict for result in results for verdict in judge(scenario, result)]
+    found = report.as_json(name, scenario, results, verdicts)
+    (out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    page = report.as_html(found, [result.times_ms() for result in results])
+    (out / f"{name}.html").write_text(page, encoding="utf-8")
+    _print(console, results, verdicts)
+    console.print(f"report: {out / name}.html, {out / name}.json", markup=False)
+    return 0 if found["passed"] else 1
+
+
+def _arms(url: str, target: Target) -> "list[Arm]":
+    from hidrop_loadtests.running import OFF, Arm, check_address, connect
+
+    first = Arm("pruned", connect(check_address(url, target.allow_remote), target.api_key), prunes=True)
+    if target.compare == ALONE:
+        return [first]
+    if target.compare == "off":
+        return [first, Arm("off", connect(first.endpoint.url, target.api_key, OFF), prunes=False)]
+    other = check_address(target.compare, target.allow_remote)
+    return [first, Arm(other, connect(other, target.api_key), prunes=False)]
+
+
+@contextmanager
+def _server(url: str | None, console: Console) -> Iterator[str]:
+    if url is not None:
+        yield url
+        return
+    with console.status("starting the server with the embedded model") as status, local_server([], lambda: None) as own:
+        status.stop()
+        yield own
+
+
+def _print(console: Console, results: "Sequence[Result]", verdicts: "Sequence[Verdict]") -> None:
+    times = Table("", "answered", "requests/s", "TTFT p50", "TTFT p99", "ITL p50", "E2E p99", title="client, ms")
+    for result in results:
+        found = result.client_ms()
+        cells = [("ttft", "p50"), ("ttft", "p99"), ("itl", "p50"), ("e2e", "p99")]
+        shown = [f"{found[key][figure]:.1f}" if key in found else "" for key, figure in cells]
+        answered = result.count("answered")
+        times.add_row(result.arm.name, str(answered), f"{answered / result.seconds:.2f}", *shown)
+    console.print(times)
+    judged = Table("at", "threshold", "wanted", "found", "")
+    for verdict in verdicts:
+        mark = "passed" if verdict.passed else "[red]missed[/red]"
+        judged.add_row(verdict.arm, verdict.what, verdict.wanted, verdict.found, mark)
+    console.print(judged)
