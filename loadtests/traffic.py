@@ -4,9 +4,10 @@ Everything follows from the seed. Two servers get the same arrivals, words and m
 neither finds the other's in a cache when both are one server.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import cycle
 from random import Random
 from typing import Any
 
@@ -42,8 +43,8 @@ class Ask:
 
 def first_turns(scenario: Scenario, picture_seed: int) -> list[Ask]:
     """The requests of a scenario, or the first turn of each of its conversations."""
-    rng = Random(scenario.seed)
-    return [_ask(scenario, picture_seed, index, rng) for index in range(scenario.requests // scenario.turns)]
+    rng, bad = Random(scenario.seed), cycle(mistakes())
+    return [_ask(scenario, picture_seed, index, rng, bad) for index in range(scenario.requests // scenario.turns)]
 
 
 def next_turns(scenario: Scenario, asks: Sequence[Ask], answers: Sequence[str], turn: int) -> list[Ask]:
@@ -76,13 +77,12 @@ def mistakes() -> dict[str, dict[str, Any]]:
     }
 
 
-def _ask(scenario: Scenario, picture_seed: int, index: int, rng: Random) -> Ask:
+def _ask(scenario: Scenario, picture_seed: int, index: int, rng: Random, bad: Iterator[str]) -> Ask:
     draw, moment, question = rng.random(), rng.random(), _words(rng, scenario.words)
     send_at = _send_at(scenario, index)
     if draw < scenario.bad_share:
-        kinds = mistakes()
-        name = list(kinds)[index % len(kinds)]
-        return Ask([_user([_text("what ?")])], send_at, bad=name, body=kinds[name])
+        name = next(bad)
+        return Ask([_user([_text("what ?")])], send_at, bad=name, body=mistakes()[name])
     leaves = draw < scenario.bad_share + scenario.cancel_share
     seeds = ((scenario.seed, picture_seed, index, number) for number in range(scenario.images))
     images = [_image(picture_url(seed, scenario.image_side)) for seed in seeds]
