@@ -38,7 +38,7 @@ def read(endpoint: Endpoint) -> Samples:
         ValueError: no answer, or not 200.
     """
     try:
-        response = httpx.get(f"{endpoint.url}/metrics", headers=endpoint.headers, timeout=30)
+        response = httpx.get(f"{endpoint.url}/metrics", headers=endpoint.metrics_headers, timeout=30)
         response.raise_for_status()
     except httpx.HTTPError as error:
         raise ValueError(f"{endpoint.url}/metrics: {error}") from None

@@ -6,7 +6,7 @@ Knows how a round is sent and what a server counts; not how a server is started,
 import ipaddress
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -99,20 +99,28 @@ def check_address(url: str, allow_remote: bool) -> str:
     return url.rstrip("/")
 
 
-def connect(url: str, api_key: str | None = None, body: dict[str, Any] | None = None) -> Endpoint:
+@dataclass(frozen=True)
+class Keys:
+    """Of a server that wants them: its clients' key, and that of its metrics if it is another."""
+
+    api: str | None = None
+    metrics: str | None = None
+
+
+def connect(url: str, keys: Keys = Keys(), body: dict[str, Any] | None = None) -> Endpoint:
     """An endpoint for the first model that a server serves.
 
     Raises:
         ValueError: no server answers there, or it wants another key.
     """
-    unnamed = Endpoint(url, "", body or {}, api_key)
+    unnamed = Endpoint(url, "", body or {}, keys.api, keys.metrics)
     try:
         answer = httpx.get(f"{url}/v1/models", headers=unnamed.headers, timeout=30)
         answer.raise_for_status()
         model = str(answer.json()["data"][0]["id"])
     except (httpx.HTTPError, ValueError, LookupError) as error:
         raise ValueError(f"{url}/v1/models: {error}") from None
-    return Endpoint(url, model, unnamed.body, api_key)
+    return replace(unnamed, model=model)
 
 
 def run(

@@ -31,17 +31,27 @@ Kind = Literal["answered", "cancelled", "refused", "failed"]
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where requests go: a server, the name of its model, fields that every body gets, and a key."""
+    """Where requests go: a server, the name of its model, fields that every body gets, its key, and that of /metrics."""
 
     url: str
     model: str
     body: dict[str, Any] = field(default_factory=dict)
     api_key: str | None = None
+    metrics_key: str | None = None
 
     @property
     def headers(self) -> dict[str, str]:
         """What every request carries."""
-        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        return _bearer(self.api_key)
+
+    @property
+    def metrics_headers(self) -> dict[str, str]:
+        """What a reader of the metrics carries."""
+        return _bearer(self.metrics_key or self.api_key)
+
+
+def _bearer(key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 @dataclass(frozen=True)

@@ -152,18 +152,23 @@ def loadtest(
     file: Annotated[Path | None, typer.Option(help="Scenarios of your own (TOML).")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the report, HTML and JSON.")] = Path("runs/loadtest"),
     api_key: Annotated[str | None, typer.Option(help="Key of the servers.", envvar="OPENAI_API_KEY")] = None,
+    metrics_api_key: Annotated[
+        str | None, typer.Option(help="Key of /metrics, where it has one.", envvar="HIDROP_METRICS_API_KEY")
+    ] = None,
     allow_remote: Annotated[
         bool, typer.Option("--allow-remote", help="Let an address be another machine's, whose owner agrees.")
     ] = False,
 ) -> None:
     """Load a server by vLLM's benchmark client, with and without pruning, and write one HTML report."""
+    from hidrop_loadtests.running import Keys
     from vllm_hidrop.commands import loadtest as command
 
     with one_line_errors():
         if scenario is None:
             command.show_scenarios(file)
         else:
-            raise typer.Exit(command.run(scenario, file, command.Target(url, compare, api_key, allow_remote), out))
+            target = command.Target(url, compare, Keys(api_key, metrics_api_key), allow_remote)
+            raise typer.Exit(command.run(scenario, file, target, out))
 
 
 @app.command()

@@ -11,7 +11,7 @@ import yaml
 from tests.deploy.tools import DEPLOY, accepts, run
 
 COMPOSE = DEPLOY / "compose"
-KEYS = {"HIDROP_API_KEY": "key", "GRAFANA_PASSWORD": "word"}
+KEYS = {"HIDROP_API_KEY": "key", "HIDROP_METRICS_KEY": "other", "GRAFANA_PASSWORD": "word"}
 MONITORING = pytest.mark.skipif(
     not ((DEPLOY / "grafana").exists() and (DEPLOY / "prometheus").exists()),
     reason="NOT VALIDATED: deploy/grafana and deploy/prometheus are not merged yet",
@@ -114,6 +114,9 @@ def test_prometheus_accepts_the_rules_it_loads(tmp_path: Path) -> None:
     (pattern,) = config["rule_files"]
     rules = list((DEPLOY / "prometheus").glob(Path(pattern).name))
     assert rules
+    (scrape,) = [job for job in config["scrape_configs"] if job["job_name"] == "hidrop"]
+    secret = project(FORMS[0])["services"]["prometheus"]["secrets"][0]["source"]
+    assert scrape["authorization"].pop("credentials_file") == f"/run/secrets/{secret}"
     config["rule_files"] = [str(rule) for rule in rules]
     here = tmp_path / "prometheus.yml"
     here.write_text(yaml.safe_dump(config))

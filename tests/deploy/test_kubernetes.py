@@ -111,8 +111,11 @@ def test_a_pod_is_what_the_restricted_profile_allows(overlay: str) -> None:
 def test_every_mount_has_its_volume_and_the_key_comes_from_a_secret(overlay: str) -> None:
     volumes = {volume["name"] for volume in pod(overlay)["volumes"]}
     assert {mount["name"] for mount in container(overlay)["volumeMounts"]} == volumes
-    key = next(setting for setting in container(overlay)["env"] if setting["name"] == "VLLM_API_KEY")
-    assert "optional" not in key["valueFrom"]["secretKeyRef"]
+    refs = {e["name"]: e["valueFrom"]["secretKeyRef"] for e in container(overlay)["env"] if "KEY" in e["name"]}
+    assert refs.keys() == {"VLLM_API_KEY", "HIDROP_METRICS_API_KEY"}
+    assert not any("optional" in ref for ref in refs.values())
+    (endpoint,) = built(overlay)["ServiceMonitor"]["spec"]["endpoints"]
+    assert endpoint["authorization"]["credentials"] == refs["HIDROP_METRICS_API_KEY"]
     assert not any(kind == "Secret" for kind in built(overlay))
 
 

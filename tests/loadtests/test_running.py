@@ -13,7 +13,7 @@ import pytest
 from hidrop_loadtests import report
 from hidrop_loadtests.judging import judge
 from hidrop_loadtests.metrics import Growth, Samples
-from hidrop_loadtests.running import OFF, Arm, Result, check_address, connect, run
+from hidrop_loadtests.running import OFF, Arm, Keys, Result, check_address, connect, run
 from hidrop_loadtests.sending import send
 from hidrop_loadtests.traffic import first_turns, mistakes
 from tests.loadtests.stub_server import Stub, stub_server
@@ -33,7 +33,7 @@ def load(stub: Stub, **more: Any) -> Result:
 
 
 def test_both_arms_are_asked_alike_and_reported_side_by_side(stub: Stub) -> None:
-    plain, off = connect(stub.url, api_key="key"), connect(stub.url, body=OFF)
+    plain, off = connect(stub.url, Keys("key")), connect(stub.url, body=OFF)
     chosen = scenario(passes={"layer_token_ratio": 2.5, "good_share": 1.0})
     results = run(chosen, [Arm("pruned", plain, True), Arm("off", off, False)], quiet=True)
     assert [result.count("answered") for result in results] == [12, 12]
@@ -181,7 +181,7 @@ def test_the_reader_of_a_report_gets_files(tmp_path: Path, stub: Stub, capsys: p
         '[mine]\nsummary = "?"\nseed = 1\nrequests = 2\nseconds = 30\narrivals = {kind = "closed", at_once = 1}\n'
         "images = 1\nimage_side = 32\nwords = 3\noutput_tokens = 2\ngoal = {ttft_ms = 9000, e2e_ms = 9000}\n"
     )
-    assert command("mine", own, Target(stub.url, "off", None, False), tmp_path / "out") == 0
+    assert command("mine", own, Target(stub.url, "off", Keys(), False), tmp_path / "out") == 0
     assert json.loads((tmp_path / "out" / "mine.json").read_text())["passed"] is True
     assert (tmp_path / "out" / "mine.html").read_text().startswith("<!doctype html>")
     assert "mine.html" in capsys.readouterr().out.replace("\n", "")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hidrop_loadtests import scenarios
-from hidrop_loadtests.running import Arm, connect, run
+from hidrop_loadtests.running import Arm, Keys, connect, run
 from tests.server.harness import Server
 from vllm_hidrop.commands.loadtest import Target
 from vllm_hidrop.commands.loadtest import run as command
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.server
 
 def test_smoke_passes_and_its_report_shows_what_pruning_saved(server: Server, tmp_path: Path) -> None:
     before = server.metric("vllm_hidrop_requests_total")
-    code = command("smoke", None, Target(server.url, "off", None, False), tmp_path)
+    code = command("smoke", None, Target(server.url, "off", Keys(), False), tmp_path)
     found = json.loads((tmp_path / "smoke.json").read_text())
     assert code == 0, found["verdicts"]
     pruned, off = found["arms"]

@@ -14,7 +14,7 @@ from vllm_hidrop.commands.local_server import local_server
 
 if TYPE_CHECKING:
     from hidrop_loadtests.judging import Verdict
-    from hidrop_loadtests.running import Arm, Result
+    from hidrop_loadtests.running import Arm, Keys, Result
 
 ALONE = "none"
 
@@ -26,13 +26,13 @@ class Target:
     Attributes:
         url: a running server; None: the embedded model is served for the test.
         compare: "off": the same server asked to keep every token; "none"; or the address of another server.
-        api_key: of both servers.
+        keys: of both servers.
         allow_remote: whether an address may be another machine's.
     """
 
     url: str | None
     compare: str
-    api_key: str | None
+    keys: "Keys"
     allow_remote: bool
 
 
@@ -83,13 +83,13 @@ def run(name: str, file: Path | None, target: Target, out: Path) -> int:
 def _arms(url: str, target: Target) -> "list[Arm]":
     from hidrop_loadtests.running import OFF, Arm, check_address, connect
 
-    first = Arm("pruned", connect(check_address(url, target.allow_remote), target.api_key), prunes=True)
+    first = Arm("pruned", connect(check_address(url, target.allow_remote), target.keys), prunes=True)
     if target.compare == ALONE:
         return [first]
     if target.compare == "off":
-        return [first, Arm("off", connect(first.endpoint.url, target.api_key, OFF), prunes=False)]
+        return [first, Arm("off", connect(first.endpoint.url, target.keys, OFF), prunes=False)]
     other = check_address(target.compare, target.allow_remote)
-    return [first, Arm(other, connect(other, target.api_key), prunes=False)]
+    return [first, Arm(other, connect(other, target.keys), prunes=False)]
 
 
 @contextmanager
