@@ -31,7 +31,7 @@ Kind = Literal["answered", "cancelled", "refused", "failed"]
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where requests go: a server, the name of its model, fields that every body gets, its key, and that of /metrics."""
+    """Where requests go: a server, the name of its model, fields of every body, its key, and that of /metrics."""
 
     url: str
     model: str
