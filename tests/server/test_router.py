@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -35,7 +36,7 @@ class Cluster:
 
     def ask(self, seed: int, tokens: int = 4) -> int:
         """Status of one request, another image each."""
-        body = {"model": MODEL, "messages": [user([image_url(seed)], "what colour is the circle ?")]}
+        body: dict[str, Any] = {"model": MODEL, "messages": [user([image_url(seed)], "what colour is the circle ?")]}
         body |= {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
         return httpx.post(f"{self.router}/v1/chat/completions", json=body, timeout=300).status_code
 
@@ -58,7 +59,7 @@ def _sum(url: str, name: str) -> float:
 def router(servers: tuple[str, str], log: Path) -> Iterator[tuple[str, str]]:
     """The command that deploy/README.md names, on free ports."""
     port, metrics_port = free_port(), free_port()
-    command = [ROUTER, "--host", LOOPBACK, "--port", str(port), "--worker-urls", *servers]
+    command = [str(ROUTER), "--host", LOOPBACK, "--port", str(port), "--worker-urls", *servers]
     command += ["--policy", "round_robin", "--health-check-endpoint", "/ready", "--health-check-interval-secs", "1"]
     command += ["--prometheus-host", LOOPBACK, "--prometheus-port", str(metrics_port)]
     with log.open("wb") as out:
