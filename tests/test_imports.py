@@ -58,8 +58,16 @@ RULES = {
     "vllm_hidrop.torchvision_compat": Rule(lazily=("torch",)),
     "vllm_hidrop.costs": Rule(SCORING),
     "vllm_hidrop.shapes": Rule(("vllm_hidrop.costs",)),
+    "vllm_hidrop.capacity": Rule(("vllm_hidrop.costs",)),
     "vllm_hidrop.commands": Rule(
-        ("vllm_hidrop.costs", "vllm_hidrop.shapes", "vllm_hidrop.bench", "vllm_hidrop.evaluation", *CONFIG),
+        (
+            "vllm_hidrop.capacity",
+            "vllm_hidrop.costs",
+            "vllm_hidrop.shapes",
+            "vllm_hidrop.bench",
+            "vllm_hidrop.evaluation",
+            *CONFIG,
+        ),
         lazily=EVERYTHING,
     ),
     "vllm_hidrop.cli": Rule(

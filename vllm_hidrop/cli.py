@@ -64,6 +64,40 @@ def plan(  # noqa: PLR0913, PLR0917 (one argument is one option)
         command.run(model, choice, images or [], text, block_size, as_json)
 
 
+@app.command()
+def capacity(  # noqa: PLR0913, PLR0917 (one argument is one option)
+    tflops: Annotated[float, typer.Option(min=0.001, help="TFLOP/s your machine reaches in a prefill.")],
+    bandwidth: Annotated[float, typer.Option(min=0.001, help="GB/s it reads in a decode step.")],
+    kv_gib: Annotated[float, typer.Option(min=0.001, help="GiB of its KV pool, as vLLM prints it at start.")],
+    model: Annotated[
+        str, typer.Argument(help='A directory, a hub name, "embedded", or "7b" or "13b" for LLaVA-1.5.')
+    ] = "7b",
+    method: Annotated[str | None, typer.Option(help="Pruning method [default: the checkpoint's].")] = None,
+    preset: Annotated[str | None, typer.Option(help="Named schedule of the method.")] = None,
+    options: Annotated[str, typer.Option(help="The method's options, a JSON object.")] = "{}",
+    images: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Vision tokens of an image; repeat for several [default: the model's]."),
+    ] = None,
+    text: Annotated[int, typer.Option(min=1, help="Text tokens of the prompt.")] = 64,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
+    requests_per_second: Annotated[float, typer.Option(min=0.001, help="The load to be held.")] = 10.0,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences a server runs at once, as its flag.")] = 256,
+    headroom: Annotated[float, typer.Option(min=0, max=0.95, help="Share of every machine left free.")] = 0.3,
+    as_json: AsJson = False,
+) -> None:
+    """Print how many machines a load needs at least, pruned and dense, from `plan` and three numbers of a machine."""
+    from vllm_hidrop.capacity import Machine
+    from vllm_hidrop.commands import capacity as command
+
+    with one_line_errors():
+        choice: dict[str, Any] = {"options": parse_object(options, "--options"), "force": True}
+        choice |= {key: value for key, value in (("method", method), ("preset", preset)) if value}
+        machine = Machine(tflops * 1e12, bandwidth * 1e9, kv_gib * 2**30, max_num_seqs)
+        target = command.Target(requests_per_second, headroom, output_tokens)
+        command.run(model, choice, images or [], text, machine, target, as_json)
+
+
 SERVE_EPILOG = "Every other flag goes to vLLM: hidrop serve --vllm-help all, or --vllm-help FLAG."
 
 

@@ -66,17 +66,24 @@ def run(
     Raises:
         ValueError: the model cannot be read, or the choice does not fit it.
     """
+    _, resolved, workload, found = planned(model, choice, images, text, block_size)
+    if as_json:
+        print(json.dumps(_as_json(model, resolved, workload, found), indent=2))
+    else:
+        _print_table(model, resolved, workload, found)
+
+
+def planned(
+    model: str, choice: Mapping[str, Any], images: Sequence[int], text: int, block_size: int
+) -> tuple[Model, Resolved, Workload, RequestCosts]:
+    """The model, its method, one request of it and that request's costs; arguments and errors as :func:`run`."""
     known = SHAPES.get(model) or read_model(model)
     if not images and known.tokens_per_image is None:
         raise ValueError(f"{model} does not say how many tokens an image has; give --images")
     workload = Workload(tuple(images) or (known.tokens_per_image or 0,), text, block_size)
     shape = ModelShape(known.text.num_layers, known.tokens_per_image or workload.images[0])
     resolved = resolve(HidropConfig.parse(choice), shape, known.trained)
-    found = request_costs(known, resolved, workload)
-    if as_json:
-        print(json.dumps(_as_json(model, resolved, workload, found), indent=2))
-    else:
-        _print_table(model, resolved, workload, found)
+    return known, resolved, workload, request_costs(known, resolved, workload)
 
 
 def request_costs(
