@@ -73,7 +73,7 @@ def test_what_a_build_copies_is_enough_for_the_wheel(path: Path, tmp_path: Path)
     subprocess.run([*command, "--wheel-dir", tmp_path, tmp_path / "context"], check=True, timeout=120, env=_quiet())
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"hidrop_server/__init__.py", "hidrop_loadtests/__init__.py", "vllm_hidrop/plugin.py"} <= set(names)
+    assert {"hidrop_server/__init__.py", "hidrop_loadtests/scenarios.toml", "vllm_hidrop/plugin.py"} <= set(names)
 
 
 def test_the_cpu_image_leaves_out_the_tools_of_the_tests_and_nothing_else() -> None:
