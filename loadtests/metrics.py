@@ -5,7 +5,7 @@ Knows vLLM's and our metrics by name; a server without ours has no savings to sh
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,15 @@ class Growth:
     def between(cls, before: Samples, after: Samples) -> "Growth":
         """The later reading less the earlier one; gauges are left out of every question below."""
         return cls({key: value - before.get(key, 0.0) for key, value in after.items()})
+
+    @classmethod
+    def joined(cls, growths: Sequence["Growth"]) -> "Growth":
+        """What grew in several spans of time together."""
+        samples: Samples = {}
+        for growth in growths:
+            for key, value in growth.samples.items():
+                samples[key] = samples.get(key, 0.0) + value
+        return cls(samples)
 
     def total(self, name: str, **labels: str) -> float | None:
         """Sum over all series of a counter that have these labels; None if there is none."""

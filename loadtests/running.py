@@ -20,6 +20,7 @@ from hidrop_loadtests.traffic import Ask, first_turns, next_turns
 OFF = {"vllm_xargs": {"hidrop": "off"}}
 PERCENTILES = (50, 90, 95, 99)
 WARM_UP_SEED = 1_000_000
+WARM_UP_REQUESTS = 4
 
 
 @dataclass(frozen=True)
@@ -124,13 +125,18 @@ def connect(url: str, keys: Keys = Keys(), body: dict[str, Any] | None = None) -
 
 
 def run(
-    scenario: Scenario, arms: Sequence[Arm], on_start: Callable[[str], None] = lambda _: None, quiet: bool = False
+    scenario: Scenario,
+    arms: Sequence[Arm],
+    pairs: int = 1,
+    on_start: Callable[[str], None] = lambda _: None,
+    quiet: bool = False,
 ) -> list[Result]:
-    """Warm every arm up by one request of its own, then run the scenario on each.
+    """Warm every arm up, then run the scenario on each, so many times, in turn and in alternating order.
 
     Args:
         scenario: what to send.
-        arms: where to, in this order.
+        arms: where to.
+        pairs: times the scenario is run on every arm, with other pictures each time.
         on_start: told the name of an arm before it is asked.
         quiet: whether to show no progress bar.
 
@@ -138,28 +144,49 @@ def run(
         ValueError: a server is gone.
     """
     for index, arm in enumerate(arms):
-        one = scenario.model_copy(
-            update={"requests": 1, "turns": 1, "arrivals": Closed(kind="closed", at_once=1), "bad_share": 0.0}
-        )
-        send(one, first_turns(one, WARM_UP_SEED + index), arm.endpoint, time.monotonic() + scenario.seconds, True)
-    return [_run_arm(scenario, arm, index, on_start, quiet) for index, arm in enumerate(arms)]
+        _warm_up(scenario, arm, WARM_UP_SEED + index)
+    found: dict[int, list[Result]] = {index: [] for index in range(len(arms))}
+    for pair in range(pairs):
+        for index in found if pair % 2 == 0 else reversed(found):
+            on_start(arms[index].name)
+            found[index].append(_run_arm(scenario, arms[index], pair * len(arms) + index, quiet))
+    return [_joined(results) for results in found.values()]
 
 
-def _run_arm(scenario: Scenario, arm: Arm, index: int, on_start: Callable[[str], None], quiet: bool) -> Result:
+def _warm_up(scenario: Scenario, arm: Arm, picture_seed: int) -> None:
+    changed: dict[str, Any] = {"requests": WARM_UP_REQUESTS, "turns": 1, "bad_share": 0.0, "cancel_share": 0.0}
+    changed["arrivals"] = Closed(kind="closed", at_once=2)
+    warm = scenario.model_copy(update=changed)
+    send(warm, first_turns(warm, picture_seed), arm.endpoint, time.monotonic() + scenario.seconds, True)
+
+
+def _joined(results: Sequence[Result]) -> Result:
+    """All runs of an arm as one; idle after the slowest."""
+    idle = [result.idle_seconds for result in results]
+    return Result(
+        results[0].arm,
+        tuple(outcome for result in results for outcome in result.outcomes),
+        sum(result.seconds for result in results),
+        sum(result.good for result in results),
+        Growth.joined([result.growth for result in results]),
+        None if None in idle else max(seconds for seconds in idle if seconds is not None),
+    )
+
+
+def _run_arm(scenario: Scenario, arm: Arm, picture_seed: int, quiet: bool) -> Result:
     idle_after(arm.endpoint, scenario.passes.idle_seconds)
-    on_start(arm.name)
     before = read(arm.endpoint)
-    rounds = _rounds(scenario, arm, index, quiet)
+    rounds = _rounds(scenario, arm, picture_seed, quiet)
     idle = idle_after(arm.endpoint, scenario.passes.idle_seconds)
     growth = Growth.between(before, read(arm.endpoint))
     outcomes = tuple(outcome for sent in rounds for outcome in sent.outcomes)
     return Result(arm, outcomes, sum(sent.seconds for sent in rounds), sum(sent.good for sent in rounds), growth, idle)
 
 
-def _rounds(scenario: Scenario, arm: Arm, index: int, quiet: bool) -> list[Sent]:
+def _rounds(scenario: Scenario, arm: Arm, picture_seed: int, quiet: bool) -> list[Sent]:
     """One round per turn: a turn carries the answers before it."""
     deadline = time.monotonic() + scenario.seconds
-    asks: list[Ask] = first_turns(scenario, index)
+    asks: list[Ask] = first_turns(scenario, picture_seed)
     rounds = [send(scenario, asks, arm.endpoint, deadline, quiet)]
     for turn in range(1, scenario.turns):
         asks = next_turns(scenario, asks, [outcome.text for outcome in rounds[-1].outcomes], turn)

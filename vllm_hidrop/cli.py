@@ -175,7 +175,7 @@ def monitor(
 
 
 @app.command()
-def loadtest(
+def loadtest(  # noqa: PLR0913, PLR0917 (one argument is one option)
     scenario: Annotated[str | None, typer.Argument(help="Name of a scenario; without one they are listed.")] = None,
     url: Annotated[
         str | None, typer.Option(help="A running server (default: start one with the embedded model).")
@@ -183,6 +183,7 @@ def loadtest(
     compare: Annotated[
         str, typer.Option(metavar="off|none|URL", help="Ask the same server to keep every token, or another server.")
     ] = "off",
+    pairs: Annotated[int, typer.Option(min=1, max=100, help="Times each is run, in alternating order.")] = 1,
     file: Annotated[Path | None, typer.Option(help="Scenarios of your own (TOML).")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the report, HTML and JSON.")] = Path("runs/loadtest"),
     api_key: Annotated[str | None, typer.Option(help="Key of the servers.", envvar="OPENAI_API_KEY")] = None,
@@ -202,7 +203,7 @@ def loadtest(
             command.show_scenarios(file)
         else:
             target = command.Target(url, compare, Keys(api_key, metrics_api_key), allow_remote)
-            raise typer.Exit(command.run(scenario, file, target, out))
+            raise typer.Exit(command.run(scenario, file, target, out, pairs))
 
 
 @app.command()

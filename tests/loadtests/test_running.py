@@ -37,9 +37,9 @@ def test_both_arms_are_asked_alike_and_reported_side_by_side(stub: Stub) -> None
     chosen = scenario(passes={"layer_token_ratio": 2.5, "good_share": 1.0})
     results = run(chosen, [Arm("pruned", plain, True), Arm("off", off, False)], quiet=True)
     assert [result.count("answered") for result in results] == [12, 12]
-    assert len(stub.bodies) == 26
-    warm, measured = stub.bodies[:2], stub.bodies[2:]
-    assert [("vllm_xargs" in body) for body in warm] == [False, True]
+    assert len(stub.bodies) == 32
+    warm, measured = stub.bodies[:8], stub.bodies[8:]
+    assert [("vllm_xargs" in body) for body in warm] == [False] * 4 + [True] * 4
     assert all(body["max_completion_tokens"] == 4 and body["ignore_eos"] and body["stream"] for body in measured)
     assert ["vllm_xargs" in body for body in measured] == [False] * 12 + [True] * 12
     for result in results:
@@ -91,7 +91,7 @@ def test_clients_that_go_away_close_their_connection(stub: Stub) -> None:
     assert result.count("cancelled") == 12
     assert judge(scenario(), result)[0].passed
     deadline = time.monotonic() + 30
-    while stub.left < 12:  # the warm-up stays to its end or leaves too
+    while stub.left < 12:
         assert time.monotonic() < deadline, stub.left
         time.sleep(0.05)
 
@@ -123,9 +123,21 @@ def test_a_bad_request_that_is_answered_fails_the_run(stub: Stub) -> None:
 def test_every_turn_sends_the_answers_before_it(stub: Stub) -> None:
     result = load(stub, turns=3, requests=6)
     assert result.count("answered") == 6
-    lengths = [len(body["messages"]) for body in stub.bodies[1:]]
+    lengths = [len(body["messages"]) for body in stub.bodies[4:]]
     assert lengths == [1, 1, 3, 3, 5, 5]
     assert stub.bodies[-1]["messages"][3] == {"role": "assistant", "content": "w0 w1 w2 w3 "}
+
+
+def test_pairs_alternate_and_are_reported_as_one(stub: Stub) -> None:
+    plain, off = connect(stub.url), connect(stub.url, body=OFF)
+    order: list[str] = []
+    arms = [Arm("pruned", plain, True), Arm("off", off, False)]
+    results = run(scenario(requests=2), arms, 3, order.append, quiet=True)
+    assert order == ["pruned", "off", "off", "pruned", "pruned", "off"]
+    assert [result.count("answered") for result in results] == [6, 6]
+    assert [result.growth.total("vllm_hidrop_layer_tokens_run_total") for result in results] == [600, 600]
+    pictures = [json.dumps(body["messages"][0]["content"][0]) for body in stub.bodies]
+    assert len(set(pictures)) == len(pictures) == 20
 
 
 def test_arrivals_follow_the_scenario(stub: Stub) -> None:

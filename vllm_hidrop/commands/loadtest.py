@@ -50,7 +50,7 @@ def show_scenarios(file: Path | None) -> None:
     Console().print(table)
 
 
-def run(name: str, file: Path | None, target: Target, out: Path) -> int:
+def run(name: str, file: Path | None, target: Target, out: Path, pairs: int = 1) -> int:
     """Run, show, and write ``NAME.json`` and ``NAME.html`` into ``out``; returns the exit code, 1 if not passed.
 
     Raises:
@@ -69,7 +69,7 @@ def run(name: str, file: Path | None, target: Target, out: Path) -> int:
     console = Console()
     with _server(target.url, console) as url:
         arms = _arms(url, target)
-        results = run_scenario(scenario, arms, lambda arm: console.print(f"{name}: {arm}", markup=False))
+        results = run_scenario(scenario, arms, pairs, lambda arm: console.print(f"{name}: {arm}", markup=False))
     verdicts = [verdict for result in results for verdict in judge(scenario, result)]
     found = report.as_json(name, scenario, results, verdicts)
     (out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
