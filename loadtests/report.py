@@ -16,11 +16,14 @@ COLOURS = ("#0b6e4f", "#b5452c")
 DASHES = ("none", "6 4")
 TITLES = {"ttft": "Time to first token", "itl": "Between two tokens", "e2e": "Whole request"}
 WIDTH, HEIGHT, LEFT, BOTTOM = 420, 230, 44, 34
+LEAST_MS = 1.0
+"""A shorter time is tokens that came in one read: what it is divided by says nothing."""
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #1b1f23 }
 table { border-collapse: collapse; margin: .5rem 0 1.5rem } caption { text-align: left; color: #57606a }
 th, td { padding: .2rem .9rem .2rem 0; text-align: right; border-bottom: 1px solid #d0d7de }
 th:first-child, td:first-child { text-align: left }
+.words th, .words td { text-align: left }
 .passed { color: #0b6e4f } .missed { color: #b5452c; font-weight: 600 }
 figure { display: inline-block; margin: 0 1rem 1rem 0 } svg text { font: 11px system-ui, sans-serif; fill: #57606a }
 details { margin: 1rem 0 } pre { overflow: auto }
@@ -40,12 +43,12 @@ def as_json(name: str, scenario: Scenario, results: Sequence[Result], verdicts: 
 
 
 def speed_up(results: Sequence[Result]) -> dict[str, dict[str, float]]:
-    """Second arm's times by the first's, above 1 where the first is faster; nothing for a single arm."""
+    """Second arm's times by the first's, above 1 where the first is faster; none for a single arm or times near 0."""
     if len(results) != 2:
         return {}
     first, second = (result.client_ms() for result in results)
     return {
-        name: {figure: second[name][figure] / value for figure, value in first[name].items() if value > 0}
+        name: {figure: second[name][figure] / value for figure, value in first[name].items() if value >= LEAST_MS}
         for name in first.keys() & second.keys()
     }
 
@@ -152,7 +155,8 @@ def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], ma
 
     head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in heads)
     body = "".join(f"<tr>{cells(row)}</tr>" for row in rows)
-    return f"<table><caption>{html.escape(caption)}</caption><tr>{head}</tr>{body}</table>"
+    words = ' class="words"' if marked else ""
+    return f"<table{words}><caption>{html.escape(caption)}</caption><tr>{head}</tr>{body}</table>"
 
 
 def _chart(title: str, names: Sequence[str], times: Sequence[Sequence[float]]) -> str:
