@@ -236,6 +236,7 @@ class Plan:
     prompt: they are the same in every stage and whatever follows.
     ``carried_from``: the last block boundary within them.
     ``has_run``: the counts are those of the caches once the prompt has run, which may be any.
+    ``explains``: the request's report is to list the tokens that every stage kept.
     """
 
     num_prompt_tokens: int
@@ -248,6 +249,7 @@ class Plan:
     has_run: bool = False
     prefix_tokens: int = 0
     carried_from: int = 0
+    explains: bool = False
 
     def __post_init__(self) -> None:
         if self.has_run:

@@ -109,6 +109,7 @@ class Engine:
             assert not self.scheduler.blocks_returned
             assert not self.scheduler.rows_run
             assert not self.scheduler.reused
+            assert not self.scheduler.patches
         if hasattr(self.scheduler, "check_integrity"):
             assert self.scheduler.check_integrity() == []
 

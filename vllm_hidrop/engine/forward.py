@@ -14,6 +14,7 @@ from torch import nn
 
 from vllm_hidrop.engine.batch import StagedStep, Survivors
 from vllm_hidrop.engine.decisions import Decisions
+from vllm_hidrop.engine.explain import Patches, patches_run
 from vllm_hidrop.engine.layout import ImageRun, Selections, after_injection, gather_index, image_runs
 from vllm_hidrop.engine.norm import add_norm, can_fuse, fused_add_norm
 from vllm_hidrop.engine.watch import Edit, Scores, Watch, attention_to, edit_output
@@ -52,6 +53,7 @@ class Outcome:
         step: the step with the counts it ran with.
         survivors: by request id, what was decided about the adaptive prompts.
         states: by request id, the hidden states [n, C] that were to be kept.
+        patches: by request id, what every stage ran with, of the prompts that ask.
         selection_seconds: spent on signals and selections, by the host's clock.
     """
 
@@ -59,6 +61,7 @@ class Outcome:
     step: StagedStep
     survivors: dict[str, Survivors]
     states: dict[str, torch.Tensor]
+    patches: dict[str, Patches]
     selection_seconds: float
 
 
@@ -95,6 +98,7 @@ class StagedForward:
         decisions = Decisions(step)
         scores: Scores = {}
         states: dict[str, torch.Tensor] = {}
+        ran: list[torch.Tensor] = []
         seconds = 0.0
         for stage, laid_out in enumerate(step.stages):
             step = decisions.enter(step, stage)
@@ -116,9 +120,10 @@ class StagedForward:
                 self._run_layer(index, rows, here, watch.observe if watch.looks_at(index) else None, watch.edits(index))
             scores = watch.settle()
             seconds += watch.seconds
+            ran.append(rows.full)
         hidden, _ = self.add_norm(self.norm, rows.hidden, rows.residual)
         scattered = _scatter(hidden, rows.full, len(positions))[: embeds.shape[0]]
-        return Outcome(scattered, step, decisions.survivors(), states, seconds)
+        return Outcome(scattered, step, decisions.survivors(), states, patches_run(step, ran), seconds)
 
     def _inject(self, rows: Rows, runs: list[ImageRun], embeds: torch.Tensor) -> list[ImageRun]:
         """Bring in the images that start here; return the runs that are left, in the new rows."""

@@ -132,6 +132,7 @@ def _request_faults(scheduler: Any) -> Iterator[str]:
         "the blocks returned": scheduler.blocks_returned,
         "the rows run": scheduler.rows_run,
         "the selection times": scheduler.selection_ms,
+        "the patches": scheduler.patches,
         "the tokens reused": scheduler.reused,
         "the images encoded": scheduler.encoded,
         "the reused prefixes": scheduler.prefixes.hits,

@@ -114,7 +114,7 @@ def _runs_of(
             first_row=first_row + span.offset - missing - num_cached,
             num_rows=num_rows,
             keep=plan.kept[stage][image],
-            full_first_row=_full_row(step, prefill, image),
+            full_first_row=full_row(step, prefill, image),
             prompt_first_row=first_row,
             prompt_last_row=first_row + plan.num_prompt_tokens - dropped - num_cached - 1,
             num_cached=num_cached,
@@ -122,7 +122,7 @@ def _runs_of(
         missing += span.length - num_rows
 
 
-def _full_row(step: StagedStep, prefill: PrunedPrefill, image: int) -> int:
+def full_row(step: StagedStep, prefill: PrunedPrefill, image: int) -> int:
     """Index of an image's first row among the step's full rows and, after them, the carried ones."""
     plan = prefill.plan
     offset = plan.spans[image].offset

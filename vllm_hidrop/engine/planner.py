@@ -15,6 +15,7 @@ REQUEST_KEYS = {
     "hidrop": 'on (default) or off: "off" keeps every vision token in every layer, equal to stock vLLM',
     "hidrop_keep": 'one keep per stage of the server: "all", a count, or a fraction',
     "hidrop_method": "another method whose cuts fall on the server's stages, at its default preset",
+    "hidrop_explain": "true: the report lists the patches that every stage kept, by image",
 }
 """What a request may say in ``vllm_xargs`` / ``SamplingParams.extra_args``."""
 
@@ -129,7 +130,8 @@ class Planner:
         plan = make_plan(schedule, num_prompt_tokens, spans, mode == "off", method.adaptive)
         prefix = self._prefix_tokens(plan)
         carried_from = prefix // self.block_size * self.block_size
-        plan = replace(plan, method=name, prefix_tokens=prefix, carried_from=carried_from)
+        explains = _wished_explanation(wishes)
+        plan = replace(plan, method=name, prefix_tokens=prefix, carried_from=carried_from, explains=explains)
         self._check_selections(plan, method)
         if wants_prompt_logprobs and plan.is_pruned:
             raise ValueError(
@@ -198,6 +200,14 @@ class Planner:
                 if 0 < now < before and stage == 0 and method.signal is Signal.PREVIOUS_ATTENTION:
                     raise ValueError(f"method {plan.method!r} ranks by the layer before: stage 0 must keep all or 0")
                 before = now or before
+
+
+def _wished_explanation(wishes: Mapping[str, Any]) -> bool:
+    # A JSON true in vllm_xargs arrives as 1: the type that vLLM's routes declare for it has no booleans.
+    wish = wishes.get("hidrop_explain", False)
+    if not isinstance(wish, int) or wish not in (0, 1):
+        raise ValueError(f'request option "hidrop_explain" must be true or false, got {wish!r}')
+    return bool(wish)
 
 
 def _cache_is_exact(vllm_config: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from vllm.utils.math_utils import cdiv
 
 from vllm_hidrop.engine.costing import Costing
+from vllm_hidrop.engine.explain import Patches, every_patch
 from vllm_hidrop.pruning import Plan
 
 EMBEDDINGS = "image_embeds"
@@ -23,11 +24,14 @@ class Run:
         reused: tokens of the prompt that came from the prefix cache.
         images: those that went through the vision tower for this request; others were in the encoder's cache, or were
             not needed.
+        patches: what every stage ran with, as the worker tells where the request asks; None before a pruned prompt
+            has run.
     """
 
     rows: tuple[int, ...] | None
     reused: int = 0
     images: frozenset[int] = frozenset()
+    patches: Patches | None = None
 
 
 def make_report(costing: Costing, plan: Plan, run: Run, managers: Sequence[Any], request: Any) -> dict[str, Any]:
@@ -53,7 +57,7 @@ def make_report(costing: Costing, plan: Plan, run: Run, managers: Sequence[Any],
     num_text_tokens = plan.num_prompt_tokens - plan.num_vision_tokens
     held = [plan.stage_tokens(i, reused) for i in range(len(schedule.stages))]
     cached = plan.after_prefill(schedule)
-    stages = [
+    stages: list[dict[str, Any]] = [
         {
             "first_layer": stage.first_layer,
             "end_layer": end,
@@ -65,6 +69,10 @@ def make_report(costing: Costing, plan: Plan, run: Run, managers: Sequence[Any],
         }
         for i, (stage, end) in enumerate(zip(schedule.stages, schedule.end_layers, strict=True))
     ]
+    patches = every_patch(plan) if plan.explains and not plan.is_pruned else run.patches
+    if patches is not None:
+        for stage, of_stage in zip(stages, patches, strict=True):
+            stage["patches"] = of_stage
     return {
         "method": plan.method,
         "preset": planner.preset if plan.method == planner.method else None,

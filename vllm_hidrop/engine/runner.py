@@ -21,6 +21,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_hidrop.engine import tables
 from vllm_hidrop.engine.batch import PrunedPrefill, StageBatch, StagedStep, Survivors, grouped_positions, make_step
+from vllm_hidrop.engine.explain import Patches
 from vllm_hidrop.engine.forward import Outcome
 from vllm_hidrop.engine.kv_cache import StageSpec
 from vllm_hidrop.engine.planner import Planner
@@ -55,6 +56,7 @@ class StagedRunner(GPUModelRunner):
     reduced: dict[str, Reduced]
     step: StagedStep | None
     selection_seconds: float
+    patches: dict[str, Patches]
     built: dict[StageBatch, Any]
     slot_layouts: dict[Any, SlotLayout]
     states: dict[int, torch.Tensor]
@@ -234,7 +236,7 @@ class StagedRunner(GPUModelRunner):
         step = self._with_reduced(self.step)
         positions = torch.cat((positions[:num_tokens], *map(self._carried_positions, step.first_carried)))
         outcome = self.model.forward_staged(step, inputs_embeds[:num_tokens], positions, self._enter)
-        self.step, self.selection_seconds = outcome.step, outcome.selection_seconds
+        self.step, self.selection_seconds, self.patches = outcome.step, outcome.selection_seconds, outcome.patches
         self.states.update({self.orders.keep[name]: state for name, state in outcome.states.items()})
         self._settle(outcome)
         return outcome.hidden
@@ -320,7 +322,7 @@ class StagedRunner(GPUModelRunner):
             # The asynchronous wrapper carries the plain output inside.
             plain = getattr(output, "_model_runner_output", output)
             plain.rows_run = step.rows_run()
-            plain.selection_seconds = self.selection_seconds
+            plain.selection_seconds, plain.patches = self.selection_seconds, self.patches
             plain.decided = {p.request_id: p.plan.kept for p in step.prefills if p.plan.adaptive}
         return output
 

@@ -44,6 +44,7 @@ from vllm.v1.request import Request
 from vllm_hidrop.engine.budget import StepBudget
 from vllm_hidrop.engine.compat import let_clients_ask
 from vllm_hidrop.engine.costing import Costing
+from vllm_hidrop.engine.explain import Patches
 from vllm_hidrop.engine.integrity import IntegrityLog, find_faults
 from vllm_hidrop.engine.planner import Planner
 from vllm_hidrop.engine.prefix import Entry, ImagePrefixes
@@ -70,6 +71,7 @@ class StagedScheduler(Scheduler):
         self.blocks_returned: dict[str, int] = {}
         self.rows_run: dict[str, tuple[int, ...]] = {}
         self.selection_ms: dict[str, float] = {}
+        self.patches: dict[str, Patches] = {}
         self.reused: dict[str, int] = {}
         self.encoded: dict[str, set[int]] = {}
         self.unreported: set[str] = set()
@@ -222,6 +224,8 @@ class StagedScheduler(Scheduler):
                 self.rows_run[name], self.selection_ms[name] = rows, took_ms
                 if not self._reuse_off(self.plans[name]):
                     self.prefixes.ran(self.requests[name], self.plans[name])
+        told = getattr(model_runner_output, "patches", {})
+        self.patches.update({name: patches for name, patches in told.items() if name in self.requests})
         for name, kept in getattr(model_runner_output, "decided", {}).items():
             if name in self.requests:
                 self._settle(self.requests[name], kept)
@@ -255,7 +259,8 @@ class StagedScheduler(Scheduler):
         managers = self.kv_cache_manager.coordinator.single_type_managers
         name = request.request_id
         plan = self.prefill_plans[name]
-        run = Run(self.rows_run.get(name), self.reused.get(name, 0), frozenset(self.encoded.get(name, ())))
+        images = frozenset(self.encoded.get(name, ()))
+        run = Run(self.rows_run.get(name), self.reused.get(name, 0), images, self.patches.get(name))
         return make_report(self.costing, plan, run, managers, request) | {
             "kv_blocks_returned": self.blocks_returned.get(name, 0),
             "selection_ms": self.selection_ms.get(name, 0.0),
@@ -280,7 +285,15 @@ class StagedScheduler(Scheduler):
         """Report what the request held, free it as vLLM does, forget its plan."""
         report = self._report(request)
         self.unreported.discard(request.request_id)
-        records = (self.rows_run, self.selection_ms, self.trimmed, self.blocks_returned, self.reused, self.encoded)
+        records = (
+            self.rows_run,
+            self.selection_ms,
+            self.patches,
+            self.trimmed,
+            self.blocks_returned,
+            self.reused,
+            self.encoded,
+        )
         for by_request in records:
             by_request.pop(request.request_id, None)
         self.prefixes.gone(request.request_id)
