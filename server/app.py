@@ -1,6 +1,7 @@
-"""vLLM's FastAPI application around our engine client, extended in five places.
+"""vLLM's FastAPI application around our engine client, extended in six places.
 
-The five: the engine client, the media connector, the chat and completion handlers, the model list, and `/hidrop`.
+The six: the engine client, the media connector, the handlers that answer with a report, the model list, `/hidrop`, and
+`/playground`.
 """
 
 import signal
@@ -21,7 +22,13 @@ from hidrop_server.adopt import adopt
 from hidrop_server.engine import HidropLLM, run_engine
 from hidrop_server.media import register_connector
 from hidrop_server.routes import describe, router
-from hidrop_server.serving import HidropServingChat, HidropServingCompletion, HidropServingModels
+from hidrop_server.serving import (
+    HidropServingChat,
+    HidropServingCompletion,
+    HidropServingMessages,
+    HidropServingModels,
+    HidropServingResponses,
+)
 
 
 async def serve(args: Namespace, vllm_config: Any) -> None:
@@ -55,6 +62,8 @@ def extend_state(state: State, engine: HidropLLM) -> None:
     state.hidrop = describe(engine.planner)
     state.openai_serving_chat = adopt(HidropServingChat, state.openai_serving_chat)
     state.openai_serving_completion = adopt(HidropServingCompletion, state.openai_serving_completion)
+    state.openai_serving_responses = adopt(HidropServingResponses, state.openai_serving_responses)
+    state.anthropic_serving_messages = adopt(HidropServingMessages, state.anthropic_serving_messages)
     models = adopt(HidropServingModels, state.openai_serving_models)
     models.hidrop = state.hidrop
     state.openai_serving_models = models

@@ -22,6 +22,7 @@ from vllm.v1.metrics.stats import RequestStateStats
 
 from hidrop_server.adopt import adopt
 from hidrop_server.metrics import HidropMetrics, Times
+from hidrop_server.options import check_keys, others_are_read
 from hidrop_server.reports import REPORT_KEY
 from vllm_hidrop import __version__
 from vllm_hidrop.engine.compat import INTEGRITY_CALL
@@ -54,6 +55,7 @@ class HidropLLM(AsyncLLM):
             },
         )
         self.integrity: dict[str, Any] = {}
+        self.others_are_read = others_are_read(vllm_config.model_config)
         super().__init__(vllm_config, *args, **kwargs)
 
     async def why_unready(self) -> str | None:
@@ -90,15 +92,16 @@ class HidropLLM(AsyncLLM):
         return super().generate(prompt, sampling_params, request_id, **kwargs)
 
     def _check(self, prompt: Any, params: SamplingParams) -> None:
-        if not isinstance(prompt, dict) or "prompt_token_ids" not in prompt:
-            return  # a raw prompt, from no route of the server; the scheduler refuses what it cannot plan
         try:
-            self.planner.plan(
-                len(prompt["prompt_token_ids"]),
-                spans_in(prompt),
-                params.extra_args,
-                wants_prompt_logprobs=params.prompt_logprobs is not None,
-            )
+            check_keys(params.extra_args or (), self.others_are_read)
+            if isinstance(prompt, dict) and "prompt_token_ids" in prompt:
+                self.planner.plan(
+                    len(prompt["prompt_token_ids"]),
+                    spans_in(prompt),
+                    params.extra_args,
+                    wants_prompt_logprobs=params.prompt_logprobs is not None,
+                )
+            # Else a raw prompt, from no route of the server; the scheduler refuses what it cannot plan.
         except ValueError as error:
             self.metrics.refused("options")
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from None

@@ -12,7 +12,8 @@ from vllm.outputs import RequestOutput
 
 REPORT_KEY = "hidrop"
 """Of ``RequestOutput.kv_transfer_params`` on the way, of the response at the end."""
-DONE = "data: [DONE]\n\n"
+DATA = "data: "
+DONE = f"{DATA}[DONE]\n\n"
 
 Item = TypeVar("Item")
 
@@ -71,10 +72,29 @@ async def with_report(chunks: AsyncGenerator[str, None], seen: ReportSeen) -> As
 
 
 def _with_report(chunk: str, report: dict[str, Any] | None) -> str:
-    prefix = "data: "
-    if report is None or not chunk.startswith(prefix):
+    if report is None or not chunk.startswith(DATA):
         return chunk
-    data = json.loads(chunk[len(prefix) :])
+    data = json.loads(chunk.removeprefix(DATA))
     if "choices" not in data:
         return chunk  # an error
-    return f"{prefix}{json.dumps(data | {REPORT_KEY: report}, separators=(',', ':'))}\n\n"
+    return f"{DATA}{_dump(data | {REPORT_KEY: report})}\n\n"
+
+
+def report_in_chunk(chunk: str) -> dict[str, Any] | None:
+    """What :func:`with_report` put there."""
+    if f'"{REPORT_KEY}":' not in chunk or not chunk.startswith(DATA):
+        return None
+    report: dict[str, Any] | None = json.loads(chunk.removeprefix(DATA)).get(REPORT_KEY)
+    return report
+
+
+def in_message_delta(event: str, report: dict[str, Any] | None) -> str:
+    """Put the report into the event of a messages stream that has the usage."""
+    head = f"event: message_delta\n{DATA}"
+    if report is None or not event.startswith(head):
+        return event
+    return f"{head}{_dump(json.loads(event.removeprefix(head)) | {REPORT_KEY: report})}\n\n"
+
+
+def _dump(data: dict[str, Any]) -> str:
+    return json.dumps(data, separators=(",", ":"))

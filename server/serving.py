@@ -1,22 +1,27 @@
-"""vLLM's request handlers for chat, completions and the model list, with the `hidrop` object in what they answer.
+"""vLLM's request handlers and model list, with the `hidrop` object in what they answer.
 
 Knows vLLM's handlers; not the engine.
 """
 
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelList
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 
 from hidrop_server.engine import HidropLLM, spans_in
-from hidrop_server.reports import ReportSeen, with_report
+from hidrop_server.reports import REPORT_KEY, ReportSeen, in_message_delta, report_in_chunk, with_report
 
 
 class _NoBeams:
@@ -91,6 +96,49 @@ class HidropServingCompletion(_NoBeams, OpenAIServingCompletion):
             request, engine_inputs, seen.watch(result_generator), *args, **kwargs
         )
         return with_report(chunks, seen)
+
+
+class HidropServingResponses(OpenAIServingResponses):
+    """Responses with a report: that of the last turn if tools took several."""
+
+    async def responses_full_generator(self, *args: Any, **kwargs: Any) -> ErrorResponse | ResponsesResponse:
+        """Stock response, which ends a stream, too, and ``hidrop`` beside its ``usage``."""
+        response = await super().responses_full_generator(*args, **kwargs)
+        params = getattr(response, "kv_transfer_params", None) or {}
+        if REPORT_KEY in params:
+            response.hidrop = params[REPORT_KEY]
+            response.kv_transfer_params = {k: v for k, v in params.items() if k != REPORT_KEY} or None
+        return response
+
+
+class HidropMessage(AnthropicMessagesResponse):
+    """A message with a report; vLLM leaves fields that are null out of messages, in the report, too."""
+
+    hidrop: dict[str, Any] | None = None
+
+
+class HidropServingMessages(HidropServingChat, AnthropicServingMessages):
+    """Messages with a report."""
+
+    def messages_full_converter(self, generator: ChatCompletionResponse) -> HidropMessage:
+        """Stock message, and ``hidrop`` beside its ``usage``."""
+        message = super().messages_full_converter(generator)
+        return HidropMessage.model_construct(**dict(message), hidrop=getattr(generator, REPORT_KEY, None))
+
+    async def message_stream_converter(self, generator: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+        """Stock events, and ``hidrop`` beside the ``usage`` of ``message_delta``."""
+        report: dict[str, Any] | None = None
+
+        async def noting() -> AsyncGenerator[str, None]:
+            nonlocal report
+            async with aclosing(generator):
+                async for chunk in generator:
+                    report = report_in_chunk(chunk) or report
+                    yield chunk
+
+        async with aclosing(super().message_stream_converter(noting())) as events:
+            async for event in events:
+                yield in_message_delta(event, report)
 
 
 class HidropServingModels(OpenAIServingModels):
