@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from tests.engine.harness import Answer, Ask, Engine, engine, prompt
 from tests.engine.test_adaptive_parity import MUSTDROP, VISIPRUNER, mustdrop_options, recorded, visipruner_options
 from tests.engine.test_blocks import count_preemptions
 from tests.engine.test_image_prefix import conversation
-from tests.engine.test_oracle_parity import LAYOUTS, asks, reference
+from tests.engine.test_oracle_parity import asks, reference
 from tests.engine.test_prefix import CHOICES
 from tests.oracle import OracleResult
 from tests.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
@@ -41,7 +42,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    return lambda name: make_llava(tmp_path_factory.mktemp(name), *name.split("-"))
+    def made(name: str) -> Path:
+        text, tower = name.split("-")
+        return make_llava(tmp_path_factory.mktemp(name), text, tower)
+
+    return made
 
 
 def explained(ask: Ask) -> Ask:
@@ -76,43 +81,6 @@ def test_the_patches_are_the_oracles_selections_alone_and_in_a_mixed_batch(model
         assert all("patches" not in stage for stage in answer.report["stages"])
     for answer, other in zip(answers[::2], answers[1::2], strict=True):
         assert answer.token_ids == other.token_ids
-
-
-@pytest.fixture(scope="module")
-def hidrop(model: Path) -> Iterator[Engine]:
-    with engine(model, CHOICES["hidrop"]) as started:
-        yield started
-
-
-def test_reused_images_are_listed_as_they_are_when_they_run(model: Path, hidrop: Engine) -> None:
-    turns = conversation(np.random.default_rng(1), "9")
-    reused = []
-    for ask, _ in turns:
-        answer = hidrop.ask([explained(ask)])[0]
-        assert patches(answer) == expected(CHOICES["hidrop"], ask, reference(model, CHOICES["hidrop"], ask))
-        reused.append(answer.report["reused_tokens"])
-    assert sum(number > TOKENS_PER_IMAGE for number in reused) > 4, "too little was reused: nothing was tested"
-
-
-def test_the_patches_follow_the_keeps_of_the_request(hidrop: Engine) -> None:
-    ask = Ask(prompt(np.random.default_rng(2), "3i2i5"), (1, 2), {"hidrop_keep": ["all", "all", 11, 4, 0]})
-    found = patches(hidrop.ask([explained(ask)])[0])
-    assert [[len(image) for image in stage] for stage in found] == [[64, 64], [64, 64], [11, 11], [4, 4], [0, 0]]
-    for before, after in zip(found, found[1:], strict=False):
-        assert all(set(now) <= set(then) for now, then in zip(after, before, strict=True))
-
-
-def test_a_request_that_is_not_pruned_lists_every_patch(hidrop: Engine) -> None:
-    rng = np.random.default_rng(3)
-    whole = list(range(TOKENS_PER_IMAGE))
-    text = Ask(prompt(rng, "9"), (), EXPLAIN)
-    off = Ask(prompt(rng, "3i2i5"), (1, 2), {"hidrop": "off"} | EXPLAIN)
-    fallback = Ask(prompt(rng, "3i"), (1,), EXPLAIN)
-    answers = hidrop.ask([text, off, fallback])
-    assert [answer.report["mode"] for answer in answers] == ["text", "off", "fallback"]
-    assert patches(answers[0]) == [[]] * 5
-    assert patches(answers[1]) == [[whole, whole]] * 5
-    assert patches(answers[2]) == [[whole]] * 5
 
 
 def many(rng: np.random.Generator) -> list[Ask]:
@@ -153,6 +121,43 @@ def test_what_an_adaptive_method_decided_is_listed_also_after_a_preemption(
                 break
         assert again is not None
         assert [stage["patches"] for stage in again.kv_transfer_params["hidrop"]["stages"]] == patches(answers[0])
+
+
+@pytest.fixture(scope="module")  # the tests with engines of their own come first: one lives at a time
+def hidrop(model: Path) -> Iterator[Engine]:
+    with engine(model, CHOICES["hidrop"]) as started:
+        yield started
+
+
+def test_reused_images_are_listed_as_they_are_when_they_run(model: Path, hidrop: Engine) -> None:
+    turns = conversation(np.random.default_rng(1), "9")
+    reused = []
+    for ask, _ in turns:
+        answer = hidrop.ask([explained(ask)])[0]
+        assert patches(answer) == expected(CHOICES["hidrop"], ask, reference(model, CHOICES["hidrop"], ask))
+        reused.append(answer.report["reused_tokens"])
+    assert sum(number > TOKENS_PER_IMAGE for number in reused) > 4, "too little was reused: nothing was tested"
+
+
+def test_the_patches_follow_the_keeps_of_the_request(hidrop: Engine) -> None:
+    ask = Ask(prompt(np.random.default_rng(2), "3i2i5"), (1, 2), {"hidrop_keep": ["all", "all", 11, 4, 0]})
+    found = patches(hidrop.ask([explained(ask)])[0])
+    assert [[len(image) for image in stage] for stage in found] == [[64, 64], [64, 64], [11, 11], [4, 4], [0, 0]]
+    for before, after in pairwise(found):
+        assert all(set(now) <= set(then) for now, then in zip(after, before, strict=True))
+
+
+def test_a_request_that_is_not_pruned_lists_every_patch(hidrop: Engine) -> None:
+    rng = np.random.default_rng(3)
+    whole = list(range(TOKENS_PER_IMAGE))
+    text = Ask(prompt(rng, "9"), (), EXPLAIN)
+    off = Ask(prompt(rng, "3i2i5"), (1, 2), {"hidrop": "off"} | EXPLAIN)
+    fallback = Ask(prompt(rng, "3i"), (1,), EXPLAIN)
+    answers = hidrop.ask([text, off, fallback])
+    assert [answer.report["mode"] for answer in answers] == ["text", "off", "fallback"]
+    assert patches(answers[0]) == [[]] * 5
+    assert patches(answers[1]) == [[whole, whole]] * 5
+    assert patches(answers[2]) == [[whole]] * 5
 
 
 def test_nothing_is_read_back_where_nobody_asks() -> None:

@@ -169,7 +169,7 @@ class Planner:
 
     def _wished_method(self, wishes: Mapping[str, Any]) -> tuple[str, Alternative]:
         name = wishes.get("hidrop_method", self.method)
-        if name not in self.methods:
+        if not isinstance(name, str) or name not in self.methods:
             raise ValueError(
                 f"this server cannot run {name!r}: its cuts do not fall on the stages of {self.method!r}, or it is "
                 f"unknown; requests may use {', '.join(self.methods)}"
