@@ -21,6 +21,7 @@ from vllm.utils.system_utils import decorate_logs
 from hidrop_server.adopt import adopt
 from hidrop_server.engine import HidropLLM, run_engine
 from hidrop_server.media import register_connector
+from hidrop_server.playground import router as playground
 from hidrop_server.routes import describe, router
 from hidrop_server.serving import (
     HidropServingChat,
@@ -51,6 +52,7 @@ async def make_app(engine: HidropLLM, args: Namespace) -> FastAPI:
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
     app.include_router(router)
+    app.include_router(playground)
     register_connector(partial(engine.metrics.refused, "media"))
     await init_app_state(engine, app.state, args, tasks)
     extend_state(app.state, engine)
