@@ -38,6 +38,7 @@ def _page() -> tuple[str, dict[str, str]]:
         "base-uri": "'none'",
         "form-action": "'none'",
         "frame-ancestors": "'none'",
+        "require-trusted-types-for": "'script'",
     }
     return page, {
         "Content-Security-Policy": "; ".join(f"{name} {sources}" for name, sources in policy.items()),

@@ -48,11 +48,12 @@ STAGE_FIELDS = {"first_layer", "end_layer", "kept", "rows", "reused", "cached", 
 
 @dataclass(frozen=True)
 class Server:
-    """A running server and two clients of it."""
+    """A running server, two clients of it, and its key."""
 
     url: str
     http: httpx.Client
     openai: OpenAI
+    key: str = "none"
 
     @cached_property
     def model(self) -> str:
