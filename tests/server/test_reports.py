@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
 
-from hidrop_server.reports import DONE, ReportSeen, with_report
+from hidrop_server.reports import DONE, ReportSeen, in_message_delta, report_in_chunk, with_report
 
 REPORT = {"mode": "pruned"}
 
@@ -82,3 +82,24 @@ def test_the_first_choice_wins_and_the_rest_of_the_parameters_stays() -> None:
     assert seen.report == REPORT
     assert first.kv_transfer_params is None
     assert seen.finished
+
+
+def test_a_report_is_found_in_the_chunk_that_has_it() -> None:
+    assert report_in_chunk(chunk(choices=[], hidrop=REPORT)) == REPORT
+    for other in (chunk(choices=[1]), chunk(choices=[{"text": '"hidrop":'}]), DONE, ": a comment\n\n"):
+        assert report_in_chunk(other) is None
+
+
+def test_a_report_goes_into_the_event_with_the_usage_of_a_message() -> None:
+    delta = 'event: message_delta\ndata: {"type":"message_delta","usage":{"output_tokens":3}}\n\n'
+    sent = in_message_delta(delta, REPORT)
+    assert sent.startswith("event: message_delta\ndata: ")
+    assert sent.endswith("\n\n")
+    assert json.loads(sent.splitlines()[1].removeprefix("data: ")) == {
+        "type": "message_delta",
+        "usage": {"output_tokens": 3},
+        "hidrop": REPORT,
+    }
+    stop = 'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+    assert in_message_delta(stop, REPORT) == stop
+    assert in_message_delta(delta, None) == delta
