@@ -21,6 +21,7 @@ from vllm.utils.system_utils import decorate_logs
 from hidrop_server.adopt import adopt
 from hidrop_server.engine import HidropLLM, run_engine
 from hidrop_server.media import register_connector
+from hidrop_server.playground import PATH
 from hidrop_server.playground import router as playground
 from hidrop_server.routes import describe, router
 from hidrop_server.serving import (
@@ -39,7 +40,7 @@ async def serve(args: Namespace, vllm_config: Any) -> None:
     address, sock = setup_server(args, reuse_port=False)
     async with run_engine(args, vllm_config) as engine:
         app = await make_app(engine, args)
-        print(f"hidrop serve: {engine.planner.method} on {address}", flush=True)
+        print(f"hidrop serve: {engine.planner.method} on {address}, playground at {address}{PATH}", flush=True)
         shutdown = await serve_http(app, sock=sock, **uvicorn_options(args))
     try:
         await shutdown

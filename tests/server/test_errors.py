@@ -1,5 +1,6 @@
 """What a client may not send: a 4xx with one clear line, and a server that goes on."""
 
+import json
 import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -98,6 +99,14 @@ def test_keeps_that_break_an_invariant_are_a_400(server: Server, name: str) -> N
     response = server.http.post("/v1/chat/completions", json=body)
     assert response.status_code == 400, response.text
     assert "keep" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("keep", ["NaN", "Infinity", "1e999", "-1e999", "1" + "0" * 30, "-0.5"])
+def test_a_keep_that_is_no_number_of_tokens_is_a_400(server: Server, keep: str) -> None:
+    body = server.body([image_url()], vllm_xargs={"hidrop_keep": ["KEEP"] * len(server.schedule.stages)})
+    text = json.dumps(body).replace('"KEEP"', keep)
+    response = server.http.post("/v1/chat/completions", content=text, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400, response.text
 
 
 @pytest.mark.parametrize("images", [0, 1])
