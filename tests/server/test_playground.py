@@ -37,9 +37,16 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
 
 
 def chats(page: Page) -> list[Response]:
-    """Fills with the answers to the questions that the page asks from now on."""
+    """Fills with the answers to the questions that the page asks from now on; those to warm up are for one token."""
     found: list[Response] = []
-    page.on("response", lambda response: found.append(response) if "chat" in response.url else None)
+
+    def note(response: Response) -> None:
+        if response.url.endswith("/v1/chat/completions") and '"max_tokens":1,' not in (
+            response.request.post_data or ""
+        ):
+            found.append(response)
+
+    page.on("response", note)
     return found
 
 
