@@ -50,7 +50,7 @@ def playground(browser: Browser, url: str, forgives: str | None = None, **settin
     context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | settings))
     context.set_default_timeout(PATIENCE_MS)
     page = context.new_page()
-    page.on("console", lambda message: note(message.text) if message.type in ("error", "warning") else None)
+    page.on("console", lambda message: note(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: note(str(error)))
     page.on("request", lambda request: None if request.url.startswith((url, "data:")) else note(request.url))
     try:
@@ -59,7 +59,7 @@ def playground(browser: Browser, url: str, forgives: str | None = None, **settin
         yield page
     finally:
         context.close()
-    assert faults == []
+    assert faults == [], faults
 
 
 def ask(page: Page) -> None:

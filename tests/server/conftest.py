@@ -71,7 +71,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "--dtype": "float32",
         "--block-size": "32",
         "--limit-mm-per-prompt": json.dumps({"image": 4}),
-        "--structured-outputs-config": json.dumps({"disable_any_whitespace": True}),
+        "--structured-outputs-config": json.dumps({"backend": "xgrammar", "disable_any_whitespace": True}),
     }
     flags = ["--enable-auto-tool-choice", "--enable-request-id-headers", "--enforce-eager"]
     parts = [part for pair in settings.items() for part in pair]
