@@ -67,6 +67,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "--served-model-name": "tiny",
         "--chat-template": str(template),
         "--tool-call-parser": "hermes",
+        "--tool-strict-level": "parameter",
         "--max-model-len": "1024",
         "--dtype": "float32",
         "--block-size": "32",
