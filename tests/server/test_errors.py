@@ -46,8 +46,6 @@ MISTAKES: dict[str, Mistake] = {
     "such a key without an image": Mistake("known: hidrop, hidrop_keep", [], {"vllm_xargs": {"keep": 5}}),
     "an explanation of another kind": wish("must be true or false", {"hidrop_explain": "yes"}),
     "a number for an explanation": wish("must be true or false", {"hidrop_explain": 2}),
-    "an option that is null": wish("vllm_xargs", {"hidrop_explain": None}),
-    "an option that is an object": wish("vllm_xargs", {"hidrop": {"method": "fastv"}}),
     "a method that is a number": wish("cannot run 3", {"hidrop_method": 3}),
     "a method that is a list": wish("cannot run", {"hidrop_method": ["fastv"]}),
     "neither on nor off": wish('must be "on" or "off"', {"hidrop": "maybe"}),
@@ -107,6 +105,14 @@ def test_a_keep_that_is_no_number_of_tokens_is_a_400(server: Server, keep: str) 
     text = json.dumps(body).replace('"KEEP"', keep)
     response = server.http.post("/v1/chat/completions", content=text, headers={"Content-Type": "application/json"})
     assert response.status_code == 400, response.text
+
+
+@pytest.mark.parametrize("value", [None, {"method": "fastv"}, [["a"]]])
+def test_an_option_of_a_type_that_vllm_refuses_is_a_400(server: Server, value: Any) -> None:
+    body = server.body([image_url()], vllm_xargs={"hidrop": value})
+    response = server.http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400
+    assert "vllm_xargs" in response.text
 
 
 @pytest.mark.parametrize("images", [0, 1])
