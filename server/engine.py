@@ -104,7 +104,16 @@ class HidropLLM(AsyncLLM):
             # Else a raw prompt, from no route of the server; the scheduler refuses what it cannot plan.
         except ValueError as error:
             self.metrics.refused("options")
+            self.forget_images(prompt)
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+
+    def forget_images(self, prompt: Any) -> None:
+        """The renderer takes images that it has cached for known to the engine, which never hears of this request."""
+        cache = self.renderer.mm_processor_cache
+        hashes = prompt.get("mm_hashes") if isinstance(prompt, dict) else None
+        for of_kind in (hashes or {}).values() if cache is not None else ():
+            for each in of_kind:
+                cache.invalidate(each)
 
     def _run_output_handler(self) -> None:
         """Start vLLM's output loop, which from then on holds on to its output processor; so ours goes in before."""
