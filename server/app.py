@@ -54,7 +54,7 @@ async def make_app(engine: HidropLLM, args: Namespace) -> FastAPI:
     app = build_app(args, tasks, engine.model_config)
     app.include_router(router)
     app.include_router(playground)
-    register_connector(partial(engine.metrics.refused, "media"))
+    register_connector(partial(engine.metrics.refused, "media"), args.allowed_media_networks)
     await init_app_state(engine, app.state, args, tasks)
     extend_state(app.state, engine)
     return app

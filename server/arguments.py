@@ -14,6 +14,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from hidrop_server.choice import check_choice
 from hidrop_server.errors import StartError
 from hidrop_server.metrics import VLLM_BUCKETS
+from hidrop_server.safety import add_flags
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.embedded import CHECKPOINTS, MODEL_DIR, MODEL_METHOD
 from vllm_hidrop.models.families import FAMILIES, Family
@@ -43,7 +44,7 @@ def parse(model: str | None, vllm_args: list[str], method: str | None = None) ->
     Raises:
         StartError: what vLLM's parser and its checks refuse, and launch modes that are vLLM's alone.
     """
-    parser = make_arg_parser(_Parser(prog="hidrop serve", add_json_tip=False))
+    parser = _make_parser(_Parser(prog="hidrop serve", add_json_tip=False))
     parser.set_defaults(custom_histogram_buckets=VLLM_BUCKETS)
     argv = [model, *vllm_args] if model else vllm_args
     args = parser.parse_args(argv)
@@ -63,7 +64,7 @@ def parse(model: str | None, vllm_args: list[str], method: str | None = None) ->
 
 def print_vllm_help(topic: str) -> None:
     """Show vLLM's own help: "all", a flag or a group."""
-    parser = make_arg_parser(FlexibleArgumentParser(prog="hidrop serve"))
+    parser = _make_parser(FlexibleArgumentParser(prog="hidrop serve"))
     parser.parse_args(["--help"] if topic == "groups" else [f"--help={topic}"])
 
 
@@ -86,6 +87,13 @@ def apply_choice(args: Namespace, choice: HidropConfig) -> None:
         raise StartError(str(error)) from None
     args.hf_overrides = {**overrides, "architectures": [family.staged]}
     args.additional_config = {**(args.additional_config or {}), "hidrop": choice.model_dump()}
+
+
+def _make_parser(parser: FlexibleArgumentParser) -> FlexibleArgumentParser:
+    """VLLM's flags and ours."""
+    make_arg_parser(parser)
+    add_flags(parser)
+    return parser
 
 
 def _has_model_flag(argv: list[str]) -> bool:

@@ -8,10 +8,10 @@ import os
 MEDIA_CONNECTOR = "hidrop"
 """Name of `hidrop_server.media`'s connector."""
 SAFE_DEFAULTS = {
-    # Every URL is checked against --allowed-media-domains; a redirect would get around that.
-    "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
     # A small PNG can unpack to gigabytes. 50 megapixels is the largest phone camera; vLLM's default is 179.
     "VLLM_MAX_IMAGE_PIXELS": "50000000",
+    # Of one file, sent or fetched; vLLM's default is 256.
+    "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": "20",
     "VLLM_MEDIA_CONNECTOR": MEDIA_CONNECTOR,
 }
 EMBEDDED_DEFAULTS = {

@@ -3,36 +3,48 @@
 Knows vLLM's connector, which `VLLM_MEDIA_CONNECTOR` names; not HTTP routes.
 """
 
-from collections.abc import Callable
+import base64
+import binascii
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vllm.exceptions import VLLMError, VLLMValidationError
-from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
+from vllm.exceptions import VLLMError
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, ImageMediaIO, MediaConnector
 from vllm.multimodal.media.base import MediaIO
 
+from hidrop_server.addresses import Network
 from hidrop_server.environment import MEDIA_CONNECTOR
+from hidrop_server.fetching import CheckedConnection
+from hidrop_server.images import check_image, check_size, limit_decoder
+from hidrop_server.refusals import MediaRefused
 
 CLIENT_FAULTS = (ValueError, NotImplementedError)
 """What vLLM's connector raises for bad URLs; network errors are others and stay what they are."""
 
 
-class MediaRefused(VLLMValidationError):
-    """An image, or a URL, that this server does not take; one line, answered with 400."""
+def register_connector(on_refused: Callable[[], None], networks: Sequence[Network] = ()) -> None:
+    """Make the connector known by its name in this process.
 
-
-def register_connector(on_refused: Callable[[], None]) -> None:
-    """Make the connector known by its name in this process; ``on_refused`` is called for every refusal."""
-    MEDIA_CONNECTOR_REGISTRY.register(MEDIA_CONNECTOR)(partial(HidropMediaConnector, on_refused=on_refused))
+    Args:
+        on_refused: called for every refusal.
+        networks: addresses that URLs may lead to although they are not public.
+    """
+    limit_decoder()
+    connector = partial(HidropMediaConnector, on_refused=on_refused, networks=networks)
+    MEDIA_CONNECTOR_REGISTRY.register(MEDIA_CONNECTOR)(connector)
 
 
 class HidropMediaConnector(MediaConnector):
     """vLLM's connector, with remote fetching off until the user names the domains."""
 
-    def __init__(self, *args: Any, on_refused: Callable[[], None], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, on_refused: Callable[[], None], networks: Sequence[Network] = (), **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.on_refused = on_refused
+        self.connection = CheckedConnection(self.allowed_media_domains, networks)
 
     def load_from_url(self, url: str, media_io: MediaIO[Any], **kwargs: Any) -> Any:
         """Stock loading.
@@ -57,12 +69,12 @@ class HidropMediaConnector(MediaConnector):
         return error if isinstance(error, MediaRefused) else MediaRefused(_text(error))
 
     def _assert_url_in_allowed_media_domains(self, url_spec: Any) -> None:
+        """Refuse all URLs while no domain is allowed; which one is, the connection checks at every hop."""
         if not self.allowed_media_domains:
             raise MediaRefused(
                 "this server fetches no remote media: send the image as a data: URL, or start the "
                 "server with --allowed-media-domains"
             )
-        super()._assert_url_in_allowed_media_domains(url_spec)
 
     def _load_file_url(self, url_spec: Any, media_io: MediaIO[Any]) -> Any:
         if self.allowed_local_media_path is None:
@@ -74,10 +86,10 @@ class HidropMediaConnector(MediaConnector):
 
 
 class Decoder(MediaIO[Any]):
-    """Stock decoding, where whatever a decoder stumbles over is the file's fault.
+    """Stock decoding behind our limits, where whatever a decoder stumbles over is the file's fault.
 
     Pillow's readers answer damaged files with ``SyntaxError``, ``RuntimeError``, ``AttributeError`` and others; only
-    a lack of memory is ours.
+    a lack of memory is ours. What an image is, its bytes say; the type its URL states is not believed.
     """
 
     def __init__(self, inner: MediaIO[Any]) -> None:
@@ -88,16 +100,24 @@ class Decoder(MediaIO[Any]):
         return self.inner.get_max_bytes()
 
     def load_bytes(self, data: bytes) -> Any:
-        """Decode a downloaded file."""
-        return self._decode(self.inner.load_bytes, data)
+        """Decode a file."""
+        return self._decode(self._load, data)
 
     def load_base64(self, media_type: str, data: str) -> Any:
         """Decode a data: URL."""
-        return self._decode(self.inner.load_base64, media_type, data)
+        if not isinstance(self.inner, ImageMediaIO):
+            return self._decode(self.inner.load_base64, media_type, data)
+        return self._decode(lambda: self._load(_from_base64(data)))
 
     def load_file(self, filepath: Path) -> Any:
         """Decode a local file."""
-        return self._decode(self.inner.load_file, filepath)
+        if not isinstance(self.inner, ImageMediaIO):
+            return self._decode(self.inner.load_file, filepath)
+        return self._decode(lambda: self._load(filepath.read_bytes()))
+
+    def _load(self, data: bytes) -> Any:
+        check_size(len(data))
+        return self.inner.load_bytes(check_image(data) if isinstance(self.inner, ImageMediaIO) else data)
 
     def _decode(self, load: Callable[..., Any], *args: Any) -> Any:
         try:
@@ -106,6 +126,15 @@ class Decoder(MediaIO[Any]):
             raise
         except Exception as error:
             raise MediaRefused(_text(error)) from None
+
+
+def _from_base64(data: str) -> bytes:
+    """Decode strictly, after a look at the length."""
+    check_size(len(data) // 4 * 3 - data[-2:].count("="))
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise MediaRefused("the data: URL is not base64") from None
 
 
 def _text(error: Exception) -> str:

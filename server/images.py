@@ -1,0 +1,84 @@
+"""What an image file may be, read from its header before a pixel is decoded.
+
+Knows Pillow and the limits that vLLM's environment variables name; not where the file came from.
+"""
+
+import io
+import warnings
+
+from PIL import Image, UnidentifiedImageError
+from vllm import envs
+
+from hidrop_server.refusals import MediaRefused
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""vLLM lets Pillow try 37 formats; each decoder is code that strangers' bytes run through."""
+ALSO_JPEG = "MPO"
+"""A JPEG with further pictures behind it, as many phones write it; the first is the photograph."""
+MAX_ASPECT_RATIO = 200
+"""Processors scale the shorter side up to the tower's: a line of 1 x 20000 would become gigabytes."""
+SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+
+
+def limit_decoder() -> None:
+    """Make Pillow itself refuse what is over our limit, also for sizes that only show while it decodes."""
+    if envs.VLLM_MAX_IMAGE_PIXELS > 0:
+        # Pillow raises above twice its limit and warns above it.
+        Image.MAX_IMAGE_PIXELS = max(1, envs.VLLM_MAX_IMAGE_PIXELS // 2)
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def check_size(num_bytes: int, also: int | None = None) -> None:
+    """Refuse a file over ``VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB``, or over ``also`` bytes.
+
+    Raises:
+        MediaRefused: too large; names the limit.
+    """
+    megabytes = envs.VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB
+    if megabytes > 0 and num_bytes > megabytes << 20:
+        raise MediaRefused(f"the media is larger than {megabytes} MiB (VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB)")
+    if also is not None and num_bytes > also:
+        raise MediaRefused(f"the media is larger than {also} bytes")
+
+
+def check_image(data: bytes) -> bytes:
+    """Check a file by its header.
+
+    Returns:
+        The file; a greyscale one of 16 bits as one of 8, because Pillow clips its values to white otherwise.
+
+    Raises:
+        MediaRefused: no image, a format, size, shape, depth or number of frames that is not taken.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise MediaRefused(f"not an image this server reads: {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError:
+        raise MediaRefused(_too_many_pixels()) from None
+    with image:
+        _check_header(image)
+        return _in_eight_bits(image) if image.mode in SIXTEEN_BITS else data
+
+
+def _check_header(image: Image.Image) -> None:
+    width, height = image.size
+    if 0 < envs.VLLM_MAX_IMAGE_PIXELS < width * height:
+        raise MediaRefused(_too_many_pixels())
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise MediaRefused(f"the image is {width} x {height}: one side is over {MAX_ASPECT_RATIO} times the other")
+    if image.format != ALSO_JPEG and getattr(image, "is_animated", False):
+        raise MediaRefused("the image has more than one frame: send the one that is meant")
+    if image.mode in ("I", "F"):
+        raise MediaRefused(f"the image has 32 bits a pixel (mode {image.mode}): send 8 or 16")
+
+
+def _too_many_pixels() -> str:
+    return f"the image has more than {envs.VLLM_MAX_IMAGE_PIXELS} pixels (VLLM_MAX_IMAGE_PIXELS)"
+
+
+def _in_eight_bits(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    wide = image.convert("I").point(lambda value: value * (1 / 256))
+    wide.convert("L").save(file, "PNG", exif=image.getexif())
+    return file.getvalue()

@@ -1,0 +1,81 @@
+"""Our own safety flags of `hidrop serve`, for what vLLM has none, and safer defaults for those it has.
+
+Knows vLLM's argument parser; acts on nothing.
+"""
+
+import argparse
+import os
+from ipaddress import ip_network
+from typing import Any
+
+from hidrop_server.addresses import Network
+
+GROUP = "hidrop-safety"
+METRICS_KEY_VARIABLE = "HIDROP_METRICS_API_KEY"
+
+SAFER_DEFAULTS: dict[str, Any] = {
+    "limit_mm_per_prompt": {"image": 16},  # vLLM's: 999
+    "max_num_queued_reqs": 1024,  # vLLM's: any number
+    "shutdown_timeout": 25,  # vLLM's: abort at once; an orchestrator's patience is often 30 s
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add our flags and our defaults to vLLM's parser."""
+    parser.set_defaults(**SAFER_DEFAULTS)
+    group = parser.add_argument_group(GROUP, "Limits of hidrop serve that vLLM has no flag for.")
+    group.add_argument(
+        "--max-body-mb", type=_positive, default=32, metavar="MIB", help="Largest request body, in MiB; over it: 413."
+    )
+    group.add_argument(
+        "--max-header-kb",
+        type=_positive,
+        default=32,
+        metavar="KIB",
+        help="Largest request header, in KiB; over it: 431.",
+    )
+    group.add_argument(
+        "--request-timeout",
+        type=_seconds,
+        default=600.0,
+        metavar="SECONDS",
+        help="Longest time from a request's header to the end of its answer; over it: 504, or an error event in a "
+        "stream, and the request is aborted. 0: no limit.",
+    )
+    group.add_argument(
+        "--metrics-api-key",
+        default=os.environ.get(METRICS_KEY_VARIABLE),
+        metavar="KEY",
+        help=f"What /metrics, and nothing else, is read with (environment: {METRICS_KEY_VARIABLE}).",
+    )
+    group.add_argument(
+        "--enable-admin-routes",
+        action="store_true",
+        help="Keep vLLM's routes for SageMaker and for scaling: /ping, /invocations, /scale_elastic_ep and its like.",
+    )
+    group.add_argument(
+        "--allowed-media-networks",
+        type=_network,
+        nargs="+",
+        default=[],
+        metavar="CIDR",
+        help="Networks that URLs of --allowed-media-domains may lead to although they are not public.",
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, or 0 for no limit, got {text}")
+    return value
+
+
+def _network(text: str) -> Network:
+    return ip_network(text)

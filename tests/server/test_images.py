@@ -1,0 +1,125 @@
+"""What an image file may be, decided from its header; no engine."""
+
+import resource
+
+import pytest
+from PIL import Image
+from vllm import envs
+from vllm.multimodal.media import ImageMediaIO
+
+from hidrop_server.environment import SAFE_DEFAULTS
+from hidrop_server.images import limit_decoder
+from hidrop_server.media import Decoder
+from hidrop_server.refusals import MediaRefused
+from tests.server.files import (
+    EPS,
+    PDF,
+    SVG,
+    animated,
+    bomb,
+    icon_bomb,
+    palette_with_alpha,
+    saved,
+    sixteen_bits,
+    turned,
+)
+from tests.server.harness import data_url, picture, png_that_claims
+
+
+@pytest.fixture(autouse=True)
+def limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    envs.disable_envs_cache()  # an engine of an earlier test has frozen them
+    for name, value in SAFE_DEFAULTS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    limit_decoder()
+
+
+def decode(file: bytes) -> Image.Image:
+    """As a data: URL is decoded."""
+    image: Image.Image = Decoder(ImageMediaIO()).load_base64("image/png", data_url(file).partition(",")[2]).media
+    return image
+
+
+REFUSED: dict[str, tuple[str, bytes]] = {
+    "no bytes": ("not an image", b""),
+    "half a PNG": ("truncated", picture()[:200]),
+    "SVG": ("not an image", SVG),
+    "PDF": ("not an image", PDF),
+    "PostScript": ("not an image", EPS),
+    "a format of vLLM's that nobody sends": ("not an image", saved(Image.new("RGB", (64, 64)), "SGI")),
+    "an icon with a bomb in it": ("not an image", icon_bomb()),
+    "animated GIF": ("frame", animated("GIF")),
+    "animated WebP": ("frame", animated("WEBP")),
+    "animated PNG": ("frame", animated("PNG")),
+    "TIFF of pages": ("frame", animated("TIFF")),
+    "32 bits a pixel": ("32 bits", saved(Image.new("F", (64, 64)), "TIFF")),
+    "a line": ("over 200 times", saved(Image.new("RGB", (1, 20_000)), "PNG")),
+    "a header of 60 megapixels": ("VLLM_MAX_IMAGE_PIXELS", png_that_claims(10_000, 6_000)),
+    "a header of 400 megapixels": ("VLLM_MAX_IMAGE_PIXELS", png_that_claims(20_000, 20_000)),
+    "a file over the limit": ("VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB", bytes((20 << 20) + 1)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_file_is_refused_in_a_line_that_says_why(name: str) -> None:
+    says, file = REFUSED[name]
+    with pytest.raises(MediaRefused) as caught:
+        decode(file)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
+    file = bomb()
+    assert len(file) < 1 << 20
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(MediaRefused, match="VLLM_MAX_IMAGE_PIXELS"):
+        decode(file)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000, "KiB"
+
+
+def colour(file: bytes, x: float = 0.5, y: float = 0.5) -> tuple[int, ...]:
+    image = decode(file)
+    assert image.mode == "RGB"
+    found = image.getpixel((int(x * image.width), int(y * image.height)))
+    assert isinstance(found, tuple)
+    return found
+
+
+def near(found: tuple[int, ...], wanted: tuple[int, int, int]) -> bool:
+    return all(abs(a - b) <= 6 for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_every_format_that_is_named_is_read(image_format: str) -> None:
+    file = saved(Image.new("RGB", (192, 192), (0, 128, 0)), image_format)
+    assert near(colour(file), (0, 128, 0))
+
+
+def test_a_cmyk_photo_is_read_in_its_colours() -> None:
+    file = saved(Image.new("RGB", (192, 192), (200, 20, 20)).convert("CMYK"), "JPEG")
+    assert near(colour(file), (200, 20, 20))
+
+
+def test_sixteen_bits_are_as_bright_as_eight() -> None:
+    """Pillow makes every value over 255 white."""
+    assert near(colour(sixteen_bits()), (128, 128, 128))
+
+
+def test_what_is_transparent_is_white() -> None:
+    assert colour(palette_with_alpha()) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(("red_side", "x", "y"), [("left", 0.1, 0.5), ("top", 0.5, 0.1), ("right", 0.9, 0.5)])
+def test_a_photo_is_turned_as_its_exif_says(red_side: str, x: float, y: float) -> None:
+    assert near(colour(turned(red_side), x, y), (254, 0, 0))
+
+
+def test_one_pixel_is_an_image() -> None:
+    assert decode(saved(Image.new("RGB", (1, 1)), "PNG")).size == (1, 1)
+
+
+def test_a_phones_jpeg_with_more_pictures_behind_it_is_its_first() -> None:
+    first, second = Image.new("RGB", (64, 64), (0, 128, 0)), Image.new("RGB", (64, 64), (9, 9, 9))
+    assert near(colour(saved(first, "MPO", save_all=True, append_images=[second])), (0, 128, 0))
