@@ -1,10 +1,11 @@
 """vLLM's FastAPI application around our engine client, extended in six places.
 
-The six: the engine client, the media connector, the handlers that answer with a report, the model list, `/hidrop`, and
-`/playground`.
+The six: the engine client, the media connector, the handlers that answer with a report, the model list, `/hidrop` and
+`/playground`, and the middlewares that keep strangers in bounds.
 """
 
 import signal
+import sys
 from argparse import Namespace
 from functools import partial
 from typing import Any
@@ -18,11 +19,16 @@ from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.utils.system_utils import decorate_logs
 
+from hidrop_server.access import Access, drop_stock_authentication, hide_admin_routes
 from hidrop_server.adopt import adopt
+from hidrop_server.deadline import Deadline
+from hidrop_server.draining import Admission
 from hidrop_server.engine import HidropLLM, run_engine
+from hidrop_server.limits import SizeLimits
 from hidrop_server.media import register_connector
 from hidrop_server.playground import PATH
 from hidrop_server.playground import router as playground
+from hidrop_server.redaction import hide_in_logs
 from hidrop_server.routes import describe, router
 from hidrop_server.serving import (
     HidropServingChat,
@@ -32,12 +38,23 @@ from hidrop_server.serving import (
     HidropServingResponses,
 )
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+END_SECONDS = 5
+"""What uvicorn gets to close its connections once the engine has stopped."""
 
-async def serve(args: Namespace, vllm_config: Any) -> None:
-    """Bind the port, start the engine, serve until a signal; the order of vLLM's ``run_server``."""
+
+async def serve(args: Namespace, vllm_config: Any) -> int:
+    """Bind the port, start the engine, serve until a signal; the order of vLLM's ``run_server``.
+
+    Returns:
+        Exit code: 1 if the engine died, 0 after a requested stop.
+    """
+    hide_in_logs([*api_keys(args), args.metrics_api_key or ""])
     decorate_logs("APIServer", skip_if_decorated=True)
     signal.signal(signal.SIGTERM, _interrupt)
     address, sock = setup_server(args, reuse_port=False)
+    if not api_keys(args) and args.uds is None and args.host not in LOOPBACK:
+        print(f"hidrop serve: no --api-key: whoever reaches {address} may use it", file=sys.stderr, flush=True)
     async with run_engine(args, vllm_config) as engine:
         app = await make_app(engine, args)
         print(f"hidrop serve: {engine.planner.method} on {address}, playground at {address}{PATH}", flush=True)
@@ -46,6 +63,7 @@ async def serve(args: Namespace, vllm_config: Any) -> None:
         await shutdown
     finally:
         sock.close()
+    return int(engine.has_died)
 
 
 async def make_app(engine: HidropLLM, args: Namespace) -> FastAPI:
@@ -57,7 +75,25 @@ async def make_app(engine: HidropLLM, args: Namespace) -> FastAPI:
     register_connector(partial(engine.metrics.refused, "media"), args.allowed_media_networks)
     await init_app_state(engine, app.state, args, tasks)
     extend_state(app.state, engine)
+    protect(app, engine, args)
     return app
+
+
+def protect(app: FastAPI, engine: HidropLLM, args: Namespace) -> None:
+    """Put our middlewares around the application; the last one added meets a request first."""
+    if not args.enable_admin_routes:
+        hide_admin_routes(app)
+    drop_stock_authentication(app)
+    refused = engine.metrics.refused
+    app.add_middleware(Deadline, seconds=args.request_timeout, on_refused=refused)
+    app.add_middleware(SizeLimits, max_header_kb=args.max_header_kb, max_body_mb=args.max_body_mb, on_refused=refused)
+    app.add_middleware(Admission, engine=engine)
+    app.add_middleware(Access, api_keys=api_keys(args), metrics_key=args.metrics_api_key, on_refused=refused)
+
+
+def api_keys(args: Namespace) -> list[str]:
+    """As vLLM reads them: the flag's, else the environment's."""
+    return [key for key in args.api_key or [envs.VLLM_API_KEY] if key]
 
 
 def extend_state(state: State, engine: HidropLLM) -> None:
@@ -83,6 +119,8 @@ def uvicorn_options(args: Namespace) -> dict[str, Any]:
         **{name: getattr(args, name) for name in same_name.split()},
         "log_level": args.uvicorn_log_level,
         "access_log": not args.disable_uvicorn_access_log,
+        "http": "h11",  # the faster parser has no limit for headers
+        "timeout_graceful_shutdown": END_SECONDS,
         "timeout_keep_alive": envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
         **({"log_config": log_config} if log_config is not None else {}),
     }

@@ -4,6 +4,7 @@ Knows vLLM's ``AsyncLLM`` and the planner; not HTTP.
 """
 
 import asyncio
+import time
 from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -33,6 +34,11 @@ ENGINE_ANSWER_SECONDS = 1.0
 """How long readiness waits for the engine, which answers between two steps."""
 
 
+DRAIN_POLL_SECONDS = 0.05
+END_SECONDS = 5.0
+"""What the engine's processes get to end, with nothing left to do; vLLM's own default."""
+
+
 class HidropLLM(AsyncLLM):
     """``AsyncLLM`` that answers for pruning.
 
@@ -41,6 +47,12 @@ class HidropLLM(AsyncLLM):
     """
 
     output_processor: OutputProcessor
+    draining = False
+    """Whether the server is ending: nothing is admitted any more."""
+    has_died = False
+    """Whether the engine had ended, without having been asked to, when the server did."""
+    num_exchanges = 0
+    """Requests in flight, from their header to the end of their answer; counted by the middleware."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self.planner = Planner.from_vllm_config(vllm_config)
@@ -64,6 +76,8 @@ class HidropLLM(AsyncLLM):
         Asks the engine what its integrity checks found. An engine in the midst of a long step answers late; it is not
         unready for that, and its last answer stands.
         """
+        if self.draining:
+            return "this server is shutting down"
         if not self.errored:
             try:
                 asked = self.engine_core.call_utility_async(INTEGRITY_CALL)
@@ -79,6 +93,20 @@ class HidropLLM(AsyncLLM):
         if self.integrity.get("findings"):
             return "the engine's integrity check failed: restart this server"
         return None
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Stock shutdown, once the requests in flight have been answered, or ``timeout`` seconds later.
+
+        vLLM calls this in a thread of its own when it is told to stop, and goes on serving meanwhile. Its own drain
+        knows the engine's requests only: those whose images are still being read would be lost.
+        """
+        end = time.monotonic() + (timeout or 0)
+        if not self.draining and hasattr(self, "engine_core"):
+            self.has_died = self.errored
+            self.draining = True
+            while self.num_exchanges and not self.errored and time.monotonic() < end:
+                time.sleep(DRAIN_POLL_SECONDS)
+        super().shutdown(timeout=None if timeout is None else max(END_SECONDS, end - time.monotonic()))
 
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any

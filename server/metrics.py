@@ -20,7 +20,7 @@ ENGINE = "0"
 """One server has one engine."""
 TIMED_MODES = ("pruned", "off", "text", "fallback")
 MODES = (*TIMED_MODES, "aborted", "unreported")
-REFUSALS = ("options", "media")
+REFUSALS = ("options", "media", "key", "header", "body", "deadline")
 REUSE_OFF = ("disabled", "adaptive", "cache_dtype", "first_layer", "states")
 """The server caches no prefixes; the method decides the counts; the cache rounds K, which scoring reads; the first
 layer cuts; the server has no memory for states."""
@@ -80,7 +80,7 @@ METRICS = (
         "mode",
     ),
     _counter("fallback_requests", "Sequences with images that could not be pruned, by reason.", "reason"),
-    _counter("refused_requests", "Requests answered with a 4xx by us, not by vLLM, by reason.", "reason"),
+    _counter("refused_requests", "Requests answered with a 4xx or 504 by us, not by vLLM.", "reason"),
     _counter("vision_tokens_in", "Vision tokens in the prompts of reported sequences.", field="vision_tokens"),
     _counter("vision_tokens_kept", "Vision tokens held, by layer stage.", "stage"),
     _counter("vision_tokens_cached", "Vision tokens in the KV cache after prefill, by layer stage.", "stage"),

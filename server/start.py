@@ -35,7 +35,8 @@ def main(
         vllm_args: any of vLLM's flags.
 
     Returns:
-        Exit code: 2 for a choice that cannot be honoured, told in one line on stderr; 0 after a requested stop.
+        Exit code: 2 for a choice that cannot be honoured, told in one line on stderr; 1 if the engine died; 0 after a
+        requested stop.
     """
     try:
         choice = read_choice(method, preset, hidrop_config)
@@ -43,8 +44,7 @@ def main(
     except StartError as error:
         print(f"hidrop serve: {one_line(error)}", file=sys.stderr)
         return 2
-    run(args, vllm_config)
-    return 0
+    return run(args, vllm_config)
 
 
 def configure(model: str | None, choice: "HidropConfig", vllm_args: list[str]) -> "tuple[Namespace, Any]":
@@ -92,13 +92,13 @@ def engine_config(args: "Namespace") -> Any:
     return vllm_config
 
 
-def run(args: "Namespace", vllm_config: Any) -> None:
-    """Serve until a signal."""
+def run(args: "Namespace", vllm_config: Any) -> int:
+    """Serve until a signal; returns the exit code."""
     import uvloop
 
     from hidrop_server.app import serve
 
-    uvloop.run(serve(args, vllm_config))
+    return uvloop.run(serve(args, vllm_config))
 
 
 def _check_installation() -> None:

@@ -1,0 +1,247 @@
+"""Our middlewares around a small application of the same kind, on real loopback HTTP; no engine."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from argparse import Namespace
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.entrypoints.serve.utils.api_utils import with_cancellation
+
+from hidrop_server.access import Access
+from hidrop_server.deadline import Deadline
+from hidrop_server.draining import Admission
+from hidrop_server.limits import SizeLimits
+
+PATIENCE = 30.0
+"""Seconds; for what takes none on a machine that does not stall."""
+DEADLINE = 0.5
+
+
+class Engine:
+    """The two counters."""
+
+    draining = False
+    num_exchanges = 0
+
+
+class Application:
+    """A FastAPI application with vLLM's error handlers and our middlewares, on a port."""
+
+    def __init__(self) -> None:
+        self.engine = Engine()
+        self.refused: list[str] = []
+        self.ended = threading.Event()
+        app = FastAPI()
+        app.state.args = Namespace(log_error_stack=False)
+        init_exception_handler(app)
+        self.add_routes(app)
+        app.add_middleware(Deadline, seconds=DEADLINE, on_refused=self.refused.append)
+        app.add_middleware(SizeLimits, max_header_kb=4, max_body_mb=1, on_refused=self.refused.append)
+        app.add_middleware(Admission, engine=self.engine)
+        app.add_middleware(Access, api_keys=["k1", "k2"], metrics_key="m", on_refused=self.refused.append)
+        config = uvicorn.Config(app, port=0, http="h11", log_level="error", lifespan="off")
+        self.server = uvicorn.Server(config)
+
+    def add_routes(self, app: FastAPI) -> None:
+        @app.post("/v1/length")
+        async def length(body: dict[str, Any]) -> int:
+            return len(json.dumps(body))
+
+        @app.post("/v1/wait")
+        @with_cancellation
+        async def wait(body: dict[str, Any], raw_request: Request) -> None:
+            try:
+                await asyncio.sleep(PATIENCE)
+            finally:
+                self.ended.set()
+
+        @app.post("/v1/stream")
+        async def stream(raw_request: Request) -> StreamingResponse:
+            return StreamingResponse(self.words(), media_type="text/event-stream")
+
+        @app.get("/v1/full")
+        async def full() -> JSONResponse:
+            return JSONResponse({}, status_code=503)
+
+        for path in ("/health", "/ready", "/metrics", "/metrics/x", "/docs2", "/hidrop"):
+            app.get(path)(lambda: "here")
+
+    async def words(self) -> AsyncIterator[str]:
+        try:
+            while True:
+                yield "data: word\n\n"
+                await asyncio.sleep(0.05)
+        finally:
+            self.ended.set()
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[Application, int]]:
+    application = Application()
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=application.server.run, kwargs={"sockets": [sock]})
+        thread.start()
+        while not application.server.started:
+            time.sleep(0.01)
+        yield application, sock.getsockname()[1]
+        application.server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def application(served: tuple[Application, int]) -> Application:
+    application = served[0]
+    application.refused.clear()
+    application.ended.clear()
+    return application
+
+
+@pytest.fixture
+def http(served: tuple[Application, int]) -> Iterator[httpx.Client]:
+    headers = {"Authorization": "Bearer k1", "Content-Type": "application/json"}
+    with httpx.Client(base_url=f"http://127.0.0.1:{served[1]}", headers=headers, timeout=PATIENCE) as client:
+        yield client
+
+
+def message(response: httpx.Response) -> str:
+    """Of an error in vLLM's shape."""
+    error = response.json()["error"]
+    assert error["code"] == response.status_code
+    return str(error["message"])
+
+
+def test_a_body_within_the_limit_is_read(http: httpx.Client) -> None:
+    body = json.dumps({"text": "x" * 1_000_000})
+    assert http.post("/v1/length", content=body).json() == len(body)
+    assert http.post("/v1/length", content=iter([body.encode()])).json() == len(body)
+
+
+def test_a_body_that_says_it_is_too_large_is_not_read(application: Application, http: httpx.Client) -> None:
+    response = http.post("/v1/length", content=bytes(64 << 20))
+    assert response.status_code == 413
+    assert "1 MiB (--max-body-mb)" in message(response)
+    assert application.refused == ["body"]
+
+
+def test_a_body_that_does_not_say_how_large_it_is_is_cut_off(application: Application, http: httpx.Client) -> None:
+    sent = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent
+        while sent < 1 << 30:
+            sent += 1 << 16
+            yield bytes(1 << 16)
+
+    response = http.post("/v1/length", content=endless())
+    assert response.status_code == 413
+    assert "1 MiB (--max-body-mb)" in message(response)
+    assert sent < 64 << 20, "the server went on reading"
+    assert application.refused == ["body"]
+
+
+def test_a_header_over_the_limit_is_a_431(application: Application, http: httpx.Client) -> None:
+    response = http.get("/hidrop", headers={"X-Long": "x" * 5000})
+    assert response.status_code == 431
+    assert "4 KiB (--max-header-kb)" in message(response)
+    assert application.refused == ["header"]
+
+
+def test_a_request_over_its_time_is_a_504_and_is_aborted(application: Application, http: httpx.Client) -> None:
+    response = http.post("/v1/wait", json={})
+    assert response.status_code == 504
+    assert "--request-timeout" in message(response)
+    assert application.ended.wait(PATIENCE / 2)
+    assert application.refused == ["deadline"]
+    assert http.post("/v1/length", json={}).status_code == 200
+
+
+def test_a_stream_over_its_time_ends_with_an_error_event(application: Application, http: httpx.Client) -> None:
+    response = http.post("/v1/stream")
+    assert response.status_code == 200
+    *words, error, done, rest = response.text.split("\n\n")
+    assert words
+    assert set(words) == {"data: word"}
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == 504
+    assert (done, rest) == ("data: [DONE]", "")
+    assert application.ended.wait(PATIENCE)
+
+
+def test_a_body_that_never_ends_is_a_504(application: Application, served: tuple[Application, int]) -> None:
+    with socket.create_connection(("127.0.0.1", served[1]), timeout=PATIENCE) as connection:
+        head = "POST /v1/length HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer k1\r\nContent-Length: 100\r\n\r\n{"
+        connection.sendall(head.encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 504")
+
+
+def test_a_503_says_when_to_come_back(http: httpx.Client) -> None:
+    response = http.get("/v1/full")
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+
+
+def test_a_draining_server_admits_only_probes(
+    application: Application, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(application.engine, "draining", True)
+    response = http.post("/v1/length", json={})
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+    assert response.headers["Connection"] == "close"
+    assert http.get("/ready").status_code == 200
+    assert http.get("/metrics", headers={"Authorization": "Bearer m"}).status_code == 200
+    assert application.engine.num_exchanges == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/health", {}, 200),
+        ("/ready", {}, 200),
+        ("/hidrop", {}, 401),
+        ("/docs2", {}, 401),
+        ("/nowhere", {}, 401),
+        ("/health/", {}, 401),
+        ("/healthy", {}, 401),
+        ("//health", {}, 401),
+        ("/hidrop", {"Authorization": "Bearer k2"}, 200),
+        ("/hidrop", {"Authorization": "bearer k2"}, 200),
+        ("/hidrop", {"X-Api-Key": "k2"}, 200),
+        ("/hidrop", {"Authorization": "Bearer k3"}, 401),
+        ("/hidrop", {"Authorization": "Bearer"}, 401),
+        ("/hidrop", {"Authorization": "Basic k1"}, 401),
+        ("/hidrop", {"Authorization": "k1"}, 401),
+        ("/hidrop", {"Authorization": "Bearer m"}, 401),
+        ("/metrics", {}, 401),
+        ("/metrics", {"Authorization": "Bearer k1"}, 401),
+        ("/metrics", {"Authorization": "Bearer m"}, 200),
+        ("/metrics/x", {}, 401),
+        ("/metricsx", {}, 401),
+    ],
+)
+def test_every_path_but_the_probes_needs_its_key(
+    served: tuple[Application, int], path: str, headers: dict[str, str], status: int
+) -> None:
+    response = httpx.get(f"http://127.0.0.1:{served[1]}{path}", headers=headers, timeout=PATIENCE)
+    assert response.status_code == status
+    if status == 401:
+        assert response.headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_options_is_no_way_around_the_key(served: tuple[Application, int]) -> None:
+    url = f"http://127.0.0.1:{served[1]}"
+    assert httpx.options(f"{url}/metrics").status_code == 401
+    assert httpx.options(f"{url}/hidrop", headers={"Origin": "https://elsewhere.example"}).status_code == 401
+
+
+def test_a_key_that_is_not_ascii_is_only_wrong(served: tuple[Application, int]) -> None:
+    headers = {b"Authorization": "Bearer schlüssel".encode("latin-1")}
+    assert httpx.get(f"http://127.0.0.1:{served[1]}/hidrop", headers=headers).status_code == 401
