@@ -17,15 +17,15 @@ from hidrop_server.answers import PROBES, OnRefused, error, is_metrics
 
 ADMIN_ROUTES = frozenset(
     {
-        "/adapters",
-        "/adapters/{adapter_name}",
+        "/inference/v1/abort_requests",
         "/invocations",
         "/is_scaling_elastic_ep",
         "/ping",
         "/scale_elastic_ep",
     }
 )
-"""Registered by vLLM on every server: SageMaker's second door to all routes, and scaling of the engine."""
+"""Registered by vLLM on every server: SageMaker's second door to all routes, and power over the engine and over what
+others asked."""
 
 
 def hide_admin_routes(app: FastAPI) -> None:

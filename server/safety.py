@@ -51,7 +51,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--enable-admin-routes",
         action="store_true",
-        help="Keep vLLM's routes for SageMaker and for scaling: /ping, /invocations, /scale_elastic_ep and its like.",
+        help="Keep vLLM's routes for SageMaker, for scaling and for aborting: /ping, /invocations, /scale_elastic_ep, "
+        "/is_scaling_elastic_ep, /inference/v1/abort_requests.",
     )
     group.add_argument(
         "--allowed-media-networks",

@@ -5,8 +5,8 @@ import io
 import random
 import struct
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -54,6 +54,7 @@ class Server:
     http: httpx.Client
     openai: OpenAI
     key: str = "none"
+    metrics_headers: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def model(self) -> str:
@@ -82,7 +83,7 @@ class Server:
 
     def metrics(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
         """Every sample of /metrics by name and labels."""
-        families = text_string_to_metric_families(self.http.get("/metrics").text)
+        families = text_string_to_metric_families(self.http.get("/metrics", headers=self.metrics_headers).text)
         return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
 
     def metric(self, name: str, **labels: str) -> float:

@@ -1,9 +1,7 @@
 """Where a URL that a stranger wrote may lead, on real loopback HTTP; no engine."""
 
 import asyncio
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_network
 
 import pytest
@@ -12,59 +10,17 @@ from vllm import envs
 from hidrop_server.addresses import is_public
 from hidrop_server.fetching import CheckedConnection
 from hidrop_server.refusals import MediaRefused
-from tests.server.harness import picture
+from tests.server.stranger import MEBIBYTES, PICTURE, Files, stranger
 
 LOOPBACK = (ip_network("127.0.0.0/8"),)
-PICTURE = picture()
-MEBIBYTES_OVER = 21
-"""One more than the limit."""
-
-
-class Files(BaseHTTPRequestHandler):
-    """Answers by path, and remembers who asked."""
-
-    seen: list[str]
-    port: int
-
-    def do_GET(self) -> None:
-        self.seen.append(f"{self.headers['Host'].partition(':')[0]}{self.path}")
-        name, _, rest = self.path.removeprefix("/").partition("/")
-        if name == "to":
-            self.send_response(302)
-            self.send_header("Location", rest.replace("@", f":{self.port}"))
-            self.end_headers()
-        elif name == "large":
-            self.send_response(200)
-            self.end_headers()
-            for _ in range(MEBIBYTES_OVER):
-                self.wfile.write(bytes(1 << 20))
-        elif name == "declared":
-            self.send_response(200)
-            self.send_header("Content-Length", str(MEBIBYTES_OVER << 20))
-            self.end_headers()
-        else:
-            self.send_response(200 if name == "picture" else 404)
-            self.end_headers()
-            self.wfile.write(PICTURE)
-
-    def log_message(self, *args: object) -> None:
-        """Nothing is printed."""
 
 
 @pytest.fixture
 def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Files]]:
     envs.disable_envs_cache()  # an engine of an earlier test has frozen them
-    monkeypatch.setenv("VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB", str(MEBIBYTES_OVER - 1))
-    Files.seen = []
-    with ThreadingHTTPServer(("127.0.0.1", 0), Files) as server:
-        Files.port = server.server_port
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield Files
-        finally:
-            server.shutdown()
-            thread.join()
+    monkeypatch.setenv("VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB", str(MEBIBYTES - 1))
+    with stranger() as files:
+        yield files
 
 
 def fetch(connection: CheckedConnection, files: type[Files], path: str, host: str = "localhost") -> bytes:

@@ -1,0 +1,165 @@
+"""The corpus of bad input: each is answered as it should be, soon, and leaves nothing behind."""
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import httpx
+import psutil
+import pytest
+from PIL import Image
+
+from tests.server.files import PDF, SVG, animated, bomb, palette_with_alpha, saved, sixteen_bits, turned
+from tests.server.harness import Server, content, data_url, image_url, picture, png_that_claims
+from tests.server.processes import api_process, forget_peak, held_mib, peak_mib
+
+pytestmark = pytest.mark.server
+
+ANSWER_SECONDS = 20.0
+"""Two would do; a machine may stall."""
+MORE_MIB = 120.0
+"""What one bad request may add to the API process for a moment. A body within the limit is held about three times."""
+
+
+class Entry(NamedTuple):
+    """A request, the status it must have, and what its message must say."""
+
+    status: int
+    says: str
+    images: list[str]
+    more: dict[str, Any]
+    text: str = "what colour is the circle ?"
+
+
+def file(status: int, says: str, *files: bytes) -> Entry:
+    return Entry(status, says, [data_url(each) for each in files], {})
+
+
+def url(says: str, address: str) -> Entry:
+    return Entry(400, says, [address], {})
+
+
+def asks(status: int, says: str, **more: Any) -> Entry:
+    return Entry(status, says, [image_url()], more)
+
+
+RGB = Image.new("RGB", (192, 192), (200, 20, 20))
+CORPUS: dict[str, Entry] = {
+    "truncated PNG": file(400, "truncated", picture()[:200]),
+    "truncated JPEG": file(400, "truncated", picture(0, "JPEG")[:-400]),
+    "truncated WebP": file(400, "", picture(0, "WEBP")[:-200]),
+    "zero bytes": file(400, "not an image", b""),
+    "an empty URL": url("URL", ""),
+    "SVG": file(400, "not an image", SVG),
+    "PDF": file(400, "not an image", PDF),
+    "animated GIF": file(400, "frame", animated("GIF")),
+    "animated WebP": file(400, "frame", animated("WEBP")),
+    "1 x 20000": file(400, "200 times", saved(Image.new("RGB", (1, 20_000)), "PNG")),
+    "20000 x 1": file(400, "200 times", saved(Image.new("RGB", (20_000, 1)), "PNG")),
+    "a bomb of 169 megapixels": file(400, "VLLM_MAX_IMAGE_PIXELS", bomb()),
+    "a header of 400 megapixels": file(400, "VLLM_MAX_IMAGE_PIXELS", png_that_claims(20_000, 20_000)),
+    "a file over the limit": file(400, "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB", bytes((20 << 20) + 1)),
+    "17 images": file(400, "At most", *[picture()] * 17),
+    "bad base64": url("base64", "data:image/png;base64,@@@@"),
+    "base64 of the wrong length": url("base64", "data:image/png;base64,abcde"),
+    "a file of the server": url("--allowed-local-media-path", "file:///etc/passwd"),
+    "a loopback URL": url("--allowed-media-domains", "http://127.0.0.1:9/image.png"),
+    "a metadata URL": url("--allowed-media-domains", "http://169.254.169.254/latest/meta-data"),
+    "an address without a scheme": url("URL", "//127.0.0.1/image.png"),
+    "an unknown option": asks(400, "known: hidrop", vllm_xargs={"hidrop_kep": [1]}),
+    "options of the wrong type": asks(400, "vllm_xargs", vllm_xargs=[1]),
+    "a number of nothing": asks(400, "keep", vllm_xargs={"hidrop_keep": [float("nan")] * 8}),
+    "an infinite number": asks(400, "keep", vllm_xargs={"hidrop_keep": [float("inf")] * 8}),
+    "a temperature of nothing": asks(400, "temperature", temperature=float("nan")),
+    "messages of the wrong type": asks(400, "messages", messages="hello"),
+    "an image of the wrong type": asks(
+        400, "", messages=[{"role": "user", "content": [{"type": "image_url", "image_url": 7}]}]
+    ),
+    "another model": asks(404, "does not exist", model="gpt-4"),
+    "a prompt over the model's length": Entry(400, "4096", [image_url()], {}, "red " * 5000),
+    "pixels under a wrong type": Entry(200, "", [data_url(picture(0, "JPEG")).replace("image/png", "text/html")], {}),
+    "CMYK": file(200, "", saved(RGB.convert("CMYK"), "JPEG")),
+    "16 bits": file(200, "", sixteen_bits()),
+    "a palette with a transparent colour": file(200, "", palette_with_alpha()),
+    "turned by EXIF": file(200, "", turned("top")),
+    "one pixel": file(200, "", saved(Image.new("RGB", (1, 1)), "PNG")),
+    "the image token in text": Entry(200, "", [image_url()], {}, "what is <image> this <image> ?"),
+    "the image token alone": Entry(200, "", [], {}, "<image> <image>"),
+}
+
+
+@pytest.fixture(scope="module")
+def process(server: Server) -> psutil.Process:
+    return api_process(server.url)
+
+
+@pytest.fixture(scope="module")
+def first_answer(server: Server) -> str:
+    return content(server.chat([image_url()]))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(server: Server, process: psutil.Process, first_answer: str) -> Iterator[None]:
+    """Around every entry: memory, the next answer, the KV pool and the books."""
+    before = held_mib(process)
+    forget_peak(process)
+    yield
+    assert peak_mib(process) - before < MORE_MIB
+    assert content(server.chat([image_url()])) == first_answer
+    assert server.metric("vllm:kv_cache_usage_perc") == 0
+    assert server.http.get("/ready").status_code == 200
+
+
+def post(server: Server, body: bytes, **headers: str) -> httpx.Response:
+    headers = {"Content-Type": "application/json", **headers}
+    began = time.monotonic()
+    response = server.http.post("/v1/chat/completions", content=body, headers=headers)
+    assert time.monotonic() - began < ANSWER_SECONDS
+    return response
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_bad_input_is_answered_as_it_should_be(server: Server, name: str) -> None:
+    entry = CORPUS[name]
+    body = server.body(entry.images, entry.text, max_tokens=3) | entry.more
+    response = post(server, json.dumps(body).encode())  # with NaN, as a careless client writes it
+    assert response.status_code == entry.status, response.text[:1000]
+    if entry.status != 200:
+        error = response.json()["error"]
+        assert entry.says in error["message"]
+        assert len(error["message"]) < 2000
+
+
+@pytest.mark.parametrize("states_length", [True, False])
+def test_a_body_of_64_megabytes_is_a_413(server: Server, states_length: bool) -> None:
+    body = bytes(64 << 20)
+    parts = (body[start : start + (1 << 20)] for start in range(0, len(body), 1 << 20))
+    headers = {"Content-Type": "application/json"}
+    response = server.http.post("/v1/chat/completions", content=body if states_length else parts, headers=headers)
+    assert response.status_code == 413
+    assert "--max-body-mb" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"null", b"[]", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000])
+def test_what_is_no_request_is_a_400(server: Server, body: bytes) -> None:
+    assert post(server, body).status_code == 400
+
+
+def test_a_body_of_another_type_is_refused(server: Server) -> None:
+    assert post(server, b"a=b", **{"Content-Type": "application/x-www-form-urlencoded"}).status_code in (400, 415)
+
+
+def test_a_header_of_a_megabyte_is_refused(server: Server) -> None:
+    response = post(server, b"{}", **{"X-Long": "x" * (1 << 20)})
+    assert response.status_code == 431
+
+
+def test_after_the_whole_corpus_memory_is_back(server: Server, process: psutil.Process) -> None:
+    """Twice, because the first time fills what is kept: decoders, buffers, caches."""
+    held = []
+    for _ in range(2):
+        for entry in CORPUS.values():
+            post(server, json.dumps(server.body(entry.images, entry.text, max_tokens=3) | entry.more).encode())
+        held.append(held_mib(process))
+    assert held[1] - held[0] < MORE_MIB / 2
