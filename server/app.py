@@ -30,6 +30,7 @@ from hidrop_server.playground import PATH
 from hidrop_server.playground import router as playground
 from hidrop_server.redaction import hide_in_logs
 from hidrop_server.routes import describe, router
+from hidrop_server.safety import metrics_key
 from hidrop_server.serving import (
     HidropServingChat,
     HidropServingCompletion,
@@ -49,7 +50,7 @@ async def serve(args: Namespace, vllm_config: Any) -> int:
     Returns:
         Exit code: 1 if the engine died, 0 after a requested stop.
     """
-    hide_in_logs([*api_keys(args), args.metrics_api_key or ""])
+    hide_in_logs([*api_keys(args), metrics_key(args) or ""])
     decorate_logs("APIServer", skip_if_decorated=True)
     signal.signal(signal.SIGTERM, _interrupt)
     address, sock = setup_server(args, reuse_port=False)
@@ -88,7 +89,7 @@ def protect(app: FastAPI, engine: HidropLLM, args: Namespace) -> None:
     app.add_middleware(Deadline, seconds=args.request_timeout, on_refused=refused)
     app.add_middleware(SizeLimits, max_header_kb=args.max_header_kb, max_body_mb=args.max_body_mb, on_refused=refused)
     app.add_middleware(Admission, engine=engine)
-    app.add_middleware(Access, api_keys=api_keys(args), metrics_key=args.metrics_api_key, on_refused=refused)
+    app.add_middleware(Access, api_keys=api_keys(args), metrics_key=metrics_key(args), on_refused=refused)
 
 
 def api_keys(args: Namespace) -> list[str]:

@@ -1,6 +1,6 @@
 """Our own safety flags of `hidrop serve`, for what vLLM has none, and safer defaults for those it has.
 
-Knows vLLM's argument parser; acts on nothing.
+Knows argparse and the environment; acts on nothing.
 """
 
 import argparse
@@ -44,7 +44,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--metrics-api-key",
-        default=os.environ.get(METRICS_KEY_VARIABLE),
         metavar="KEY",
         help=f"What /metrics, and nothing else, is read with (environment: {METRICS_KEY_VARIABLE}).",
     )
@@ -64,19 +63,29 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def metrics_key(args: argparse.Namespace) -> str | None:
+    """The flag's, else the environment's; not the flag's default, because help prints defaults."""
+    return args.metrics_api_key or os.environ.get(METRICS_KEY_VARIABLE) or None
+
+
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of seconds, or 0 for no limit, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, or 0 for no limit, got {text!r}")
     return value
 
 
 def _network(text: str) -> Network:
-    return ip_network(text)
+    try:
+        return ip_network(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -98,7 +98,10 @@ def capacity(  # noqa: PLR0913, PLR0917 (one argument is one option)
         command.run(model, choice, images or [], text, machine, target, as_json)
 
 
-SERVE_EPILOG = "Every other flag goes to vLLM: hidrop serve --vllm-help all, or --vllm-help FLAG."
+SERVE_EPILOG = (
+    "Limits and keys: hidrop serve --vllm-help hidrop-safety. Every other flag goes to vLLM: hidrop serve --vllm-help "
+    "all, or --vllm-help FLAG."
+)
 
 
 @app.command(
