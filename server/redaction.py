@@ -21,16 +21,20 @@ def hide_in_logs(secrets: Iterable[str]) -> None:
     make = logging.getLogRecordFactory()
 
     def redact(value: Any) -> Any:
-        if isinstance(value, str):
-            for secret in hidden:
-                value = value.replace(secret, HIDDEN)
-        return value
+        if isinstance(value, int | float | None):
+            return value
+        text = str(value)
+        for secret in hidden:
+            text = text.replace(secret, HIDDEN)
+        return value if text == str(value) else text
 
     def make_redacted(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make(*args, **kwargs)
         record.msg = redact(record.msg)
         if isinstance(record.args, tuple):
             record.args = tuple(redact(each) for each in record.args)
+        elif record.args:
+            record.args = {key: redact(value) for key, value in record.args.items()}
         return record
 
     logging.setLogRecordFactory(make_redacted)

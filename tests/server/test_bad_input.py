@@ -131,6 +131,16 @@ def test_bad_input_is_answered_as_it_should_be(server: Server, name: str) -> Non
         assert len(error["message"]) < 2000
 
 
+@pytest.mark.parametrize("digits", [18, 30, 5000])
+def test_a_number_too_large_for_the_engine_is_refused_or_bounded(server: Server, digits: int) -> None:
+    keeps = "[" + ",".join(["1" * digits] * len(server.schedule.stages)) + "]"
+    body = json.dumps(server.body([image_url()], max_tokens=3, vllm_xargs={"hidrop_keep": "KEEPS"}))
+    response = post(server, body.replace('"KEEPS"', keeps).encode())
+    assert response.status_code in (200, 400), response.text
+    body = json.dumps(server.body([image_url()], max_tokens=3)).replace('"temperature": 0', f'"seed": {"1" * digits}')
+    assert post(server, body.encode()).status_code in (200, 400)
+
+
 @pytest.mark.parametrize("states_length", [True, False])
 def test_a_body_of_64_megabytes_is_a_413(server: Server, states_length: bool) -> None:
     body = bytes(64 << 20)

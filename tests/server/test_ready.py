@@ -12,6 +12,7 @@ import pytest
 
 from tests.server.harness import QUESTION, Server, image_url, user
 from tests.server.leaky_server import LEAK_TOKENS
+from tests.server.processes import api_process
 from vllm_hidrop.commands.local_server import local_server
 
 pytestmark = pytest.mark.server
@@ -79,3 +80,7 @@ def test_a_leak_makes_the_server_unready_and_so_does_the_engines_death(monkeypat
         dead = until(lambda response: "EngineCore" in response.text, http)
         assert dead.status_code == 503
         assert "EngineCore" in dead.json()["reason"]
+        assert http.get("/health").status_code == 503, "nor does it live"
+        process = api_process(url)
+        process.terminate()
+        assert process.wait(60) == 1, "the exit code tells a supervisor that it was not a requested stop"
