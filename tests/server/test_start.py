@@ -60,9 +60,6 @@ WITH_VLLM = {
     "keeps that rise": Refused("must not rise", ("--hidrop-config", KEEPS_THAT_RISE)),
     "a flag nobody has": Refused("--nonsense", ("--nonsense", "3")),
     "a setting pruning would break": Refused("--enable-lora", ("--enable-lora",)),
-    "a body of no size": Refused("at least 1", ("--max-body-mb", "0")),
-    "a negative time": Refused("a number of seconds", ("--request-timeout", "nan")),
-    "no network": Refused("does not appear to be an IPv4 or IPv6 network", ("--allowed-media-networks", "here")),
     "a launcher of vLLM's": Refused("--api-server-count", ("--api-server-count", "2")),
 }
 

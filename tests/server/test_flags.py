@@ -1,0 +1,48 @@
+"""Our safety flags, and what stands when none is given; no engine."""
+
+import argparse
+
+import pytest
+
+from hidrop_server.safety import METRICS_KEY_VARIABLE, SAFER_DEFAULTS, add_flags, metrics_key
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(exit_on_error=False)
+    add_flags(made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("says", "argv"),
+    [
+        ("at least 1", ["--max-body-mb", "0"]),
+        ("at least 1", ["--max-header-kb", "-1"]),
+        ("at least 1", ["--max-body-mb", "lots"]),
+        ("number of seconds", ["--request-timeout", "-1"]),
+        ("number of seconds", ["--request-timeout", "nan"]),
+        ("number of seconds", ["--request-timeout", "soon"]),
+        ("IPv4 or IPv6 network", ["--allowed-media-networks", "here"]),
+        ("host bits", ["--allowed-media-networks", "10.0.0.1/8"]),
+    ],
+)
+def test_a_value_that_means_nothing_is_refused(says: str, argv: list[str]) -> None:
+    with pytest.raises(argparse.ArgumentError, match=says):
+        parser().parse_args(argv)
+
+
+def test_nothing_is_unbounded_by_default() -> None:
+    args = parser().parse_args([])
+    assert (args.max_body_mb, args.max_header_kb, args.request_timeout) == (32, 32, 600)
+    assert not args.enable_admin_routes
+    assert args.allowed_media_networks == []
+    assert {name: getattr(args, name) for name in SAFER_DEFAULTS} == SAFER_DEFAULTS
+
+
+def test_help_does_not_print_the_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(METRICS_KEY_VARIABLE, "the-key")
+    formatted = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_flags(formatted)
+    assert "the-key" not in formatted.format_help()
+    assert metrics_key(formatted.parse_args([])) == "the-key"
+    assert metrics_key(formatted.parse_args(["--metrics-api-key", "another"])) == "another"
