@@ -86,6 +86,7 @@ def protect(app: FastAPI, engine: HidropLLM, args: Namespace) -> None:
         hide_admin_routes(app)
     drop_stock_authentication(app)
     refused = engine.metrics.refused
+    app.middleware_stack = None  # the last step of build_app, SageMaker's, has built it; it is built again when asked
     app.add_middleware(Deadline, seconds=args.request_timeout, on_refused=refused)
     app.add_middleware(SizeLimits, max_header_kb=args.max_header_kb, max_body_mb=args.max_body_mb, on_refused=refused)
     app.add_middleware(Admission, engine=engine)

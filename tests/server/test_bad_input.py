@@ -50,7 +50,7 @@ CORPUS: dict[str, Entry] = {
     "truncated JPEG": file(400, "truncated", picture(0, "JPEG")[:-400]),
     "truncated WebP": file(400, "", picture(0, "WEBP")[:-200]),
     "zero bytes": file(400, "not an image", b""),
-    "an empty URL": url("URL", ""),
+    "an empty URL": url("empty", ""),
     "SVG": file(400, "not an image", SVG),
     "PDF": file(400, "not an image", PDF),
     "animated GIF": file(400, "frame", animated("GIF")),
