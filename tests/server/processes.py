@@ -1,6 +1,8 @@
 """The processes of a server under test: which one answers HTTP, what it holds, what it logs."""
 
+import os
 import re
+import time
 from pathlib import Path
 
 import psutil
@@ -19,6 +21,21 @@ def api_process(url: str) -> psutil.Process:
 def log_file(process: psutil.Process) -> Path:
     """The file that its output goes to."""
     return Path(f"/proc/{process.pid}/fd/1").resolve()
+
+
+def exit_code(process: psutil.Process, seconds: float = 90.0) -> int:
+    """Of a child of this process that was told to end; asks again and again, because pidfd is not to be had everywhere.
+
+    Raises:
+        TimeoutError: it lives on.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        pid, status = os.waitpid(process.pid, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.1)
+    raise TimeoutError(f"{process} lives on")
 
 
 def held_mib(process: psutil.Process) -> float:

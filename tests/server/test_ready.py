@@ -12,7 +12,7 @@ import pytest
 
 from tests.server.harness import QUESTION, Server, image_url, user
 from tests.server.leaky_server import LEAK_TOKENS
-from tests.server.processes import api_process
+from tests.server.processes import api_process, exit_code
 from vllm_hidrop.commands.local_server import local_server
 
 pytestmark = pytest.mark.server
@@ -83,4 +83,4 @@ def test_a_leak_makes_the_server_unready_and_so_does_the_engines_death(monkeypat
         assert http.get("/health").status_code == 503, "nor does it live"
         process = api_process(url)
         process.terminate()
-        assert process.wait(60) == 1, "the exit code tells a supervisor that it was not a requested stop"
+        assert exit_code(process) == 1, "the exit code tells a supervisor that it was not a requested stop"
