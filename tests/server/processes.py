@@ -38,6 +38,14 @@ def exit_code(process: psutil.Process, seconds: float = 90.0) -> int:
     raise TimeoutError(f"{process} lives on")
 
 
+def lives(process: psutil.Process) -> bool:
+    """Whether it still does something; what has ended and waits for its parent does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def held_mib(process: psutil.Process) -> float:
     """Memory held now."""
     return float(process.memory_info().rss) / (1 << 20)

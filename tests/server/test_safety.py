@@ -13,7 +13,7 @@ import pytest
 from openai import OpenAI
 
 from tests.server.harness import QUESTION, Server, image_url, user
-from tests.server.processes import api_process, exit_code, log_file
+from tests.server.processes import api_process, exit_code, lives, log_file
 from tests.server.stranger import stranger
 from vllm_hidrop.commands.local_server import local_server
 
@@ -178,7 +178,7 @@ def test_a_server_told_to_stop_answers_what_it_has_begun_and_says_no_secret(guar
     assert turned_away.is_set()
     assert exit_code(process) == 0
     said = log.read_text(encoding="utf-8", errors="replace")
-    assert not [child for child in children if child.is_running()]
+    assert not [child for child in children if lives(child)]
     assert "shutdown triggered" in said
     assert KEY not in said
     assert METRICS_KEY not in said
