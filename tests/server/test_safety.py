@@ -179,6 +179,6 @@ def test_a_server_told_to_stop_answers_what_it_has_begun_and_says_no_secret(guar
     assert exit_code(process) == 0
     said = log.read_text(encoding="utf-8", errors="replace")
     assert not [child for child in children if lives(child)]
-    assert "shutdown triggered" in said
+    assert "Shutting down" in said
     assert KEY not in said
     assert METRICS_KEY not in said
