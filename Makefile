@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: install serve demo monitor test soak loadtest check format bench lock clean help
+.PHONY: install serve demo monitor test test-slow soak loadtest check format bench lock clean help
 
 install: $(STAMP)  ## build .venv from the lock file
 
@@ -33,8 +33,11 @@ demo: $(STAMP)  ## serve the embedded model and ask it about a picture, with and
 monitor: $(STAMP)  ## serve, scrape with a real Prometheus, send traffic, draw docs/dashboard.png
 	$(BIN)/hidrop monitor --png docs/dashboard.png $(ARGS)
 
-test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)  ## run the tests, except the slow ones
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(STAMP)  ## run the tests that take minutes each
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 soak: $(STAMP)  ## 2,000 mixed requests against a pool that is too small; every answer must be the one in isolation
 	$(BIN)/python -m tests.soak $(ARGS)
@@ -62,4 +65,4 @@ clean:  ## delete .venv, caches and build outputs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

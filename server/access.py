@@ -1,4 +1,4 @@
-"""Who may ask what: everything needs a key, once there is one, but the two probes; some routes are not there at all.
+"""Who may ask what: once there is a key, all but the probes and the playground's page need it; some routes are gone.
 
 Knows ASGI and the application's routes; not what they do.
 """
@@ -14,6 +14,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from hidrop_server.answers import PROBES, OnRefused, error, is_metrics
+from hidrop_server.playground import PATH as PLAYGROUND
+
+OPEN = (*PROBES, PLAYGROUND)
+"""Needs no key; the playground's page holds no secret, and asks for a key itself."""
 
 ADMIN_ROUTES = frozenset(
     {
@@ -41,9 +45,9 @@ def drop_stock_authentication(app: FastAPI) -> None:
 class Access:
     """Refuses with 401 whoever has not the key of a path.
 
-    With API keys, every path but the probes needs one of them, as ``Authorization: Bearer`` or, as Anthropic's clients
-    send it, ``x-api-key``. With a metrics key, ``/metrics`` needs that and no other. A preflight of a browser carries
-    no key and is let through: it ends in the CORS middleware.
+    With API keys, every path but :data:`OPEN` needs one of them, as ``Authorization: Bearer`` or, as Anthropic's
+    clients send it, ``x-api-key``. With a metrics key, ``/metrics`` needs that and no other. A preflight of a browser
+    carries no key and is let through: it ends in the CORS middleware.
     """
 
     def __init__(self, app: ASGIApp, api_keys: Iterable[str], metrics_key: str | None, on_refused: OnRefused) -> None:
@@ -67,7 +71,7 @@ class Access:
     def _may_pass(self, scope: Scope) -> bool:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         digests = self.metrics_digests if is_metrics(path) else self.api_digests
-        if not digests or path in PROBES:
+        if not digests or path in OPEN:
             return True
         headers = Headers(scope=scope)
         if scope.get("method") == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers:

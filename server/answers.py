@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
 PROBES = ("/health", "/ready")
-"""Liveness and readiness: open to all, also while the server drains."""
+"""Liveness and readiness: answered also while the server drains."""
 METRICS = "/metrics"
 
 OnRefused = Callable[[str], None]

@@ -12,10 +12,6 @@ from tests.deploy.tools import DEPLOY, accepts, run
 
 COMPOSE = DEPLOY / "compose"
 KEYS = {"HIDROP_API_KEY": "key", "HIDROP_METRICS_KEY": "other", "GRAFANA_PASSWORD": "word"}
-MONITORING = pytest.mark.skipif(
-    not ((DEPLOY / "grafana").exists() and (DEPLOY / "prometheus").exists()),
-    reason="NOT VALIDATED: deploy/grafana and deploy/prometheus are not merged yet",
-)
 FORMS: list[tuple[str, ...]] = [("compose.yaml",), ("compose.yaml", "compose.gpu.yaml")]
 
 
@@ -69,7 +65,6 @@ def test_the_example_of_settings_names_what_has_no_default() -> None:
     assert not any(settings[name] for name in KEYS)
 
 
-@MONITORING
 def test_every_file_that_is_mounted_is_there() -> None:
     for service in project(FORMS[0])["services"].values():
         sources = [Path(mount["source"]) for mount in service["volumes"] if mount["type"] == "bind"]
@@ -77,7 +72,6 @@ def test_every_file_that_is_mounted_is_there() -> None:
             assert source.exists() or source == COMPOSE / "models", source
 
 
-@MONITORING
 def test_grafana_reads_the_dashboards_and_the_data_source_they_name() -> None:
     mounts = {mount["target"]: Path(mount["source"]) for mount in project(FORMS[0])["services"]["grafana"]["volumes"]}
     (provider,) = yaml.safe_load((COMPOSE / "grafana/dashboards/hidrop.yaml").read_text())["providers"]
@@ -108,7 +102,6 @@ def test_prometheus_accepts_its_file() -> None:
     accepts("promtool", "check", "config", "--syntax-only", COMPOSE / "prometheus" / "prometheus.yml")
 
 
-@MONITORING
 def test_prometheus_accepts_the_rules_it_loads(tmp_path: Path) -> None:
     config = yaml.safe_load((COMPOSE / "prometheus" / "prometheus.yml").read_text())
     (pattern,) = config["rule_files"]

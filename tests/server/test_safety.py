@@ -40,7 +40,7 @@ def guarded() -> Iterator[Server]:
             httpx.Client(base_url=url, timeout=120, headers={"Authorization": f"Bearer {KEY}"}) as http,
             OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=120) as client,
         ):
-            yield Server(url, http, client, {"Authorization": f"Bearer {METRICS_KEY}"})
+            yield Server(url, http, client, KEY, {"Authorization": f"Bearer {METRICS_KEY}"})
 
 
 def until_idle(guarded: Server) -> None:

@@ -20,8 +20,6 @@ from typing import Any
 
 from vllm_hidrop.commands.local_server import LOOPBACK, free_port
 
-NAMES = ("prometheus", "promtool")
-PACKAGE = "prometheus"
 READY_SECONDS = 60.0
 STOP_SECONDS = 10.0
 ANSWER_SECONDS = 30.0
@@ -36,41 +34,48 @@ class Tools:
 
 
 def find_tools(cache: Path | None = None) -> Tools:
-    """Take the programs from PATH, else from Debian's package, fetched once into ``cache``.
+    """Prometheus and its tool, as :func:`find_programs` finds them."""
+    return Tools(*find_programs("prometheus", ("prometheus", "promtool"), cache))
+
+
+def find_programs(package: str, names: Sequence[str], cache: Path | None = None) -> list[Path]:
+    """Take programs from PATH, else from their Debian package, fetched once.
 
     Args:
-        cache: folder (default: vllm_hidrop/prometheus in the user's cache folder).
+        package: Debian's name of it.
+        names: of the programs in it.
+        cache: folder to fetch into (default: vllm_hidrop/PACKAGE in the user's cache folder).
 
     Raises:
         ValueError: neither is possible; says what was tried.
     """
-    installed = [shutil.which(name) for name in NAMES]
+    installed = [shutil.which(name) for name in names]
     if all(installed):
-        return Tools(*(Path(path) for path in installed if path))
-    folder = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vllm_hidrop" / "prometheus"
-    programs = folder / "usr" / "bin"
-    if not all((programs / name).is_file() for name in NAMES):
-        _fetch(folder)
-    return Tools(*(programs / name for name in NAMES))
+        return [Path(path) for path in installed if path]
+    folder = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vllm_hidrop" / package
+    programs = [folder / "usr" / "bin" / name for name in names]
+    if not all(program.is_file() for program in programs):
+        _fetch(package, folder)
+    return programs
 
 
-def _fetch(folder: Path) -> None:
-    """Unpack Debian's package into ``folder``; whole or not at all."""
+def _fetch(package: str, folder: Path) -> None:
+    """Unpack a Debian package into ``folder``; whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetching-") as name:
         work = Path(name)
-        _run(["apt-get", "download", PACKAGE], work)
+        _run(["apt-get", "download", package], work, package)
         packages = list(work.glob("*.deb"))
         if len(packages) != 1:
-            raise ValueError(f"apt-get download {PACKAGE} left {len(packages)} packages, not one")
-        _run(["dpkg-deb", "-x", packages[0].name, "unpacked"], work)
+            raise ValueError(f"apt-get download {package} left {len(packages)} packages, not one")
+        _run(["dpkg-deb", "-x", packages[0].name, "unpacked"], work, package)
         if folder.exists():
             shutil.rmtree(folder)
         (work / "unpacked").rename(folder)
 
 
-def _run(command: Sequence[str], folder: Path) -> None:
-    advice = f"Prometheus is not installed (Debian package {PACKAGE}), and fetching it failed"
+def _run(command: Sequence[str], folder: Path, package: str) -> None:
+    advice = f"Debian's package {package} is not installed, and fetching it failed"
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
     except OSError as error:
