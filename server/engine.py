@@ -6,8 +6,9 @@ Knows vLLM's ``AsyncLLM`` and the planner; not HTTP.
 import asyncio
 import time
 from argparse import Namespace
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
+from itertools import chain
 from typing import Any
 
 from vllm import SamplingParams
@@ -18,10 +19,11 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
+from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestOutputCollector, RequestState
 from vllm.v1.metrics.stats import RequestStateStats
 
 from hidrop_server.adopt import adopt
+from hidrop_server.known_images import KnownImages, know_images
 from hidrop_server.metrics import HidropMetrics, Times
 from hidrop_server.options import check_keys, others_are_read
 from hidrop_server.reports import REPORT_KEY
@@ -132,20 +134,20 @@ class HidropLLM(AsyncLLM):
             # Else a raw prompt, from no route of the server; the scheduler refuses what it cannot plan.
         except ValueError as error:
             self.metrics.refused("options")
-            self.forget_images(prompt)
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
 
-    def forget_images(self, prompt: Any) -> None:
-        """The renderer takes images that it has cached for known to the engine, which never hears of this request."""
-        cache = self.renderer.mm_processor_cache
-        hashes = prompt.get("mm_hashes") if isinstance(prompt, dict) else None
-        for of_kind in (hashes or {}).values() if cache is not None else ():
-            for each in of_kind:
-                cache.invalidate(each)
+    async def add_request(self, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> RequestOutputCollector:
+        """Send it to the engine, which from then on has its images."""
+        outputs = await super().add_request(request_id, prompt, *args, **kwargs)
+        known = self.renderer.mm_processor_cache
+        if isinstance(known, KnownImages):
+            known.sent(hashes_in(prompt))
+        return outputs
 
     def _run_output_handler(self) -> None:
-        """Start vLLM's output loop, which from then on holds on to its output processor; so ours goes in before."""
+        """Start vLLM's output loop, which holds on to output processor and image cache; so ours go in before."""
         if self.output_handler is None:
+            know_images(self.renderer)
             processor = adopt(HidropOutputProcessor, self.output_processor)
             processor.reports, processor.metrics = {}, self.metrics
             self.output_processor = processor
@@ -205,6 +207,12 @@ def spans_in(prompt: dict[str, Any]) -> tuple[Span, ...]:
     """The images' places in a rendered prompt."""
     places = (place for each in prompt.get("mm_placeholders", {}).values() for place in each)
     return tuple(Span(place.offset, place.length) for place in places)
+
+
+def hashes_in(prompt: Any) -> Iterator[str]:
+    """The images' names in a rendered prompt; none in another, whose images are then sent each time."""
+    of_kinds = prompt.get("mm_hashes", {}) if isinstance(prompt, dict) else {}
+    return chain.from_iterable(of_kinds.values())
 
 
 def _served_name(model_config: Any) -> str:

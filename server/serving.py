@@ -37,7 +37,6 @@ class _NoBeams:
         """
         if self.engine_client.planner.is_staged and spans_in(prompt):
             self.engine_client.metrics.refused("options")
-            self.engine_client.forget_images(prompt)
             raise VLLMValidationError(
                 "beam search sends each step as a new prompt, and each would choose other vision tokens: "
                 "not with images on a pruning server",
