@@ -65,9 +65,28 @@ LIT = """grid => {
 }"""
 
 
+TIMES = ("Time to first token", "Time to the end")
+UNITS = {" GFLOP": 1e9, " MB": 1e6}
+
+
 def numbers(page: Page, heading: str) -> list[str]:
     row = page.get_by_role("table", name="What both answers took").get_by_role("row").filter(has_text=heading)
     return [text.replace(",", "") for text in row.get_by_role("cell").all_inner_texts()]
+
+
+def saved_percent(report: dict[str, Any], key: str) -> Any:
+    """As shown, to one decimal."""
+    return pytest.approx(100 * (1 - report[key] / report[f"{key}_dense"]), abs=0.051)
+
+
+def percent_in(text: str) -> float:
+    return float(text.replace("\N{MINUS SIGN}", "-").removesuffix(" %"))
+
+
+def tiles(page: Page) -> dict[str, str]:
+    """Heading and percentage of every saving."""
+    tiles = page.locator("#savings > div").all()
+    return {tile.locator("dt").inner_text(): tile.locator("dd").first.inner_text() for tile in tiles}
 
 
 class TestClickingThrough:
@@ -95,12 +114,24 @@ class TestClickingThrough:
         assert numbers(page, "KV blocks held")[:2] == [str(pruned["kv_blocks"]), str(off["kv_blocks"])]
         assert numbers(page, "Rows run")[:2] == [str(pruned["layer_tokens"]), str(off["layer_tokens"])]
         assert numbers(page, "mean over the layers")[:2] == ["64", "576"]
-        for heading in ("Time to first token", "Time to the end"):
-            assert all(float(cell) > 0 for cell in numbers(page, heading)[:2])
+        assert numbers(page, "mean over the layers")[2] == "88.9 %"
+        for heading, key, unit in (
+            ("Prefill compute", "prefill_flops", " GFLOP"),
+            ("KV cache held", "kv_bytes", " MB"),
+        ):
+            *both, saved = numbers(page, heading)
+            for cell, report in zip(both, (pruned, off), strict=True):
+                assert float(cell.removesuffix(unit)) * UNITS[unit] == pytest.approx(report[key], rel=0.005)
+            assert percent_in(saved) == saved_percent(pruned, key), "off runs what the report calls dense"
+            assert -percent_in(tiles(page)[heading.removesuffix(" held")]) == saved_percent(pruned, key)
+        assert percent_in(tiles(page)["Vision tokens, mean"]) == -88.9
+        first, _ = times = [[float(c.removesuffix(" ms")) for c in numbers(page, t)[:2]] for t in TIMES]
+        assert all(time > 0 for pair in times for time in pair)
+        assert percent_in(tiles(page)["First token"]) == pytest.approx(100 * (first[0] / first[1] - 1), abs=1)
 
     def test_a_bar_of_the_chart_can_be_clicked(self, page: Page) -> None:
         chrome.ask(page)
-        page.locator("#chart div").nth(3).click(position={"x": 3, "y": 1})
+        page.locator("#chart div").nth(3).click(position={"x": 3, "y": 60})
         expect(page.get_by_role("slider", name="Stage")).to_have_value("3")
         assert len(page.evaluate(LIT, 24)) == 24
 
@@ -133,7 +164,8 @@ class TestClickingThrough:
         page.get_by_role("button", name="Example picture").click()
         assert len(page.evaluate(LIT, 24)) == 576
         expect(page.get_by_role("slider", name="Stage")).to_be_disabled()
-        assert numbers(page, "KV blocks held") == ["-", "-", "-"]
+        for card in ("#numbers-card", "#savings-card", "#stages-card"):
+            expect(page.locator(card)).to_be_hidden()
 
     def test_without_the_comparison_one_request_is_sent(self, page: Page) -> None:
         answers = chats(page)
@@ -141,6 +173,7 @@ class TestClickingThrough:
         chrome.ask(page)
         assert len(answers) == 1
         assert numbers(page, "KV blocks held")[1:] == ["-", "-"]
+        assert list(tiles(page)) == ["KV cache", "Prefill compute", "Vision tokens, mean"], "times need the comparison"
 
     def test_a_file_that_is_no_picture_is_told(self, page: Page) -> None:
         page.locator("#file").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"})
