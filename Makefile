@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: install serve demo monitor test test-slow soak loadtest check format bench lock clean help
+.PHONY: install serve demo monitor screenshots test test-slow soak loadtest check format bench lock clean help
 
 install: $(STAMP)  ## build .venv from the lock file
 
@@ -32,6 +32,9 @@ demo: $(STAMP)  ## serve the embedded model and ask it about a picture, with and
 
 monitor: $(STAMP)  ## serve, scrape with a real Prometheus, send traffic, draw docs/dashboard.png
 	$(BIN)/hidrop monitor --png docs/dashboard.png $(ARGS)
+
+screenshots: $(STAMP)  ## draw docs/playground.png in a headless Chromium (scripts/chromium.sh installs one)
+	$(BIN)/python -m scripts.screenshot $(ARGS)
 
 test: $(STAMP)  ## run the tests, except the slow ones
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
@@ -65,4 +68,4 @@ clean:  ## delete .venv, caches and build outputs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -1,7 +1,7 @@
 """Make docs/playground.png: the playground after a question about an example picture, in a headless Chromium.
 
-``python scripts/screenshot.py [--url URL] [--out FILE]``; without a URL it starts a server of its own. Chromium comes
-from ``scripts/chromium.sh``.
+``make screenshots``, or ``python -m scripts.screenshot [--url URL] [--out FILE]``; without a URL it starts a server of
+its own. Chromium comes from ``scripts/chromium.sh``.
 """
 
 import argparse
