@@ -178,6 +178,7 @@ def test_the_model_list_and_hidrop_describe_the_schedule(server: Server) -> None
     fields |= {"prefix_state_bytes"}
     assert card["hidrop"].keys() == fields
     assert card["hidrop"].items() <= description.items()
+    assert (card["hidrop"]["method"], card["hidrop"]["preset"]) == ("hidrop", "embedded")
     assert [stage["end_layer"] for stage in card["hidrop"]["stages"]] == list(server.schedule.end_layers)
     assert set(description["request_options"]) == {"hidrop", "hidrop_keep", "hidrop_method", "hidrop_explain"}
 

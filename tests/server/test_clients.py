@@ -62,10 +62,8 @@ def messages() -> Any:
 
 @pytest.fixture(scope="module")
 def claude(guarded: Server) -> Iterator[anthropic.Anthropic]:
-    """vLLM reads keys from ``Authorization`` alone, so the client's is an ``auth_token``."""
-    with anthropic.Anthropic(
-        base_url=guarded.url, api_key=None, auth_token=guarded.key, max_retries=0, timeout=120
-    ) as client:
+    """It sends its key as ``x-api-key``."""
+    with anthropic.Anthropic(base_url=guarded.url, api_key=guarded.key, max_retries=0, timeout=120) as client:
         yield client
 
 
@@ -79,11 +77,13 @@ def test_a_wrong_key_is_refused_on_the_routes_of_both_clients(guarded: Server) -
         ):
             with pytest.raises(openai.AuthenticationError):
                 ask()
-    with (
-        anthropic.Anthropic(base_url=guarded.url, api_key=None, auth_token="wrong", max_retries=0) as other,
-        pytest.raises(anthropic.AuthenticationError),
-    ):
-        other.messages.create(model="tiny", max_tokens=3, messages=[{"role": "user", "content": "a"}])
+    keys: list[dict[str, Any]] = [{"api_key": "wrong"}, {"api_key": None, "auth_token": "wrong"}]
+    for key in keys:
+        with (
+            anthropic.Anthropic(base_url=guarded.url, max_retries=0, **key) as other,
+            pytest.raises(anthropic.AuthenticationError),
+        ):
+            other.messages.create(model="tiny", max_tokens=3, messages=[{"role": "user", "content": "a"}])
 
 
 def test_the_model_list_says_what_is_pruned(guarded: Server) -> None:
@@ -213,6 +213,27 @@ def test_a_tool_is_called_about_a_pruned_image(guarded: Server, choice: Any) -> 
     assert answer.model_dump()["hidrop"]["mode"] == "pruned"
 
 
+def test_a_tool_call_is_streamed(guarded: Server) -> None:
+    chunks = list(
+        guarded.openai.chat.completions.create(
+            model="tiny",
+            messages=messages(),
+            tools=[OPENAI_TOOL],
+            tool_choice="required",
+            max_tokens=200,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
+    calls = [call.function for delta in deltas for call in delta.tool_calls or [] if call.function]
+    assert "".join(call.name or "" for call in calls) == "paint"
+    assert json.loads("".join(call.arguments or "" for call in calls))["colour"] in ("red", "blue")
+    assert chunks[-1].usage is not None
+    assert chunks[-1].model_dump()["hidrop"]["mode"] == "pruned"
+
+
 def test_a_tool_is_used_in_messages(claude: anthropic.Anthropic) -> None:
     answer = claude.messages.create(
         model="tiny",
@@ -232,6 +253,14 @@ def test_tokens_go_there_and_back(guarded: Server) -> None:
     assert there["count"] == len(there["tokens"])
     back = guarded.http.post("/detokenize", json={"model": "tiny", "tokens": there["tokens"][-3:]}).json()
     assert back["prompt"] == "abc"
+
+
+def test_tokens_of_a_chat_with_an_image_are_what_it_is_billed_for(guarded: Server) -> None:
+    new = [user([image_url(8800)], "what?")]
+    counted = guarded.http.post("/tokenize", json={"model": "tiny", "messages": new}).json()["count"]
+    answer = guarded.http.post("/v1/chat/completions", json={"model": "tiny", "messages": new, "max_tokens": 2})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["prompt_tokens"] == counted
 
 
 def test_a_request_id_comes_back(guarded: Server) -> None:
