@@ -7,7 +7,9 @@ The six: the engine client, the media connector, the handlers that answer with a
 import signal
 import sys
 from argparse import Namespace
+from collections.abc import Mapping
 from functools import partial
+from socket import socket
 from typing import Any
 
 from fastapi import FastAPI
@@ -50,16 +52,44 @@ async def serve(args: Namespace, vllm_config: Any) -> int:
     Returns:
         Exit code: 1 if the engine died, 0 after a requested stop.
     """
-    hide_in_logs([*api_keys(args), metrics_key(args) or ""])
     decorate_logs("APIServer", skip_if_decorated=True)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    address, sock = listen(args)
+    return await answer(address, sock, args, vllm_config)
+
+
+def listen(args: Namespace) -> tuple[str, socket]:
+    """Bind the port, which nobody else can then bind; returns the address to be shown, and the socket."""
+    hide_keys(args)
     address, sock = setup_server(args, reuse_port=False)
     if not api_keys(args) and args.uds is None and args.host not in LOOPBACK:
         print(f"hidrop serve: no --api-key: whoever reaches {address} may use it", file=sys.stderr, flush=True)
-    async with run_engine(args, vllm_config) as engine:
+    return address, sock
+
+
+async def answer(
+    address: str, sock: socket, args: Namespace, vllm_config: Any, client: Mapping[str, Any] | None = None
+) -> int:
+    """Serve on a bound socket until a signal.
+
+    Args:
+        address: to be shown.
+        sock: closed at the end.
+        args: of the command line.
+        vllm_config: the engine's.
+        client: where the engine is and which of its clients this process is; None for one that starts its own.
+
+    Returns:
+        Exit code, as that of :func:`serve`.
+    """
+    own = dict(client or {})
+    loads, index = own.pop("api_server_loads", None), own.get("client_index", 0)
+    async with run_engine(args, vllm_config, own) as engine:
         app = await make_app(engine, args)
-        print(f"hidrop serve: {engine.planner.method} on {address}, playground at {address}{PATH}", flush=True)
-        shutdown = await serve_http(app, sock=sock, **uvicorn_options(args))
+        if index == 0:
+            print(f"hidrop serve: {engine.planner.method} on {address}, playground at {address}{PATH}", flush=True)
+        peer_loads = None if loads is None else (loads, index)
+        shutdown = await serve_http(app, sock=sock, peer_loads=peer_loads, **uvicorn_options(args))
     try:
         await shutdown
     finally:
@@ -91,6 +121,11 @@ def protect(app: FastAPI, engine: HidropLLM, args: Namespace) -> None:
     app.add_middleware(SizeLimits, max_header_kb=args.max_header_kb, max_body_mb=args.max_body_mb, on_refused=refused)
     app.add_middleware(Admission, engine=engine)
     app.add_middleware(Access, api_keys=api_keys(args), metrics_key=metrics_key(args), on_refused=refused)
+
+
+def hide_keys(args: Namespace) -> None:
+    """Keep the keys out of this process's log."""
+    hide_in_logs([*api_keys(args), metrics_key(args) or ""])
 
 
 def api_keys(args: Namespace) -> list[str]:
@@ -128,6 +163,6 @@ def uvicorn_options(args: Namespace) -> dict[str, Any]:
     }
 
 
-def _interrupt(*_: object) -> None:
+def interrupt(*_: object) -> None:
     """A SIGTERM before uvicorn listens for it ends the start."""
     raise KeyboardInterrupt("terminated")

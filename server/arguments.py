@@ -55,6 +55,7 @@ def parse(model: str | None, vllm_args: list[str], method: str | None = None) ->
         named = str(MODEL_DIR if method in (None, MODEL_METHOD) else CHECKPOINTS["dense"])
     args.model = named
     _refuse_other_launchers(args)
+    _count_processes(args)
     try:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:
@@ -106,16 +107,24 @@ def _dtype() -> dict[str, str]:
 
 
 def _refuse_other_launchers(args: Namespace) -> None:
-    """One API process over one engine: flags that vLLM's command hands to another launcher would be ignored."""
+    """Flags that vLLM's command hands to a launcher which is not ours would be ignored."""
     ignored = {
         "--headless": args.headless,
         "--grpc": args.grpc,
-        "--api-server-count": (args.api_server_count or 1) > 1,
         "--data-parallel-multi-port-external-lb": args.data_parallel_multi_port_external_lb,
     }
     for flag, is_set in ignored.items():
         if is_set:
             raise StartError(f"{flag} is not supported by hidrop serve: run several servers behind a router")
+
+
+def _count_processes(args: Namespace) -> None:
+    """Tell the engine's configuration how many processes talk to it; -1 is the one that talks to none itself."""
+    args.api_server_count = 1 if args.api_server_count is None else args.api_server_count
+    if args.api_server_count < 1:
+        raise StartError(f"--api-server-count must be at least 1, got {args.api_server_count}")
+    if args.api_server_count > 1:
+        args._api_process_count, args._api_process_rank = args.api_server_count, -1
 
 
 def _merge_additional_config(args: Namespace, choice: HidropConfig) -> HidropConfig:

@@ -6,7 +6,7 @@ Knows vLLM's ``AsyncLLM`` and the planner; not HTTP.
 import asyncio
 import time
 from argparse import Namespace
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from itertools import chain
 from typing import Any
@@ -221,8 +221,10 @@ def _served_name(model_config: Any) -> str:
 
 
 @asynccontextmanager
-async def run_engine(args: Namespace, vllm_config: Any) -> AsyncIterator[HidropLLM]:
-    """Start the engine's processes; stop them at the end."""
+async def run_engine(args: Namespace, vllm_config: Any, client: Mapping[str, Any]) -> AsyncIterator[HidropLLM]:
+    """Start the engine's processes, or go to those that ``client`` names; stop ours at the end."""
+    addresses = dict(client)
+    count, index = addresses.pop("client_count", 1), addresses.pop("client_index", 0)
     engine_args = AsyncEngineArgs.from_cli_args(args)
     engine = HidropLLM.from_vllm_config(
         vllm_config,
@@ -230,6 +232,9 @@ async def run_engine(args: Namespace, vllm_config: Any) -> AsyncIterator[HidropL
         enable_log_requests=engine_args.enable_log_requests,
         aggregate_engine_logging=engine_args.aggregate_engine_logging,
         disable_log_stats=engine_args.disable_log_stats,
+        client_addresses=addresses,
+        client_count=count,
+        client_index=index,
     )
     try:
         await engine.reset_mm_cache()  # vLLM's own start leaves a dummy image in it

@@ -94,6 +94,10 @@ def engine_config(args: "Namespace") -> Any:
 
 def run(args: "Namespace", vllm_config: Any) -> int:
     """Serve until a signal; returns the exit code."""
+    if args.api_server_count > 1:
+        from hidrop_server.processes import serve_several
+
+        return serve_several(args, vllm_config)
     import uvloop
 
     from hidrop_server.app import serve

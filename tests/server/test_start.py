@@ -60,7 +60,8 @@ WITH_VLLM = {
     "keeps that rise": Refused("must not rise", ("--hidrop-config", KEEPS_THAT_RISE)),
     "a flag nobody has": Refused("--nonsense", ("--nonsense", "3")),
     "a setting pruning would break": Refused("--enable-lora", ("--enable-lora",)),
-    "a launcher of vLLM's": Refused("--api-server-count", ("--api-server-count", "2")),
+    "a launcher of vLLM's": Refused("--headless", ("--headless",)),
+    "no process at all": Refused("--api-server-count", ("--api-server-count", "0")),
 }
 
 

@@ -1,0 +1,108 @@
+"""`--api-server-count`: several processes of our application over one engine, with one socket and one `/metrics`.
+
+In the order of vLLM's ``run_multi_api_server``, whose processes would serve its stock application. Knows processes and
+signals; not HTTP.
+"""
+
+import signal
+import sys
+import time
+from argparse import Namespace
+from contextlib import ExitStack
+from socket import socket
+from typing import Any
+
+import uvloop
+from vllm.logger import configure_logging_from_args
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
+from vllm.utils.system_utils import decorate_logs, set_process_title
+from vllm.v1.engine.utils import bind_engine_zmq_listeners, launch_core_engines
+from vllm.v1.executor import Executor
+from vllm.v1.metrics.prometheus import setup_multiprocess_prometheus
+from vllm.v1.utils import APIServerProcessManager, wait_for_completion_or_failure
+
+from hidrop_server.app import END_SECONDS, answer, hide_keys, interrupt, listen
+from hidrop_server.start import engine_config
+
+
+def serve_several(args: Namespace, vllm_config: Any) -> int:
+    """Start the engine and the processes, serve until a signal or until one of them dies.
+
+    Returns:
+        Exit code: 1 if the engine or a process died, 0 after a requested stop.
+    """
+    setup_multiprocess_prometheus()
+    stop = _Stop(args.shutdown_timeout)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    address, sock = listen(args)
+    with ExitStack() as ending:  # the processes end before the engine does
+        listeners = bind_engine_zmq_listeners(vllm_config, args.api_server_count)
+        with launch_core_engines(
+            vllm_config, Executor.get_class(vllm_config), not args.disable_log_stats, listeners.addresses
+        ) as launch:
+            ending.callback(lambda: launch.engine_manager.shutdown(timeout=max(END_SECONDS, stop.seconds_left)))
+            processes = APIServerProcessManager(
+                address,
+                sock,
+                args,
+                args.api_server_count,
+                listeners.inputs,
+                listeners.outputs,
+                target_server_fn=_serve_one,
+                tensor_queue=launch.tensor_queue,
+            )
+            ending.callback(lambda: processes.shutdown(timeout=END_SECONDS + stop.seconds_left))
+            launch.watched_frontend_processes = processes.processes
+        sock.close()  # the processes', which inherited it, stay open
+        try:
+            wait_for_completion_or_failure(processes, launch.engine_manager)  # returns on a KeyboardInterrupt
+        except RuntimeError:  # it has logged who died
+            return int(stop.deadline is None)
+    return 0
+
+
+class _Stop:
+    """Handler of signals: the first one ends the wait, no later one disturbs what then ends.
+
+    Args:
+        seconds: that a requested stop may take.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.deadline: float | None = None
+        """None until a stop is requested."""
+
+    def __call__(self, *_: object) -> None:
+        if self.deadline is None:
+            self.deadline = time.monotonic() + self.seconds
+            interrupt()
+
+    @property
+    def seconds_left(self) -> float:
+        """To answer what has been begun; none where nobody asked."""
+        return max(0.0, self.deadline - time.monotonic()) if self.deadline is not None else 0.0
+
+
+def _serve_one(address: str, sock: socket, args: Namespace, client: dict[str, Any]) -> None:
+    """Be one of the processes; what one process does before it listens, its parent has done.
+
+    Args:
+        address: to be shown.
+        sock: bound, shared.
+        args: of the command line.
+        client: vLLM's word on the engine's sockets, on which process this is, and on the loads of all.
+    """
+    signal.signal(signal.SIGTERM, interrupt)
+    configure_logging_from_args(args)
+    set_process_title("APIServer", str(client["client_index"]))
+    decorate_logs()
+    hide_keys(args)
+    if args.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+    if args.reasoning_parser_plugin:
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+    args._api_process_rank = client["client_index"]
+    sys.exit(uvloop.run(answer(address, sock, args, engine_config(args), client)))
