@@ -58,16 +58,7 @@ class HidropLLM(AsyncLLM):
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self.planner = Planner.from_vllm_config(vllm_config)
-        self.metrics = HidropMetrics(
-            model_name=_served_name(vllm_config.model_config),
-            method=self.planner.method,
-            first_layers=[stage.first_layer for stage in self.planner.schedule.stages],
-            info={
-                "preset": self.planner.preset or "",
-                "positions": str(self.planner.positions),
-                "version": __version__,
-            },
-        )
+        self.metrics = metrics_of(vllm_config, self.planner)
         self.integrity: dict[str, Any] = {}
         self.others_are_read = others_are_read(vllm_config.model_config)
         super().__init__(vllm_config, *args, **kwargs)
@@ -168,15 +159,18 @@ class HidropOutputProcessor(OutputProcessor):
         self, engine_core_outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any
     ) -> OutputProcessorOutput:
         """Remember and hand on reports, then vLLM's processing."""
-        for output in engine_core_outputs:
+        self._hand_on(engine_core_outputs)
+        return super().process_outputs(engine_core_outputs, *args, **kwargs)
+
+    def _hand_on(self, outputs: list[EngineCoreOutput]) -> None:
+        for output in outputs:
             if output.request_id not in self.request_states:
                 continue  # aborted already
-            params = output.kv_transfer_params or {}
-            report = params.get(REPORT_KEY) or self.reports.get(output.request_id)
-            if report is not None:
-                self.reports[output.request_id] = report
-                output.kv_transfer_params = {**params, REPORT_KEY: report}
-        return super().process_outputs(engine_core_outputs, *args, **kwargs)
+            params = output.kv_transfer_params
+            if params and REPORT_KEY in params:
+                self.reports[output.request_id] = params[REPORT_KEY]
+            elif output.request_id in self.reports:
+                output.kv_transfer_params = {**(params or {}), REPORT_KEY: self.reports[output.request_id]}
 
     def _finish_request(self, req_state: RequestState) -> None:
         super()._finish_request(req_state)
@@ -213,6 +207,16 @@ def hashes_in(prompt: Any) -> Iterator[str]:
     """The images' names in a rendered prompt; none in another, whose images are then sent each time."""
     of_kinds = prompt.get("mm_hashes", {}) if isinstance(prompt, dict) else {}
     return chain.from_iterable(of_kinds.values())
+
+
+def metrics_of(vllm_config: Any, planner: Planner) -> HidropMetrics:
+    """The counters of a server, in this process's registry."""
+    return HidropMetrics(
+        model_name=_served_name(vllm_config.model_config),
+        method=planner.method,
+        first_layers=[stage.first_layer for stage in planner.schedule.stages],
+        info={"preset": planner.preset or "", "positions": str(planner.positions), "version": __version__},
+    )
 
 
 def _served_name(model_config: Any) -> str:

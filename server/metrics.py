@@ -5,8 +5,8 @@ in multi-process mode as well: prometheus_client then keeps them in files that v
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any, NamedTuple
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
@@ -150,13 +150,27 @@ METRICS = (
 BY_NAME = {spec.name: spec for spec in METRICS}
 
 
-@dataclass(frozen=True)
-class Times:
-    """What one sequence took, in seconds; None where it never came so far."""
+TIMES = ("time_to_first_token_seconds", "prefill_seconds", "time_per_output_token_seconds")
+OBSERVED = ("keep_ratio", "cut_layer", "exit_layer", "selection_seconds")
+"""Histograms without labels of their own."""
+
+
+class Times(NamedTuple):
+    """What one sequence took, in seconds and in the order of :data:`TIMES`; None where it never came so far."""
 
     first_token: float
     prefill: float
     per_output_token: float | None
+
+
+class _Counts(NamedTuple):
+    """Where sequences of one method and mode are counted; sums with the report's field, stages as (kept, cached)."""
+
+    requests: Any
+    sums: Sequence[tuple[str, Any]]
+    stages: Sequence[tuple[Any, Any]]
+    observed: Mapping[str, Any]
+    times: Sequence[Any]
 
 
 class HidropMetrics:
@@ -180,7 +194,9 @@ class HidropMetrics:
     ) -> None:
         self.server = {"model_name": model_name, "engine": ENGINE, "method": method}
         self.metrics = {spec.name: _make(spec, first_layers, registry) for spec in METRICS}
-        self._show_zeros(len(first_layers))
+        self._num_stages = len(first_layers)
+        self._counts: dict[tuple[str, str], _Counts] = {}
+        self._show_zeros()
         self._series("plan_info", **info).set(1)
         for stage, layer in enumerate(first_layers):
             self._series("stage_first_layer", stage=str(stage)).set(layer)
@@ -195,44 +211,55 @@ class HidropMetrics:
         """
         mode = "aborted" if aborted else report["mode"] if report else "unreported"
         method = report["method"] if report else self.server["method"]
-        self._add("requests", 1, method=method, mode=mode)
+        counts = self._counts_of(method, mode)
+        counts.requests.inc()
         if report is None:
             return
-        for spec in METRICS:
-            if spec.field is not None:
-                self._add(spec.name, report[spec.field], method=method)
-        if report["reuse_off"] is not None:
-            self._add("prefix_reuse_off", 1, method=method, reuse_off=report["reuse_off"])
-        if report["fallback"] is not None:
-            self._add("fallback_requests", 1, method=method, reason=FALLBACKS[report["fallback"]])
-        for index, stage in enumerate(report["stages"]):
-            self._add("vision_tokens_kept", stage["kept"], method=method, stage=str(index))
-            self._add("vision_tokens_cached", stage["cached"], method=method, stage=str(index))
+        for field, series in counts.sums:
+            series.inc(report[field])
+        for stage, (kept, cached) in zip(report["stages"], counts.stages, strict=True):
+            kept.inc(stage["kept"])
+            cached.inc(stage["cached"])
         for name, value in _observed(report).items():
             if value is not None:
-                self._series(name, method=method).observe(value)
+                counts.observed[name].observe(value)
+        if report["reuse_off"] is not None:
+            self._add("prefix_reuse_off", method=method, reuse_off=report["reuse_off"])
+        if report["fallback"] is not None:
+            self._add("fallback_requests", method=method, reason=FALLBACKS[report["fallback"]])
         if times is not None and not aborted:
-            self._observe_times(times, method, mode)
+            for series, value in zip(counts.times, times, strict=True):
+                if value is not None:
+                    series.observe(value)
 
     def refused(self, reason: str) -> None:
         """Count one request that we answered with a 4xx."""
-        self._add("refused_requests", 1, reason=reason)
+        self._add("refused_requests", reason=reason)
 
-    def _observe_times(self, times: Times, method: str, mode: str) -> None:
-        self._series("time_to_first_token_seconds", method=method, mode=mode).observe(times.first_token)
-        self._series("prefill_seconds", method=method, mode=mode).observe(times.prefill)
-        if times.per_output_token is not None:
-            self._series("time_per_output_token_seconds", method=method, mode=mode).observe(times.per_output_token)
+    def _counts_of(self, method: str, mode: str) -> "_Counts":
+        """The series of such sequences, looked up once: to find one by its labels takes longer than to count."""
+        found = self._counts.get((method, mode))
+        if found is None:
+            series = partial(self._series, method=method)
+            stages = [str(index) for index in range(self._num_stages)]
+            found = self._counts[method, mode] = _Counts(
+                series("requests", mode=mode),
+                [(spec.field, series(spec.name)) for spec in METRICS if spec.field],
+                [(series("vision_tokens_kept", stage=i), series("vision_tokens_cached", stage=i)) for i in stages],
+                {name: series(name) for name in OBSERVED},
+                [series(name, mode=mode) for name in TIMES] if mode in TIMED_MODES else [],
+            )
+        return found
 
-    def _add(self, name: str, amount: float, **labels: str) -> None:
-        self._series(name, **labels).inc(amount)
+    def _add(self, name: str, **labels: str) -> None:
+        self._series(name, **labels).inc()
 
     def _series(self, name: str, **labels: str) -> Any:
         return self.metrics[name].labels(**{**self.server, **labels})
 
-    def _show_zeros(self, num_stages: int) -> None:
+    def _show_zeros(self) -> None:
         """Let every series exist from the start: ``rate()`` does not see the first value of a new one."""
-        stages = tuple(str(index) for index in range(num_stages))
+        stages = tuple(str(index) for index in range(self._num_stages))
         values = {"mode": MODES, "reuse_off": REUSE_OFF, "stage": stages}
         own: dict[str, dict[str, tuple[str, ...]]] = {
             "fallback_requests": {"reason": tuple(FALLBACKS.values())},

@@ -110,6 +110,7 @@ class Engine:
             assert not self.scheduler.rows_run
             assert not self.scheduler.reused
             assert not self.scheduler.patches
+            assert not self.scheduler.ran
         if hasattr(self.scheduler, "check_integrity"):
             assert self.scheduler.check_integrity() == []
 

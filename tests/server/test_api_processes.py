@@ -151,4 +151,8 @@ def test_the_death_of_one_process_ends_all_with_exit_code_1(name: str) -> None:
         (victim,) = (process for process in processes if name in process.name())
         os.kill(victim.pid, signal.SIGKILL)
         assert exit_code(pair.launcher) == 1
-        assert not [process for process in processes if lives(process)]
+        # A worker whose engine was killed notices by itself.
+        deadline = time.monotonic() + 60
+        while alive := [process for process in processes if lives(process)]:
+            assert time.monotonic() < deadline, alive
+            time.sleep(0.1)

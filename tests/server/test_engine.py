@@ -14,7 +14,7 @@ class Counted:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, bool]] = []
 
-    def ended(self, report: Any, aborted: bool = False) -> None:
+    def ended(self, report: Any, aborted: bool = False, times: Any = None) -> None:
         self.calls.append((report, aborted))
 
 
@@ -29,7 +29,9 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> Any:
     extended = adopt(HidropOutputProcessor, OutputProcessor(None, log_stats=False))
     extended.reports, extended.metrics = {}, Counted()  # type: ignore[assignment]
     extended.request_states = {
-        "r": SimpleNamespace(request_id="r", external_req_id="x", parent_req=None, lora_name=None, queue=None)
+        "r": SimpleNamespace(
+            request_id="r", external_req_id="x", parent_req=None, lora_name=None, queue=None, stats=None
+        )
     }
     extended.external_req_ids["x"].append("r")
     return extended

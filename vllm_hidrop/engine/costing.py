@@ -3,7 +3,8 @@
 Counts with `vllm_hidrop.costs`, by what the engine says it ran and holds; measures no time.
 """
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -24,31 +25,30 @@ class Costing:
         text: the text model.
         vision: the tower and projector; None where their form is unknown.
         block_bytes: of one block of the pool, on all ranks: the layers of the widest group, whichever group holds it.
-        page_bytes: of one block of one layer, and the tokens in it, per layer of the model, on all ranks.
+        page_bytes: of one block of every layer, by the tokens in it, on all ranks.
     """
 
     planner: Planner
     text: TextShape
     vision: VisionShape | None
     block_bytes: int
-    page_bytes: tuple[tuple[int, int], ...]
+    page_bytes: Mapping[int, int]
 
     @classmethod
     def of(cls, planner: Planner, vllm_config: Any, kv_cache_config: Any) -> Self:
         """Read what the model's configuration hook resolved, and the pool as vLLM made it."""
         shapes = vllm_config.additional_config["hidrop"]["resolved"]["shapes"]
         ranks = vllm_config.parallel_config.tensor_parallel_size
-        pages = [
-            (group.kv_cache_spec.page_size_bytes * ranks, group.kv_cache_spec.block_size)
-            for group in kv_cache_config.kv_cache_groups
-            for _ in group.layer_names
-        ]
+        pages: Counter[int] = Counter()
+        for group in kv_cache_config.kv_cache_groups:
+            spec = group.kv_cache_spec
+            pages[spec.block_size] += spec.page_size_bytes * ranks * len(group.layer_names)
         return cls(
             planner,
             TextShape(**shapes["text"]),
             VisionShape(**shapes["vision"]) if shapes["vision"] else None,
             kv_cache_config.kv_cache_tensors[0].size // kv_cache_config.num_blocks * ranks,
-            tuple(pages),
+            pages,
         )
 
     def kv_bytes(self, num_blocks: int) -> int:
@@ -57,7 +57,7 @@ class Costing:
 
     def kv_bytes_dense(self, num_tokens: int) -> int:
         """Bytes that stock vLLM holds for so many tokens: one group of all layers, nothing padded."""
-        return sum(page * cdiv(num_tokens, block_size) for page, block_size in self.page_bytes)
+        return sum(page * cdiv(num_tokens, block_size) for block_size, page in self.page_bytes.items())
 
     def flops(self, plan: Plan, rows: Sequence[int], reused: Sequence[int], images: Collection[int]) -> int:
         """Prefill FLOPs of one request: text model, scoring, LM head; vision tower and projector for ``images``.

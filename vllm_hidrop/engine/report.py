@@ -34,40 +34,35 @@ class Run:
     patches: Patches | None = None
 
 
-def make_report(costing: Costing, plan: Plan, run: Run, managers: Sequence[Any], request: Any) -> dict[str, Any]:
-    """Read a request's state just before its blocks are freed.
+def what_ran(costing: Costing, plan: Plan, run: Run, request: Any) -> dict[str, Any]:
+    """Report the part that stays as it is once a request's prompt has run.
 
     Args:
         costing: the server's schedule, names and sizes.
         plan: the request's plan.
         run: what was done for it.
-        managers: vLLM's block managers, one per KV group.
         request: vLLM's request.
 
     Returns:
-        Plain data; ``kv_blocks`` are blocks of the shared pool, ``layer_tokens`` rows summed over layers.
+        Plain data; ``layer_tokens`` are rows summed over layers.
     """
     planner, reused = costing.planner, run.reused
     schedule = planner.schedule
     rows = run.rows or (plan.num_prompt_tokens,) * len(schedule.stages)
-    blocks = [0] * len(schedule.stages)
-    for manager in managers:
-        stage = getattr(manager.kv_cache_spec, "stage", 0)
-        blocks[stage] += len(manager.req_to_blocks.get(request.request_id, ()))
     num_text_tokens = plan.num_prompt_tokens - plan.num_vision_tokens
-    held = [plan.stage_tokens(i, reused) for i in range(len(schedule.stages))]
-    cached = plan.after_prefill(schedule)
+    held = [plan.stage_tokens(i, reused) for i in range(len(rows))]
+    cached = plan.after_prefill(schedule).kept
+    ends = schedule.end_layers
     stages: list[dict[str, Any]] = [
         {
             "first_layer": stage.first_layer,
-            "end_layer": end,
+            "end_layer": ends[i],
             "kept": rows[i] - num_text_tokens,
             "rows": rows[i],
             "reused": held[i],
-            "cached": sum(cached.kept[i]),
-            "kv_blocks": blocks[i],
+            "cached": sum(cached[i]),
         }
-        for i, (stage, end) in enumerate(zip(schedule.stages, schedule.end_layers, strict=True))
+        for i, stage in enumerate(schedule.stages)
     ]
     patches = every_patch(plan) if plan.explains and not plan.is_pruned else run.patches
     if patches is not None:
@@ -83,16 +78,43 @@ def make_report(costing: Costing, plan: Plan, run: Run, managers: Sequence[Any],
         "reused_tokens": reused,
         "stages": stages,
         **_cut_and_exit(stages, plan.num_vision_tokens),
-        "kv_blocks": sum(blocks),
-        "kv_bytes": costing.kv_bytes(sum(blocks)),
-        "kv_bytes_dense": costing.kv_bytes_dense(request.num_computed_tokens),
         "encoded_images": len(run.images),
         "prefill_flops": costing.flops(plan, rows, held, run.images),
         "prefill_flops_dense": costing.flops_dense(plan, tower_images(request)),
-        "kv_blocks_dense": sum(cdiv(request.num_computed_tokens, m.block_size) for m in managers),
-        "layer_tokens": sum((n - held[i]) * schedule.layers_in(i) for i, n in enumerate(rows)),
+        "layer_tokens": sum((stage["rows"] - stage["reused"]) * _num_layers(stage) for stage in stages),
         "layer_tokens_dense": plan.num_prompt_tokens * schedule.num_layers,
     }
+
+
+def with_blocks(report: dict[str, Any], costing: Costing, managers: Sequence[Any], request: Any) -> dict[str, Any]:
+    """Add what a request holds now; asked last just before its blocks are freed.
+
+    Args:
+        report: of what ran; stays as it is.
+        costing: the server's sizes.
+        managers: vLLM's block managers, one per KV group.
+        request: vLLM's request.
+
+    Returns:
+        Plain data; ``kv_blocks`` are blocks of the shared pool.
+    """
+    num_tokens = request.num_computed_tokens
+    blocks = [0] * len(report["stages"])
+    for manager in managers:
+        stage = getattr(manager.kv_cache_spec, "stage", 0)
+        blocks[stage] += len(manager.req_to_blocks.get(request.request_id, ()))
+    num_blocks = sum(blocks)
+    return report | {
+        "stages": [{**stage, "kv_blocks": count} for stage, count in zip(report["stages"], blocks, strict=True)],
+        "kv_blocks": num_blocks,
+        "kv_blocks_dense": sum(cdiv(num_tokens, manager.block_size) for manager in managers),
+        "kv_bytes": costing.kv_bytes(num_blocks),
+        "kv_bytes_dense": costing.kv_bytes_dense(num_tokens),
+    }
+
+
+def _num_layers(stage: dict[str, Any]) -> int:
+    return int(stage["end_layer"] - stage["first_layer"])
 
 
 def _cut_and_exit(stages: Sequence[dict[str, Any]], num_vision_tokens: int) -> dict[str, int | None]:

@@ -48,7 +48,7 @@ from vllm_hidrop.engine.explain import Patches
 from vllm_hidrop.engine.integrity import IntegrityLog, find_faults
 from vllm_hidrop.engine.planner import Planner
 from vllm_hidrop.engine.prefix import Entry, ImagePrefixes
-from vllm_hidrop.engine.report import Run, make_report, tower_images
+from vllm_hidrop.engine.report import Run, tower_images, what_ran, with_blocks
 from vllm_hidrop.engine.room import adopt_cache_manager
 from vllm_hidrop.pruning import Plan
 
@@ -75,6 +75,8 @@ class StagedScheduler(Scheduler):
         self.reused: dict[str, int] = {}
         self.encoded: dict[str, set[int]] = {}
         self.unreported: set[str] = set()
+        self.ran: dict[str, dict[str, Any]] = {}
+        """Reports of prompts that have run, without the blocks; made anew where a prompt is run or decided again."""
         step_rows = self.vllm_config.additional_config["hidrop"]["resolved"]["step_rows"]
         self.budget = StepBudget(step_rows, self.planner.schedule)
         self.integrity = IntegrityLog()
@@ -213,6 +215,7 @@ class StagedScheduler(Scheduler):
         self.budget.take_back(request.request_id)
         self.prefixes.gone(request.request_id)
         self.plans[request.request_id] = self.prefill_plans[request.request_id]
+        self.ran.pop(request.request_id, None)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -222,6 +225,7 @@ class StagedScheduler(Scheduler):
         for name, rows in getattr(model_runner_output, "rows_run", {}).items():
             if name in self.requests:  # else aborted since
                 self.rows_run[name], self.selection_ms[name] = rows, took_ms
+                self.ran.pop(name, None)
                 if not self._reuse_off(self.plans[name]):
                     self.prefixes.ran(self.requests[name], self.plans[name])
         told = getattr(model_runner_output, "patches", {})
@@ -239,6 +243,7 @@ class StagedScheduler(Scheduler):
         """Go on by the counts that the worker decided, and take back the blocks beyond them (rule 5)."""
         name = request.request_id
         plan = self.prefill_plans[name] = self.prefill_plans[name].settled(kept)
+        self.ran.pop(name, None)
         if request.num_computed_tokens == 0:
             return  # preempted since; its blocks are free already
         self.plans[name] = plan.after_prefill(self.planner.schedule)
@@ -256,16 +261,18 @@ class StagedScheduler(Scheduler):
             output.kv_transfer_params = {"hidrop": self._report(self.requests[output.request_id])}
 
     def _report(self, request: Request) -> dict[str, Any]:
-        managers = self.kv_cache_manager.coordinator.single_type_managers
         name = request.request_id
-        plan = self.prefill_plans[name]
-        images = frozenset(self.encoded.get(name, ()))
-        run = Run(self.rows_run.get(name), self.reused.get(name, 0), images, self.patches.get(name))
-        return make_report(self.costing, plan, run, managers, request) | {
-            "kv_blocks_returned": self.blocks_returned.get(name, 0),
-            "selection_ms": self.selection_ms.get(name, 0.0),
-            "reuse_off": self._reuse_off(plan),
-        }
+        if name not in self.ran:
+            plan = self.prefill_plans[name]
+            images = frozenset(self.encoded.get(name, ()))
+            run = Run(self.rows_run.get(name), self.reused.get(name, 0), images, self.patches.get(name))
+            self.ran[name] = what_ran(self.costing, plan, run, request) | {
+                "selection_ms": self.selection_ms.get(name, 0.0),
+                "reuse_off": self._reuse_off(plan),
+            }
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        report = with_blocks(self.ran[name], self.costing, managers, request)
+        return report | {"kv_blocks_returned": self.blocks_returned.get(name, 0)}
 
     def _reuse_off(self, plan: Plan) -> str | None:
         """Why no image of this prompt could have been reused."""
@@ -293,6 +300,7 @@ class StagedScheduler(Scheduler):
             self.blocks_returned,
             self.reused,
             self.encoded,
+            self.ran,
         )
         for by_request in records:
             by_request.pop(request.request_id, None)
