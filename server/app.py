@@ -23,9 +23,8 @@ from vllm.utils.system_utils import decorate_logs
 
 from hidrop_server.access import Access, drop_stock_authentication, hide_admin_routes
 from hidrop_server.adopt import adopt
-from hidrop_server.deadline import Deadline
-from hidrop_server.draining import Admission
 from hidrop_server.engine import HidropLLM, run_engine
+from hidrop_server.exchanges import Exchanges
 from hidrop_server.limits import SizeLimits
 from hidrop_server.media import register_connector
 from hidrop_server.playground import PATH
@@ -42,8 +41,8 @@ from hidrop_server.serving import (
 )
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-END_SECONDS = 5
-"""What uvicorn gets to close its connections once the engine has stopped."""
+END_SECONDS = 2
+"""What uvicorn gets to close its connections once every request has been ended and the engine has stopped."""
 
 
 async def serve(args: Namespace, vllm_config: Any) -> int:
@@ -117,9 +116,9 @@ def protect(app: FastAPI, engine: HidropLLM, args: Namespace) -> None:
     drop_stock_authentication(app)
     refused = engine.metrics.refused
     app.middleware_stack = None  # the last step of build_app, SageMaker's, has built it; it is built again when asked
-    app.add_middleware(Deadline, seconds=args.request_timeout, on_refused=refused)
     app.add_middleware(SizeLimits, max_header_kb=args.max_header_kb, max_body_mb=args.max_body_mb, on_refused=refused)
-    app.add_middleware(Admission, engine=engine)
+    seconds = args.request_timeout
+    app.add_middleware(Exchanges, in_flight=engine.in_flight, seconds=seconds, on_refused=refused)
     app.add_middleware(Access, api_keys=api_keys(args), metrics_key=metrics_key(args), on_refused=refused)
 
 

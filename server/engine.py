@@ -4,7 +4,6 @@ Knows vLLM's ``AsyncLLM`` and the planner; not HTTP.
 """
 
 import asyncio
-import time
 from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
@@ -23,6 +22,7 @@ from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutp
 from vllm.v1.metrics.stats import RequestStateStats
 
 from hidrop_server.adopt import adopt
+from hidrop_server.exchanges import GOING_AWAY, InFlight
 from hidrop_server.known_images import KnownImages, know_images
 from hidrop_server.metrics import HidropMetrics, Times
 from hidrop_server.options import check_keys, others_are_read
@@ -34,9 +34,6 @@ from vllm_hidrop.pruning import Span
 
 ENGINE_ANSWER_SECONDS = 1.0
 """How long readiness waits for the engine, which answers between two steps."""
-
-
-DRAIN_POLL_SECONDS = 0.05
 END_SECONDS = 5.0
 """What the engine's processes get to end, with nothing left to do; vLLM's own default."""
 
@@ -49,17 +46,14 @@ class HidropLLM(AsyncLLM):
     """
 
     output_processor: OutputProcessor
-    draining = False
-    """Whether the server is ending: nothing is admitted any more."""
     has_died = False
     """Whether the engine had ended, without having been asked to, when the server did."""
-    num_exchanges = 0
-    """Requests in flight, from their header to the end of their answer; counted by the middleware."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self.planner = Planner.from_vllm_config(vllm_config)
         self.metrics = metrics_of(vllm_config, self.planner)
         self.integrity: dict[str, Any] = {}
+        self.in_flight = InFlight()
         self.others_are_read = others_are_read(vllm_config.model_config)
         super().__init__(vllm_config, *args, **kwargs)
 
@@ -69,8 +63,8 @@ class HidropLLM(AsyncLLM):
         Asks the engine what its integrity checks found. An engine in the midst of a long step answers late; it is not
         unready for that, and its last answer stands.
         """
-        if self.draining:
-            return "this server is shutting down"
+        if self.in_flight.draining:
+            return GOING_AWAY
         if not self.errored:
             try:
                 asked = self.engine_core.call_utility_async(INTEGRITY_CALL)
@@ -88,18 +82,15 @@ class HidropLLM(AsyncLLM):
         return None
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """Stock shutdown, once the requests in flight have been answered, or ``timeout`` seconds later.
+        """Stock shutdown, once the requests in flight have been answered, or given up after ``timeout`` seconds.
 
         vLLM calls this in a thread of its own when it is told to stop, and goes on serving meanwhile. Its own drain
-        knows the engine's requests only: those whose images are still being read would be lost.
+        knows the engine's requests only, and leaves those that are not done by then without an end.
         """
-        end = time.monotonic() + (timeout or 0)
-        if not self.draining and hasattr(self, "engine_core"):
+        if timeout is not None and not self.in_flight.draining:
             self.has_died = self.errored
-            self.draining = True
-            while self.num_exchanges and not self.errored and time.monotonic() < end:
-                time.sleep(DRAIN_POLL_SECONDS)
-        super().shutdown(timeout=None if timeout is None else max(END_SECONDS, end - time.monotonic()))
+            self.in_flight.drain(timeout, is_lost=lambda: self.errored)
+        super().shutdown(timeout=None if timeout is None else END_SECONDS)
 
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any

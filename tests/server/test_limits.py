@@ -18,8 +18,7 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
 from hidrop_server.access import Access
-from hidrop_server.deadline import Deadline
-from hidrop_server.draining import Admission
+from hidrop_server.exchanges import Exchanges, InFlight
 from hidrop_server.limits import SizeLimits
 
 PATIENCE = 30.0
@@ -27,30 +26,32 @@ PATIENCE = 30.0
 DEADLINE = 0.5
 
 
-class Engine:
-    """The two counters."""
-
-    draining = False
-    num_exchanges = 0
-
-
 class Application:
     """A FastAPI application with vLLM's error handlers and our middlewares, on a port."""
 
     def __init__(self) -> None:
-        self.engine = Engine()
+        self.in_flight: InFlight
+        self.server: uvicorn.Server
+        self.is_up = threading.Event()
         self.refused: list[str] = []
         self.ended = threading.Event()
+
+    async def serve(self, sock: socket.socket) -> None:
+        self.in_flight = InFlight()
         app = FastAPI()
         app.state.args = Namespace(log_error_stack=False)
         init_exception_handler(app)
         self.add_routes(app)
-        app.add_middleware(Deadline, seconds=DEADLINE, on_refused=self.refused.append)
-        app.add_middleware(SizeLimits, max_header_kb=4, max_body_mb=1, on_refused=self.refused.append)
-        app.add_middleware(Admission, engine=self.engine)
-        app.add_middleware(Access, api_keys=["k1", "k2"], metrics_key="m", on_refused=self.refused.append)
-        config = uvicorn.Config(app, port=0, http="h11", log_level="error", lifespan="off")
-        self.server = uvicorn.Server(config)
+        refused = self.refused.append
+        app.add_middleware(SizeLimits, max_header_kb=4, max_body_mb=1, on_refused=refused)
+        app.add_middleware(Exchanges, in_flight=self.in_flight, seconds=DEADLINE, on_refused=refused)
+        app.add_middleware(Access, api_keys=["k1", "k2"], metrics_key="m", on_refused=refused)
+        self.server = uvicorn.Server(uvicorn.Config(app, port=0, http="h11", log_level="error", lifespan="off"))
+        serving = asyncio.ensure_future(self.server.serve([sock]))
+        while not self.server.started:
+            await asyncio.sleep(0.01)
+        self.is_up.set()
+        await serving
 
     def add_routes(self, app: FastAPI) -> None:
         @app.post("/v1/length")
@@ -90,10 +91,9 @@ def served() -> Iterator[tuple[Application, int]]:
     application = Application()
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=application.server.run, kwargs={"sockets": [sock]})
+        thread = threading.Thread(target=lambda: asyncio.run(application.serve(sock)))
         thread.start()
-        while not application.server.started:
-            time.sleep(0.01)
+        assert application.is_up.wait(PATIENCE)
         yield application, sock.getsockname()[1]
         application.server.should_exit = True
         thread.join()
@@ -189,16 +189,74 @@ def test_a_503_says_when_to_come_back(http: httpx.Client) -> None:
     assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
 
 
-def test_a_draining_server_admits_only_probes(
-    application: Application, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(application.engine, "draining", True)
+@pytest.fixture
+def draining(application: Application) -> Iterator[None]:
+    """Told to stop, with all the time there is."""
+    in_flight = application.in_flight
+    thread = threading.Thread(target=in_flight.drain, args=(PATIENCE, lambda: False))
+    in_flight.count += 1  # else it is over at once
+    thread.start()
+    while not in_flight.draining:
+        time.sleep(0.01)
+    yield
+    in_flight.count -= 1
+    thread.join()
+    in_flight.draining = False
+    in_flight.out_of_time.clear()
+
+
+@pytest.mark.usefixtures("draining")
+def test_a_draining_server_admits_only_probes(application: Application, http: httpx.Client) -> None:
     response = http.post("/v1/length", json={})
     assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
     assert response.headers["Connection"] == "close"
     assert http.get("/ready").status_code == 200
     assert http.get("/metrics", headers={"Authorization": "Bearer m"}).status_code == 200
-    assert application.engine.num_exchanges == 0
+    assert application.in_flight.count == 1, "the fixture's own"
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(("seconds", "is_lost"), [(0.0, False), (PATIENCE, True)])
+def test_what_is_not_answered_when_the_server_ends_is_told_so(is_stream: bool, seconds: float, is_lost: bool) -> None:
+    """No limit of its own, no answer of its own: time is up, or the engine is lost."""
+    sent: list[dict[str, Any]] = []
+
+    async def ask() -> None:
+        in_flight, begun = InFlight(), asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            if is_stream:
+                head = {
+                    "type": "http.response.start",
+                    "status": 200,
+                    "headers": [(b"content-type", b"text/event-stream")],
+                }
+                await send(head)
+            begun.set()
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        exchanges = Exchanges(app, in_flight, seconds=0, on_refused=lambda reason: None)
+        scope = {"type": "http", "path": "/v1/x", "headers": []}
+        asked = asyncio.ensure_future(exchanges(scope, receive, send))
+        await begun.wait()
+        await asyncio.to_thread(in_flight.drain, seconds, lambda: is_lost)
+        await asyncio.wait_for(asked, PATIENCE)
+        assert in_flight.count == 0
+
+    began = time.monotonic()
+    asyncio.run(ask())
+    assert time.monotonic() - began < PATIENCE
+    assert sent[0]["status"] == (200 if is_stream else 503)
+    event, *rest = sent[-1]["body"].decode().split("\n\n")
+    assert json.loads(event.removeprefix("data: "))["error"]["code"] == 503
+    assert rest == (["data: [DONE]", ""] if is_stream else [])
 
 
 @pytest.mark.parametrize(

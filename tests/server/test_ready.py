@@ -1,5 +1,6 @@
 """Readiness: 200 while the engine is up and its books add up, 503 with the reason otherwise."""
 
+import json
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from tests.server.harness import QUESTION, Server, image_url, user
 from tests.server.leaky_server import LEAK_TOKENS
-from tests.server.processes import api_process, exit_code
+from tests.server.processes import api_process, exit_code, lives
 from vllm_hidrop.commands.local_server import local_server
 
 pytestmark = pytest.mark.server
@@ -84,3 +85,23 @@ def test_a_leak_makes_the_server_unready_and_so_does_the_engines_death(monkeypat
         process = api_process(url)
         process.terminate()
         assert exit_code(process) == 1, "the exit code tells a supervisor that it was not a requested stop"
+
+
+def test_a_killed_engine_ends_the_server_and_its_clients_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default, and in the midst of an answer; nothing else tells the server to end."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    others = cores()
+    with local_server([], on_wait=lambda: None) as url, httpx.Client(base_url=url, timeout=120) as http:
+        process = api_process(url)
+        children = process.children(recursive=True)
+        body = {"model": "hidrop-embedded", "messages": [user([image_url()], QUESTION)], "max_tokens": 3000}
+        body |= {"stream": True, "ignore_eos": True}
+        with http.stream("POST", "/v1/chat/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            (core,) = cores() - others
+            os.kill(core, signal.SIGKILL)
+            *_, error, done = [line for line in lines if line]
+        assert (json.loads(error.removeprefix("data: "))["error"]["code"], done) == (500, "data: [DONE]")
+        assert exit_code(process) == 1
+        assert not [child for child in children if lives(child)]

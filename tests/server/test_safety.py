@@ -2,7 +2,6 @@
 
 import json
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,21 +11,25 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from tests.server.harness import QUESTION, Server, image_url, user
+from tests.server.harness import Server, image_url
 from tests.server.processes import api_process, exit_code, lives, log_file
 from tests.server.stranger import stranger
 from vllm_hidrop.commands.local_server import local_server
 
 pytestmark = pytest.mark.server
 
-KEY, METRICS_KEY = "sk-the-api-key", "the-metrics-key"
+KEY, METRICS_KEY, WRONG_KEY = "sk-the-api-key", "the-metrics-key", "sk-a-wrong-key"
 QUEUE = 16
-DEADLINE_SECONDS = 10
-"""One answer of 3,000 tokens takes as long, 16 of them much longer."""
+DEADLINE_SECONDS = 12
+"""16 answers of 3,000 tokens take much longer."""
+DRAIN_SECONDS = 6
+"""They take longer than this, too, and one of 40 tokens does not."""
 FLAGS = (
     *("--api-key", KEY, "--metrics-api-key", METRICS_KEY),
     *("--allowed-media-domains", "localhost", "127.0.0.2", "--allowed-media-networks", "127.0.0.1/32", "::1/128"),
-    *("--request-timeout", str(DEADLINE_SECONDS), "--max-num-queued-reqs", str(QUEUE), "--max-num-seqs", str(QUEUE)),
+    *("--request-timeout", str(DEADLINE_SECONDS), "--shutdown-timeout", str(DRAIN_SECONDS)),
+    *("--uvicorn-log-level", "debug", "--enable-log-requests"),
+    *("--max-num-queued-reqs", str(QUEUE), "--max-num-seqs", str(QUEUE)),
 )
 LONG: dict[str, Any] = {"max_tokens": 3000, "ignore_eos": True, "temperature": 1}
 
@@ -35,6 +38,7 @@ LONG: dict[str, Any] = {"max_tokens": 3000, "ignore_eos": True, "temperature": 1
 def guarded() -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:  # for the server's process only
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        patch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
         with (
             local_server(FLAGS, on_wait=lambda: None) as url,
             httpx.Client(base_url=url, timeout=120, headers={"Authorization": f"Bearer {KEY}"}) as http,
@@ -147,38 +151,42 @@ def test_a_stream_over_its_time_ends_with_an_error_event(guarded: Server) -> Non
     until_idle(guarded)
 
 
-def test_a_server_told_to_stop_answers_what_it_has_begun_and_says_no_secret(guarded: Server) -> None:
+def in_stream(lines: Iterator[str]) -> list[dict[str, Any]]:
+    """What comes until the stream ends, without the last line, which says that it does."""
+    events = [line.removeprefix("data: ") for line in lines if line]
+    assert events.pop() == "[DONE]"
+    return [json.loads(event) for event in events]
+
+
+def status_of(path: str, guarded: Server, key: str = KEY) -> int:
+    return httpx.get(f"{guarded.url}{path}", headers={"Authorization": f"Bearer {key}"}, timeout=60).status_code
+
+
+def test_a_server_told_to_stop_ends_all_it_has_begun_and_has_said_no_secret(guarded: Server) -> None:
     """The last test of this server."""
     process = api_process(guarded.url)
     log = log_file(process)
     children = process.children(recursive=True)
-    body = {"model": guarded.model, "messages": [user([image_url()], QUESTION)], "stream": True, "ignore_eos": True}
-    body |= {"max_tokens": 400, "stream_options": {"include_usage": True}}
-    turned_away = threading.Event()
-
-    def ask_meanwhile() -> None:
-        while not turned_away.is_set():
-            try:
-                response = httpx.get(f"{guarded.url}/v1/models", headers={"Authorization": f"Bearer {KEY}"})
-            except httpx.TransportError:
-                return
-            if response.status_code == 503:
-                assert response.headers["Retry-After"] == "1"
-                turned_away.set()
-
-    with ThreadPoolExecutor() as threads, guarded.http.stream("POST", "/v1/chat/completions", json=body) as response:
-        lines = response.iter_lines()
-        next(lines)
+    assert status_of("/v1/models", guarded, WRONG_KEY) == 401
+    body = guarded.body([image_url()], stream=True, stream_options={"include_usage": True}, ignore_eos=True)
+    with (
+        guarded.http.stream("POST", "/v1/chat/completions", json=body | LONG | {"n": QUEUE - 1}) as endless,
+        guarded.http.stream("POST", "/v1/chat/completions", json=body | {"max_tokens": 40}) as short,
+    ):
+        of_endless, of_short = endless.iter_lines(), short.iter_lines()
+        next(of_endless), next(of_short)
         process.send_signal(signal.SIGTERM)
-        meanwhile = threads.submit(ask_meanwhile)
-        chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
-        meanwhile.result()
-    assert "usage" in chunks[-1], chunks[-2:]
-    assert chunks[-1]["usage"]["completion_tokens"] == 400
-    assert turned_away.is_set()
+        while status_of("/ready", guarded) != 503:
+            time.sleep(0.05)
+        assert status_of("/health", guarded) == 200, "it lives"
+        assert status_of("/metrics", guarded, METRICS_KEY) == 200
+        turned_away = guarded.http.post("/v1/chat/completions", json=body)
+        assert (turned_away.status_code, turned_away.headers["Retry-After"]) == (503, "1")
+        assert in_stream(of_short)[-1]["usage"]["completion_tokens"] == 40
+        assert in_stream(of_endless)[-1]["error"]["code"] == 503
     assert exit_code(process) == 0
-    said = log.read_text(encoding="utf-8", errors="replace")
     assert not [child for child in children if lives(child)]
+    said = log.read_text(encoding="utf-8", errors="replace")
+    assert "DEBUG" in said
     assert "Shutting down" in said
-    assert KEY not in said
-    assert METRICS_KEY not in said
+    assert not [secret for secret in (KEY, METRICS_KEY, WRONG_KEY) if secret in said]
