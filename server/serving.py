@@ -17,15 +17,15 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelList
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GenerationError, RetryableRequestError, VLLMValidationError
 from vllm.outputs import RequestOutput
 
 from hidrop_server.engine import HidropLLM, spans_in
 from hidrop_server.reports import REPORT_KEY, ReportSeen, in_message_delta, report_in_chunk, with_report
 
 
-class _NoBeams:
-    """Refuses what pruning would silently change."""
+class _Generating:
+    """What chat and completions have in common."""
 
     engine_client: HidropLLM
 
@@ -44,8 +44,18 @@ class _NoBeams:
             )
         return super().beam_search(prompt, *args, **kwargs)  # type: ignore[misc]
 
+    def _raise_if_error(self, finish_reason: str | None, request_id: str) -> None:
+        """Stock check, but a 503 with ``Retry-After`` where vLLM answers 500 to what it calls retryable itself.
 
-class HidropServingChat(_NoBeams, OpenAIServingChat):
+        The common cause: of two first requests with the same image, the one that brings it comes in second.
+        """
+        try:
+            super()._raise_if_error(finish_reason, request_id)  # type: ignore[misc]
+        except GenerationError:
+            raise RetryableRequestError from None
+
+
+class HidropServingChat(_Generating, OpenAIServingChat):
     """Chat completions with a report."""
 
     async def chat_completion_full_generator(
@@ -67,7 +77,7 @@ class HidropServingChat(_NoBeams, OpenAIServingChat):
         return with_report(chunks, seen)
 
 
-class HidropServingCompletion(_NoBeams, OpenAIServingCompletion):
+class HidropServingCompletion(_Generating, OpenAIServingCompletion):
     """Completions with a report: that of the first prompt if there are several."""
 
     def request_output_to_completion_response(

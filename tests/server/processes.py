@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -38,7 +39,15 @@ def exit_code(process: psutil.Process, seconds: float = 90.0) -> int:
     raise TimeoutError(f"{process} lives on")
 
 
-def lives(process: psutil.Process) -> bool:
+def left(processes: Iterable[psutil.Process], seconds: float = 60.0) -> list[psutil.Process]:
+    """Those that do not end by themselves in this time."""
+    deadline = time.monotonic() + seconds
+    while (alive := [each for each in processes if _lives(each)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return alive
+
+
+def _lives(process: psutil.Process) -> bool:
     """Whether it still does something; what has ended and waits for its parent does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

@@ -20,6 +20,9 @@ from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from hidrop_server.access import Access
 from hidrop_server.exchanges import Exchanges, InFlight
 from hidrop_server.limits import SizeLimits
+from hidrop_server.playground import PATH as PLAYGROUND
+from hidrop_server.playground import router as playground
+from hidrop_server.serving import HidropServingChat
 
 PATIENCE = 30.0
 """Seconds; for what takes none on a machine that does not stall."""
@@ -74,6 +77,11 @@ class Application:
         async def full() -> JSONResponse:
             return JSONResponse({}, status_code=503)
 
+        @app.get("/v1/raced")
+        async def raced() -> None:
+            object.__new__(HidropServingChat)._raise_if_error("error", "an id")
+
+        app.include_router(playground)
         for path in ("/health", "/ready", "/metrics", "/metrics/x", "/docs2", "/hidrop"):
             app.get(path)(lambda: "here")
 
@@ -184,8 +192,9 @@ def test_a_body_that_never_ends_is_a_504(application: Application, served: tuple
         assert connection.recv(100).startswith(b"HTTP/1.1 504")
 
 
-def test_a_503_says_when_to_come_back(http: httpx.Client) -> None:
-    response = http.get("/v1/full")
+@pytest.mark.parametrize("path", ["/v1/full", "/v1/raced"])
+def test_a_503_says_when_to_come_back(http: httpx.Client, path: str) -> None:
+    response = http.get(path)
     assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
 
 
@@ -264,6 +273,8 @@ def test_what_is_not_answered_when_the_server_ends_is_told_so(is_stream: bool, s
     [
         ("/health", {}, 200),
         ("/ready", {}, 200),
+        (PLAYGROUND, {}, 200),
+        (f"{PLAYGROUND}/", {}, 401),
         ("/hidrop", {}, 401),
         ("/docs2", {}, 401),
         ("/nowhere", {}, 401),
@@ -285,7 +296,7 @@ def test_what_is_not_answered_when_the_server_ends_is_told_so(is_stream: bool, s
         ("/metricsx", {}, 401),
     ],
 )
-def test_every_path_but_the_probes_needs_its_key(
+def test_every_path_but_the_open_ones_needs_its_key(
     served: tuple[Application, int], path: str, headers: dict[str, str], status: int
 ) -> None:
     response = httpx.get(f"http://127.0.0.1:{served[1]}{path}", headers=headers, timeout=PATIENCE)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.server.harness import QUESTION, Server, image_url, user
 from tests.server.leaky_server import LEAK_TOKENS
-from tests.server.processes import api_process, exit_code, lives
+from tests.server.processes import api_process, exit_code, left
 from vllm_hidrop.commands.local_server import local_server
 
 pytestmark = pytest.mark.server
@@ -104,4 +104,4 @@ def test_a_killed_engine_ends_the_server_and_its_clients_are_told(monkeypatch: p
             *_, error, done = [line for line in lines if line]
         assert (json.loads(error.removeprefix("data: "))["error"]["code"], done) == (500, "data: [DONE]")
         assert exit_code(process) == 1
-        assert not [child for child in children if lives(child)]
+        assert not left(children), "they notice by themselves"

@@ -12,7 +12,7 @@ import pytest
 from openai import OpenAI
 
 from tests.server.harness import Server, image_url
-from tests.server.processes import api_process, exit_code, lives, log_file
+from tests.server.processes import api_process, exit_code, left, log_file
 from tests.server.stranger import stranger
 from vllm_hidrop.commands.local_server import local_server
 
@@ -185,7 +185,7 @@ def test_a_server_told_to_stop_ends_all_it_has_begun_and_has_said_no_secret(guar
         assert in_stream(of_short)[-1]["usage"]["completion_tokens"] == 40
         assert in_stream(of_endless)[-1]["error"]["code"] == 503
     assert exit_code(process) == 0
-    assert not [child for child in children if lives(child)]
+    assert not left(children, seconds=0)
     said = log.read_text(encoding="utf-8", errors="replace")
     assert "DEBUG" in said
     assert "Shutting down" in said
