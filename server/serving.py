@@ -45,10 +45,7 @@ class _Generating:
         return super().beam_search(prompt, *args, **kwargs)  # type: ignore[misc]
 
     def _raise_if_error(self, finish_reason: str | None, request_id: str) -> None:
-        """Stock check, but a 503 with ``Retry-After`` where vLLM answers 500 to what it calls retryable itself.
-
-        The common cause: of two first requests with the same image, the one that brings it comes in second.
-        """
+        """Stock check, but a 503 with ``Retry-After`` where vLLM answers 500 to what it calls retryable itself."""
         try:
             super()._raise_if_error(finish_reason, request_id)  # type: ignore[misc]
         except GenerationError:

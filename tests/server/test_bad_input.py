@@ -1,7 +1,6 @@
 """The corpus of bad input: each is answered as it should be, soon, and leaves nothing behind."""
 
 import json
-import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,10 +15,10 @@ from tests.server.processes import api_process, forget_peak, held_mib, peak_mib
 
 pytestmark = pytest.mark.server
 
-ANSWER_SECONDS = 20.0
-"""Two would do; a machine may stall."""
 MORE_MIB = 120.0
 """What one bad request may add to the API process for a moment. A body within the limit is held about three times."""
+KEPT_MIB = MORE_MIB / 2
+"""What the whole corpus may leave there: less than any one of its large files."""
 
 
 class Entry(NamedTuple):
@@ -100,32 +99,43 @@ def first_answer(server: Server) -> str:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(server: Server, process: psutil.Process, first_answer: str) -> Iterator[None]:
-    """Around every entry: memory, the next answer, the KV pool and the books."""
+def nothing_is_left(server: Server, process: psutil.Process) -> Iterator[None]:
+    """Around every entry, what is quickly seen: memory, the next answer, the engine's books."""
     before = held_mib(process)
     forget_peak(process)
     yield
     assert peak_mib(process) - before < MORE_MIB
-    assert content(server.chat([image_url()])) == first_answer
-    assert server.metric("vllm:kv_cache_usage_perc") == 0
+    server.chat([], "red", max_tokens=1)
     assert server.http.get("/ready").status_code == 200
+
+
+@pytest.fixture(scope="module")
+def seconds() -> Iterator[dict[str, float]]:
+    """How long each 4xx took, printed at the end (``pytest -s``)."""
+    taken: dict[str, float] = {}
+    yield taken
+    slowest = sorted(taken, key=lambda name: -taken[name])[:5]
+    print("\nslowest 4xx:", ", ".join(f"{name} {taken[name]:.3f} s" for name in slowest))
 
 
 def post(server: Server, body: bytes, **headers: str) -> httpx.Response:
     headers = {"Content-Type": "application/json", **headers}
-    began = time.monotonic()
-    response = server.http.post("/v1/chat/completions", content=body, headers=headers)
-    assert time.monotonic() - began < ANSWER_SECONDS
-    return response
+    return server.http.post("/v1/chat/completions", content=body, headers=headers)
+
+
+def post_entry(server: Server, name: str) -> httpx.Response:
+    entry = CORPUS[name]
+    body = server.body(entry.images, entry.text, max_tokens=3) | entry.more
+    return post(server, json.dumps(body).encode())  # with NaN, as a careless client writes it
 
 
 @pytest.mark.parametrize("name", CORPUS)
-def test_bad_input_is_answered_as_it_should_be(server: Server, name: str) -> None:
+def test_bad_input_is_answered_as_it_should_be(server: Server, name: str, seconds: dict[str, float]) -> None:
     entry = CORPUS[name]
-    body = server.body(entry.images, entry.text, max_tokens=3) | entry.more
-    response = post(server, json.dumps(body).encode())  # with NaN, as a careless client writes it
+    response = post_entry(server, name)
     assert response.status_code == entry.status, response.text[:1000]
     if entry.status != 200:
+        seconds[name] = response.elapsed.total_seconds()
         error = response.json()["error"]
         assert entry.says in error["message"]
         assert len(error["message"]) < 2000
@@ -165,11 +175,15 @@ def test_a_header_of_a_megabyte_is_refused(server: Server) -> None:
     assert response.status_code == 431
 
 
-def test_after_the_whole_corpus_memory_is_back(server: Server, process: psutil.Process) -> None:
-    """Twice, because the first time fills what is kept: decoders, buffers, caches."""
-    held = []
-    for _ in range(2):
-        for entry in CORPUS.values():
-            post(server, json.dumps(server.body(entry.images, entry.text, max_tokens=3) | entry.more).encode())
-        held.append(held_mib(process))
-    assert held[1] - held[0] < MORE_MIB / 2
+def test_after_the_whole_corpus_all_is_as_before(
+    server: Server, process: psutil.Process, first_answer: str, seconds: dict[str, float]
+) -> None:
+    """A second time: the first, above, fills what is kept, decoders, buffers, caches."""
+    if not seconds:
+        pytest.skip("needs the tests before it")
+    before = held_mib(process)
+    for name in CORPUS:
+        post_entry(server, name)
+    assert held_mib(process) - before < KEPT_MIB
+    assert content(server.chat([image_url()])) == first_answer
+    assert server.metric("vllm:kv_cache_usage_perc") == 0

@@ -15,7 +15,7 @@ schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not i
 
 pytestmark = pytest.mark.server
 
-NUM_EXAMPLES = 12
+NUM_EXAMPLES = 8
 """For each route."""
 NOT_IMPLEMENTED = 501
 """vLLM's answer for what this kind of model does not do."""
