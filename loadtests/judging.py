@@ -1,5 +1,6 @@
 """Whether a run passed: every threshold of its scenario against what was measured."""
 
+import math
 from dataclasses import dataclass
 
 from hidrop_loadtests.running import Result
@@ -27,12 +28,16 @@ def judge(scenario: Scenario, result: Result) -> list[Verdict]:
     answered = result.count("answered", bad=False)
     failed = sum(result.count(kind, bad=False) for kind in ("failed", "refused"))
     verdict("requests without an answer", f"<= {passes.failed}", str(failed), failed <= passes.failed)
-    share = result.good / answered if answered else 0.0
+    share = result.within(scenario.goal) / answered if answered else 0.0
     verdict("answers within the goal", f">= {passes.good_share:.0%}", f"{share:.1%}", share >= passes.good_share)
     if passes.layer_token_ratio is not None and result.arm.prunes:
         saved = result.growth.savings()["pairs"].get("layer tokens of prefills", {}).get("ratio", 1.0)
         wanted = passes.layer_token_ratio
         verdict("layer tokens, dense to run", f">= {wanted:.2f}x", f"{saved:.2f}x", saved >= wanted)
+    if passes.drift is not None:
+        drift = result.drift()
+        found = "too few answers" if drift is None else f"{drift:.2f}x"
+        verdict("times at the end to the start", f"<= {passes.drift:g}x", found, (drift or math.inf) <= passes.drift)
     bad = [outcome for outcome in result.outcomes if outcome.bad is not None]
     if bad:
         answered_otherwise = sorted({f"{o.bad}: {o.error or o.kind}" for o in bad if o.kind != "refused"})

@@ -7,13 +7,14 @@ import ipaddress
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
 from hidrop_loadtests.metrics import LATENCIES, Growth, idle_after, read
-from hidrop_loadtests.scenarios import Closed, Scenario
+from hidrop_loadtests.scenarios import Closed, Goal, Scenario
 from hidrop_loadtests.sending import Endpoint, Outcome, Sent, send
 from hidrop_loadtests.traffic import Ask, first_turns, next_turns
 
@@ -40,7 +41,6 @@ class Result:
         arm: which.
         outcomes: one per request.
         seconds: from the first request to the last answer, summed over rounds.
-        good: answers within the goal.
         growth: what the server counted meanwhile.
         idle_seconds: until the server held no request and was ready; None: longer than the scenario allows.
     """
@@ -48,13 +48,27 @@ class Result:
     arm: Arm
     outcomes: tuple[Outcome, ...]
     seconds: float
-    good: int
     growth: Growth
     idle_seconds: float | None
 
     def count(self, kind: str, bad: bool | None = None) -> int:
         """Outcomes of a kind; of good or of bad requests only."""
         return sum(o.kind == kind and bad in (None, o.bad is not None) for o in self.outcomes)
+
+    def within(self, goal: Goal) -> int:
+        """Answers whose first token and end came in time."""
+        return sum(
+            o.kind == "answered" and o.bad is None and 1000 * o.ttft <= goal.ttft_ms and 1000 * o.latency <= goal.e2e_ms
+            for o in self.outcomes
+        )
+
+    def drift(self) -> float | None:
+        """Median end-to-end time of the last third of the answers by that of the first third; None if there are few."""
+        answered = sorted((o.sent_at, o.latency) for o in self.outcomes if o.kind == "answered" and o.bad is None)
+        third = len(answered) // 3
+        if not third:
+            return None
+        return median(latency for _, latency in answered[-third:]) / median(latency for _, latency in answered[:third])
 
     def times_ms(self) -> dict[str, list[float]]:
         """Every time of the answered requests, by the client's clock."""
@@ -167,7 +181,6 @@ def _joined(results: Sequence[Result]) -> Result:
         results[0].arm,
         tuple(outcome for result in results for outcome in result.outcomes),
         sum(result.seconds for result in results),
-        sum(result.good for result in results),
         Growth.joined([result.growth for result in results]),
         None if None in idle else max(seconds for seconds in idle if seconds is not None),
     )
@@ -180,7 +193,7 @@ def _run_arm(scenario: Scenario, arm: Arm, picture_seed: int, quiet: bool) -> Re
     idle = idle_after(arm.endpoint, scenario.passes.idle_seconds)
     growth = Growth.between(before, read(arm.endpoint))
     outcomes = tuple(outcome for sent in rounds for outcome in sent.outcomes)
-    return Result(arm, outcomes, sum(sent.seconds for sent in rounds), sum(sent.good for sent in rounds), growth, idle)
+    return Result(arm, outcomes, sum(sent.seconds for sent in rounds), growth, idle)
 
 
 def _rounds(scenario: Scenario, arm: Arm, picture_seed: int, quiet: bool) -> list[Sent]:

@@ -85,6 +85,7 @@ class Thresholds(_Data):
         layer_token_ratio: least ratio of a dense prefill's rows to those run, where the server was asked to prune.
         refusal_seconds: longest time until a bad request had its 4xx.
         idle_seconds: longest time until the server held no request any more and was ready.
+        drift: most that the median end-to-end time of the last third of the answers may be of the first third's.
     """
 
     failed: int = Field(default=0, ge=0)
@@ -92,6 +93,7 @@ class Thresholds(_Data):
     layer_token_ratio: float | None = Field(default=None, ge=1)
     refusal_seconds: Positive = 2.0
     idle_seconds: Positive = 30.0
+    drift: Positive | None = None
 
 
 class Scenario(_Data):
@@ -168,6 +170,19 @@ def choose(name: str, path: Path = SHIPPED) -> Scenario:
     if name not in known:
         raise ValueError(f"unknown scenario {name!r}; known: {', '.join(known)}")
     return known[name]
+
+
+def lengthened(scenario: Scenario, times: int) -> Scenario:
+    """The same for so many times as many requests and seconds.
+
+    Raises:
+        ValueError: over the bounds of any scenario.
+    """
+    longer = {"requests": times * scenario.requests, "seconds": times * scenario.seconds}
+    try:
+        return Scenario.model_validate(scenario.model_dump() | longer)
+    except ValidationError as error:
+        raise ValueError(f"{times} times as long: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from None
 
 
 def _scenario(path: Path, name: str, table: object) -> Scenario:

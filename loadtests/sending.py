@@ -1,7 +1,7 @@
 """Requests through vLLM's own benchmark client, which sends, times and counts them.
 
-Three things are added around its request function: clients that go away, an end of the time, and the time a refusal
-took. Knows nothing of what the requests say.
+Added around its request function: clients that go away, an end of the time, the time a refusal took; and an answer that
+is shorter than asked for has failed. Knows nothing of what the requests say.
 """
 
 import asyncio
@@ -74,11 +74,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Sent:
-    """The outcomes of a round in the order of its requests, its length in seconds, and how many met the goal."""
+    """The outcomes of a round in the order of its requests, and its length in seconds."""
 
     outcomes: tuple[Outcome, ...]
     seconds: float
-    good: int
 
 
 def send(scenario: Scenario, asks: Sequence[Ask], endpoint: Endpoint, deadline: float, quiet: bool = False) -> Sent:
@@ -110,7 +109,7 @@ def send(scenario: Scenario, asks: Sequence[Ask], endpoint: Endpoint, deadline: 
         raise ValueError(f"vLLM's client did not end {GRACE_SECONDS:.0f} s after the scenario's time") from None
     except (OSError, AssertionError, KeyError) as error:
         raise ValueError(f"vLLM's client failed: {error!r}; {said.getvalue().strip()[-200:]}") from error
-    return Sent(tuple(_outcomes(found, asks)), found["duration"], round(found["request_goodput"] * found["duration"]))
+    return Sent(tuple(_outcomes(found, asks, scenario.output_tokens)), found["duration"])
 
 
 def _arguments(scenario: Scenario, requests: dict[str, Ask], endpoint: Endpoint, quiet: bool) -> dict[str, Any]:
@@ -148,7 +147,7 @@ def _arguments(scenario: Scenario, requests: dict[str, Ask], endpoint: Endpoint,
         "selected_percentile_metrics": [],
         "selected_percentiles": [],
         "ignore_eos": True,
-        "goodput_config_dict": {"ttft": scenario.goal.ttft_ms, "e2el": scenario.goal.e2e_ms},
+        "goodput_config_dict": {},
         "max_concurrency": arrivals.at_once if isinstance(arrivals, Closed) else None,
         "lora_modules": None,
         "extra_headers": endpoint.headers,
@@ -195,10 +194,13 @@ def _request_function(requests: dict[str, Ask], deadline: float) -> Callable[...
     return request
 
 
-def _outcomes(found: dict[str, Any], asks: Sequence[Ask]) -> Iterator[Outcome]:
+def _outcomes(found: dict[str, Any], asks: Sequence[Ask], wanted_tokens: int) -> Iterator[Outcome]:
     columns = ("errors", "start_times", "ttfts", "latencies", "itls", "output_lens", "generated_texts")
     for ask, row in zip(asks, zip(*(found[column] for column in columns), strict=True), strict=True):
         error, sent_at, ttft, latency, itls, output_tokens, text = row
+        if not error and output_tokens != wanted_tokens and ask.bad is None:
+            # An error in the middle of a stream, or a stream without its end, is a success to vLLM's client.
+            error = f"the stream ended after {output_tokens} of {wanted_tokens} tokens"
         lines = error.strip().splitlines()
         yield Outcome(
             _kind(error), sent_at, ttft, latency, tuple(itls), output_tokens, text, lines[-1] if lines else "", ask.bad

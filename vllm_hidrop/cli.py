@@ -187,6 +187,7 @@ def loadtest(  # noqa: PLR0913, PLR0917 (one argument is one option)
         str, typer.Option(metavar="off|none|URL", help="Ask the same server to keep every token, or another server.")
     ] = "off",
     pairs: Annotated[int, typer.Option(min=1, max=100, help="Times each is run, in alternating order.")] = 1,
+    length: Annotated[int, typer.Option(min=1, help="Times as many requests and seconds as the scenario says.")] = 1,
     file: Annotated[Path | None, typer.Option(help="Scenarios of your own (TOML).")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the report, HTML and JSON.")] = Path("runs/loadtest"),
     api_key: Annotated[str | None, typer.Option(help="Key of the servers.", envvar="OPENAI_API_KEY")] = None,
@@ -206,7 +207,8 @@ def loadtest(  # noqa: PLR0913, PLR0917 (one argument is one option)
             command.show_scenarios(file)
         else:
             target = command.Target(url, compare, Keys(api_key, metrics_api_key), allow_remote)
-            raise typer.Exit(command.run(scenario, file, target, out, pairs))
+            chosen = command.choose(scenario, file, length)
+            raise typer.Exit(command.run(scenario, chosen, target, out, pairs))
 
 
 @app.command()

@@ -104,7 +104,6 @@ def test_what_is_not_answered_in_time_is_given_up_and_fails_the_run(stub: Stub) 
     assert time.monotonic() - started < 20
     assert {outcome.kind for outcome in sent.outcomes} == {"failed"}
     assert {outcome.error for outcome in sent.outcomes} == {"not answered in the scenario's seconds"}
-    assert sent.good == 0
 
 
 def test_a_bad_request_that_is_answered_fails_the_run(stub: Stub) -> None:
@@ -185,7 +184,7 @@ def test_an_interpolated_percentile_lies_in_its_bucket() -> None:
 
 
 def test_the_reader_of_a_report_gets_files(tmp_path: Path, stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
-    from vllm_hidrop.commands.loadtest import Target
+    from vllm_hidrop.commands.loadtest import Target, choose
     from vllm_hidrop.commands.loadtest import run as command
 
     own = tmp_path / "own.toml"
@@ -193,7 +192,7 @@ def test_the_reader_of_a_report_gets_files(tmp_path: Path, stub: Stub, capsys: p
         '[mine]\nsummary = "?"\nseed = 1\nrequests = 2\nseconds = 30\narrivals = {kind = "closed", at_once = 1}\n'
         "images = 1\nimage_side = 32\nwords = 3\noutput_tokens = 2\ngoal = {ttft_ms = 9000, e2e_ms = 9000}\n"
     )
-    assert command("mine", own, Target(stub.url, "off", Keys(), False), tmp_path / "out") == 0
+    assert command("mine", choose("mine", own), Target(stub.url, "off", Keys(), False), tmp_path / "out") == 0
     assert json.loads((tmp_path / "out" / "mine.json").read_text())["passed"] is True
     assert (tmp_path / "out" / "mine.html").read_text().startswith("<!doctype html>")
     assert "mine.html" in capsys.readouterr().out.replace("\n", "")

@@ -15,6 +15,7 @@ from vllm_hidrop.commands.local_server import local_server
 if TYPE_CHECKING:
     from hidrop_loadtests.judging import Verdict
     from hidrop_loadtests.running import Arm, Keys, Result
+    from hidrop_loadtests.scenarios import Scenario
 
 ALONE = "none"
 
@@ -50,18 +51,28 @@ def show_scenarios(file: Path | None) -> None:
     Console().print(table)
 
 
-def run(name: str, file: Path | None, target: Target, out: Path, pairs: int = 1) -> int:
+def choose(name: str, file: Path | None = None, length: int = 1) -> "Scenario":
+    """A scenario of ours or of a file, so many times as long.
+
+    Raises:
+        ValueError: there is none, or it has a mistake.
+    """
+    from hidrop_loadtests import scenarios
+
+    return scenarios.lengthened(scenarios.choose(name, file or scenarios.SHIPPED), length)
+
+
+def run(name: str, scenario: "Scenario", target: Target, out: Path, pairs: int = 1) -> int:
     """Run, show, and write ``NAME.json`` and ``NAME.html`` into ``out``; returns the exit code, 1 if not passed.
 
     Raises:
-        ValueError: a mistake in the choice, or a server that is not there.
+        ValueError: an address that is none of ours, or a server that is not there.
     """
-    from hidrop_loadtests import report, scenarios
+    from hidrop_loadtests import report
     from hidrop_loadtests.judging import judge
     from hidrop_loadtests.running import check_address
     from hidrop_loadtests.running import run as run_scenario
 
-    scenario = scenarios.choose(name, file or scenarios.SHIPPED)
     for address in (target.url, target.compare if target.compare not in ("off", ALONE) else None):
         if address is not None:
             check_address(address, target.allow_remote)
