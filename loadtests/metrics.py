@@ -106,7 +106,7 @@ class Growth:
         return sum(found) if found else None
 
     def latency_ms(self, name: str) -> dict[str, float] | None:
-        """Mean, and p50, p90, p99 interpolated within their buckets, of a histogram of seconds; None if it is empty."""
+        """Mean, and percentiles interpolated within their buckets, of a histogram of seconds; None if it is empty."""
         count, seconds = self.total(f"{name}_count"), self.total(f"{name}_sum")
         if not count or seconds is None:
             return None
@@ -115,7 +115,7 @@ class Growth:
             if own == f"{name}_bucket":
                 bound = float(dict(labels)["le"])
                 bounds[bound] = bounds.get(bound, 0.0) + value
-        return {"mean": 1000 * seconds / count} | {f"p{p}": 1000 * _quantile(bounds, p / 100) for p in (50, 90, 99)}
+        return {"mean": 1000 * seconds / count} | {f"p{p}": 1000 * _quantile(bounds, p / 100) for p in (50, 90, 95, 99)}
 
     def savings(self) -> dict[str, Any]:
         """Per saving what was run, what a dense server runs, and their ratio; and every counter of ours that grew."""

@@ -35,13 +35,12 @@ table { border-collapse: collapse; margin: .5rem 0 1rem; font-variant-numeric: t
 caption { text-align: left; padding-bottom: .2rem }
 th, td { padding: .2rem .9rem .2rem 0; text-align: right; border-bottom: 1px solid var(--line) }
 th:first-child, td:first-child { text-align: left } .words th, .words td { text-align: left }
-tr.ratio td { font-weight: 600 }
 .passed { color: var(--a); font-weight: 600 } .missed { color: var(--b); font-weight: 700 }
 .tiles, .times { display: flex; flex-wrap: wrap; gap: .8rem; align-items: center } .times { gap: 0 2rem }
 .tile { background: var(--tile); border: 1px solid var(--line); border-radius: 8px; padding: .6rem 1rem;
   min-width: 9rem }
 .tile b { display: block; font-size: 1.6rem; line-height: 1.3 }
-figure { margin: 0 } svg text { font: 11px system-ui, sans-serif; fill: var(--soft) }
+figure { margin: 0 } svg { overflow: visible } svg text { font: 11px system-ui, sans-serif; fill: var(--soft) }
 svg .grid { stroke: var(--line) } svg .arm0 { stroke: var(--a) } svg .arm1 { stroke: var(--b) }
 svg text.of0 { fill: var(--a) } svg text.of1 { fill: var(--b) }
 details { margin: 1rem 0 } pre { overflow: auto }
@@ -131,10 +130,13 @@ def _tiles(found: Mapping[str, Any]) -> str:
         values = [f"{arm['client_ms'][key]['p50']:,.0f} ms" for arm in arms if key in arm["client_ms"]]
         ratio = found["speed_up"].get(key, {}).get("p50")
         if values:
-            tiles.append((f"{TITLES[key]}, median", f"{ratio:.1f}x" if ratio else values[0], " against ".join(values)))
+            big = values[0] if ratio is None else f"{ratio:.1f}x less" if ratio >= 1 else f"{1 / ratio:.1f}x more"
+            tiles.append((f"{TITLES[key]}, median", big, " against ".join(values)))
     rates = [f"{arm['goodput_per_second']:.2f}" for arm in arms]
     tiles.append(("Goodput, requests/s", rates[0], " against ".join(rates)))
-    for title, pair in arms[0]["savings"]["pairs"].items():
+    for title in ("layer tokens of prefills", "KV blocks held", "prefill FLOPs"):
+        if (pair := arms[0]["savings"]["pairs"].get(title)) is None:
+            continue
         less = f"{1 - pair['run'] / pair['dense']:.0%} less"
         tiles.append((title[0].upper() + title[1:], less, f"{_short(pair['run'])} of {_short(pair['dense'])}"))
     shown = "".join(

@@ -200,7 +200,7 @@ def _outcomes(found: dict[str, Any], asks: Sequence[Ask], wanted_tokens: int) ->
         error, sent_at, ttft, latency, itls, output_tokens, text = row
         if not error and output_tokens != wanted_tokens and ask.bad is None:
             # An error in the middle of a stream, or a stream without its end, is a success to vLLM's client.
-            error = f"the stream ended after {output_tokens} of {wanted_tokens} tokens"
+            error = f"the stream ended before its {wanted_tokens} tokens"
         lines = error.strip().splitlines()
         yield Outcome(
             _kind(error), sent_at, ttft, latency, tuple(itls), output_tokens, text, lines[-1] if lines else "", ask.bad

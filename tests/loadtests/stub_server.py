@@ -14,12 +14,16 @@ TOKEN_SECONDS = 0.01
 
 @dataclass
 class Stub:
-    """A running stub: its address, the bodies it got, and how many streams their clients left."""
+    """A stub: its address, the bodies it got, how many streams their clients left; and what is wrong with it."""
 
     url: str
     bodies: list[dict[str, Any]] = field(default_factory=list)
     left: int = 0
     token_seconds: float = TOKEN_SECONDS
+    status: int = 200
+    lost_tokens: int = 0
+    dense: int = 300
+    ready: bool = True
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -33,7 +37,7 @@ class _Handler(BaseHTTPRequestHandler):
             "# TYPE vllm_hidrop_layer_tokens_run counter\n"
             f'vllm_hidrop_layer_tokens_run_total{{method="hidrop"}} {100 * done}\n'
             "# TYPE vllm_hidrop_layer_tokens_dense counter\n"
-            f'vllm_hidrop_layer_tokens_dense_total{{method="hidrop"}} {300 * done}\n'
+            f'vllm_hidrop_layer_tokens_dense_total{{method="hidrop"}} {self.stub.dense * done}\n'
             "# TYPE vllm:time_to_first_token_seconds histogram\n"
             f'vllm:time_to_first_token_seconds_bucket{{le="0.1"}} {done}\n'
             f'vllm:time_to_first_token_seconds_bucket{{le="+Inf"}} {done}\n'
@@ -41,9 +45,11 @@ class _Handler(BaseHTTPRequestHandler):
         )
         pages = {
             "/metrics": metrics,
-            "/ready": "{}",
             "/v1/models": json.dumps({"data": [{"id": "stub"}]}),
         }
+        if self.path == "/ready":
+            self._answer(200 if self.stub.ready else 503, b"{}")
+            return
         self._answer(200 if self.path in pages else 404, pages.get(self.path, "").encode())
 
     def do_POST(self) -> None:
@@ -51,6 +57,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.stub.bodies.append(body)
         if "vllm_xargs" in body and "hidrop_nonsense" in body["vllm_xargs"]:
             self._answer(400, b"{}")
+            return
+        if self.stub.status != 200:
+            self._answer(self.stub.status, b"{}")
             return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
@@ -63,9 +72,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def _stream(self, tokens: int) -> None:
-        for number in range(tokens):
+        for number in range(tokens - self.stub.lost_tokens):
             time.sleep(self.stub.token_seconds)
             self._event({"choices": [{"delta": {"content": f"w{number} "}}]})
+        if self.stub.lost_tokens:
+            self._event({"error": {"message": "the engine died"}})
+            return
         self._event({"choices": [], "usage": {"completion_tokens": tokens, "prompt_tokens": 7}})
         self.wfile.write(b"data: [DONE]\n\n")
 

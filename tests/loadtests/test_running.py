@@ -14,7 +14,8 @@ from hidrop_loadtests import report
 from hidrop_loadtests.judging import judge
 from hidrop_loadtests.metrics import Growth, Samples
 from hidrop_loadtests.running import OFF, Arm, Keys, Result, check_address, connect, run
-from hidrop_loadtests.sending import send
+from hidrop_loadtests.scenarios import choose
+from hidrop_loadtests.sending import Outcome, send
 from hidrop_loadtests.traffic import first_turns, mistakes
 from tests.loadtests.stub_server import Stub, stub_server
 from tests.loadtests.test_scenarios import scenario
@@ -47,7 +48,7 @@ def test_both_arms_are_asked_alike_and_reported_side_by_side(stub: Stub) -> None
         assert times["ttft"]["p50"] >= 10
         assert times["e2e"]["p50"] >= 40
         assert times["itl"]["mean"] > 5
-        assert result.server_ms()["ttft"] == pytest.approx({"mean": 20, "p50": 50, "p90": 90, "p99": 99})
+        assert result.server_ms()["ttft"] == pytest.approx({"mean": 20, "p50": 50, "p90": 90, "p95": 95, "p99": 99})
         (saving,) = result.growth.savings()["pairs"].values()
         assert saving == {"run": 1200, "dense": 3600, "ratio": 3}
         assert [outcome.output_tokens for outcome in result.outcomes] == [4] * 12
@@ -154,6 +155,44 @@ def test_thresholds_that_are_missed_are_named(stub: Stub) -> None:
 
 
 @pytest.mark.parametrize(
+    ("fault", "missed"),
+    [
+        ({}, set()),
+        ({"status": 500}, {"requests without an answer", "answers within the goal", "layer tokens, dense to run"}),
+        ({"lost_tokens": 2}, {"requests without an answer", "answers within the goal"}),
+        ({"dense": 100}, {"layer tokens, dense to run"}),
+        ({"ready": False}, {"idle and ready again"}),
+    ],
+    ids=["healthy", "500", "stream cut short", "no savings", "not ready"],
+)
+def test_a_broken_server_fails_the_shipped_thresholds(stub: Stub, fault: dict[str, Any], missed: set[str]) -> None:
+    for key, value in fault.items():
+        setattr(stub, key, value)
+    if "status" in fault:
+        stub.dense = 100  # who answers nothing saves nothing
+    chosen = scenario(requests=2, passes=choose("smoke").passes.model_dump() | {"idle_seconds": 0.3})
+    (result,) = run(chosen, [Arm("pruned", connect(stub.url), True)], quiet=True)
+    verdicts = judge(chosen, result)
+    assert {verdict.what for verdict in verdicts if not verdict.passed} == missed
+    page = report.as_html(report.as_json("x", chosen, [result], verdicts), [result.times_ms()])
+    assert ("before its 4 tokens" in page) == ("lost_tokens" in fault)
+    assert ("Internal Server Error" in page) == ("status" in fault)
+
+
+def test_answers_that_grow_slower_fail_a_soak(stub: Stub) -> None:
+    def answered(seconds: float, sent_at: float) -> Outcome:
+        return Outcome("answered", sent_at, latency=seconds)
+
+    arm, growth = Arm("pruned", connect(stub.url), True), Growth({})
+    chosen = scenario(passes={"drift": 3})
+    for end, passed in ((2.9, True), (3.1, False)):
+        outcomes = (*(answered(end, 90 + i) for i in range(3)), *(answered(1, i) for i in range(6)))
+        verdicts = {v.what: v.passed for v in judge(chosen, Result(arm, outcomes, 100, growth, 0))}
+        assert verdicts["times at the end to the start"] is passed
+    assert Result(arm, outcomes[:2], 100, growth, 0).drift() is None
+
+
+@pytest.mark.parametrize(
     "url", ["http://10.1.2.3:8000", "https://example.org", "http://127.0.0.1.nip.io", "http://0.0.0.0:8000"]
 )
 def test_another_machine_needs_leave(url: str) -> None:
@@ -179,20 +218,24 @@ def test_an_interpolated_percentile_lies_in_its_bucket() -> None:
     before: Samples = {("t_bucket", (("le", le),)): 0.0 for le in ("0.1", "0.2", "+Inf")}
     after: Samples = dict(zip(before, (5.0, 9.0, 10.0), strict=True)) | {("t_sum", ()): 1.5, ("t_count", ()): 10.0}
     found = Growth.between(before, after).latency_ms("t")
-    assert found == pytest.approx({"mean": 150, "p50": 100, "p90": 200, "p99": 200})
+    assert found == pytest.approx({"mean": 150, "p50": 100, "p90": 200, "p95": 200, "p99": 200})
     assert Growth.between(after, after).latency_ms("t") is None
 
 
 def test_the_reader_of_a_report_gets_files(tmp_path: Path, stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
-    from vllm_hidrop.commands.loadtest import Target, choose
-    from vllm_hidrop.commands.loadtest import run as command
+    from vllm_hidrop.commands import loadtest
 
     own = tmp_path / "own.toml"
     own.write_text(
         '[mine]\nsummary = "?"\nseed = 1\nrequests = 2\nseconds = 30\narrivals = {kind = "closed", at_once = 1}\n'
         "images = 1\nimage_side = 32\nwords = 3\noutput_tokens = 2\ngoal = {ttft_ms = 9000, e2e_ms = 9000}\n"
     )
-    assert command("mine", choose("mine", own), Target(stub.url, "off", Keys(), False), tmp_path / "out") == 0
+    assert (
+        loadtest.run(
+            "mine", loadtest.choose("mine", own), loadtest.Target(stub.url, "off", Keys(), False), tmp_path / "out"
+        )
+        == 0
+    )
     assert json.loads((tmp_path / "out" / "mine.json").read_text())["passed"] is True
     assert (tmp_path / "out" / "mine.html").read_text().startswith("<!doctype html>")
     assert "mine.html" in capsys.readouterr().out.replace("\n", "")

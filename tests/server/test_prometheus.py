@@ -41,7 +41,7 @@ class Scraped:
 
 @pytest.fixture(scope="module")
 def scraped(server: Server) -> Iterator[Scraped]:
-    with running(server.url, rules.FILE, scrape_seconds=0.5) as prometheus:
+    with running([server.url], rules.FILE, scrape_seconds=0.5) as prometheus:
         wait_for_scrape(prometheus)
         reports = [server.chat([image_url(seed)], max_tokens=8, ignore_eos=True)["hidrop"] for seed in range(20, 26)]
         reports.append(server.chat([image_url(20), image_url(21)])["hidrop"])

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.harness import image_url, user
+from tests.server.processes import api_process
 from vllm_hidrop.commands.local_server import LOOPBACK, end_group, free_port, local_server
+from vllm_hidrop.monitoring.prometheus import Prometheus, running
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -28,11 +29,16 @@ MODEL = "hidrop-embedded"
 
 @dataclass(frozen=True)
 class Cluster:
-    """Addresses of the router, of its metrics, and of the servers behind it."""
+    """Addresses of the router, of its metrics, and of the servers behind it; and who scrapes all three."""
 
     router: str
     router_metrics: str
     servers: tuple[str, str]
+    prometheus: Prometheus
+
+    def up(self) -> set[str]:
+        """Addresses that Prometheus could scrape last."""
+        return {f"http://{series.labels['instance']}" for series in self.prometheus.query("up == 1")}
 
     def ask(self, seed: int, tokens: int = 4) -> int:
         """Status of one request, another image each."""
@@ -46,7 +52,7 @@ def finished(server: str) -> float:
     return _sum(f"{server}/metrics", "vllm:request_success_total")
 
 
-def running(server: str) -> float:
+def in_flight(server: str) -> float:
     return _sum(f"{server}/metrics", "vllm:num_requests_running")
 
 
@@ -71,7 +77,7 @@ def router(servers: tuple[str, str], log: Path) -> Iterator[tuple[str, str]]:
                 assert process.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.2)
-            yield url, f"http://{LOOPBACK}:{metrics_port}/metrics"
+            yield url, f"http://{LOOPBACK}:{metrics_port}"
         finally:
             end_group(process)
 
@@ -91,37 +97,35 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             servers = tuple(stack.enter_context(local_server([], on_wait=lambda: None)) for _ in range(2))
         assert len(servers) == 2
         log = tmp_path_factory.mktemp("router") / "router.log"
-        yield Cluster(*stack.enter_context(router(servers, log)), servers)
+        url, metrics = stack.enter_context(router(servers, log))
+        scraping = stack.enter_context(running([metrics, *servers], scrape_seconds=1))
+        yield Cluster(url, metrics, servers, scraping)
 
 
-def test_requests_are_spread_over_both_servers_and_all_three_can_be_scraped(cluster: Cluster) -> None:
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_requests_are_spread_over_both_servers_and_prometheus_scrapes_all_three(cluster: Cluster) -> None:
     before = [finished(server) for server in cluster.servers]
     assert [cluster.ask(seed) for seed in range(8)] == [200] * 8
     answered = [finished(server) - count for server, count in zip(cluster.servers, before, strict=True)]
     assert answered == [4, 4]
-    scraped = [httpx.get(url).text for url in (cluster.router_metrics, *(f"{s}/metrics" for s in cluster.servers))]
-    assert all(list(text_string_to_metric_families(text)) for text in scraped)
-    assert "vllm_hidrop_layer_tokens_run_total" in scraped[1]
+    until(lambda: cluster.up() == {cluster.router_metrics, *cluster.servers})
+    by_server = "sum by (instance) (vllm_hidrop_requests_total)"
+    until(lambda: [s.points[0][1] for s in cluster.prometheus.query(by_server)] == [b + 4 for b in before])
+    assert cluster.prometheus.query(f'count({{instance="{cluster.router_metrics.removeprefix("http://")}"}}) > 10')
 
 
 def test_a_server_killed_under_load_costs_no_request(cluster: Cluster) -> None:
     with ThreadPoolExecutor(12) as pool:
         asked = [pool.submit(cluster.ask, 100 + seed, 1500) for seed in range(12)]
-        deadline = time.monotonic() + 120
-        while not all(running(server) > 1 for server in cluster.servers):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        _kill(cluster.servers[1])
+        until(lambda: all(in_flight(server) > 1 for server in cluster.servers))
+        # The server and its engine at once, as a machine that loses its power.
+        os.killpg(os.getpgid(api_process(cluster.servers[1]).pid), signal.SIGKILL)
         assert [answer.result() for answer in asked] == [200] * 12
     assert [cluster.ask(200 + seed) for seed in range(6)] == [200] * 6
-
-
-def _kill(server: str) -> None:
-    """The server and its engine at once, as a machine that loses its power."""
-    port = int(server.rsplit(":", 1)[1])
-    for process in psutil.Process().children(recursive=True):
-        listening = [c.laddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-        if port in listening:
-            os.killpg(os.getpgid(process.pid), signal.SIGKILL)
-            return
-    raise AssertionError(f"no process listens on {port}")
+    until(lambda: cluster.up() == {cluster.router_metrics, cluster.servers[0]})

@@ -57,7 +57,7 @@ def run(url: str | None, traffic: Traffic, png: Path) -> int:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress, _server(url, progress) as address:
         asking = (demo.model_name(address), questions)
-        with running(address, None, SCRAPE_SECONDS, progress.refresh, tools) as prometheus:
+        with running([address], None, SCRAPE_SECONDS, progress.refresh, tools) as prometheus:
             wait_for_scrape(prometheus)
             start = time.time()
             answered, refused = drive(address, *asking, traffic, progress)

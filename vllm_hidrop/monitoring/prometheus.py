@@ -138,16 +138,16 @@ def _point(pair: Sequence[Any]) -> tuple[float, float]:
 
 @contextmanager
 def running(
-    target: str,
+    targets: Sequence[str],
     rules: Path | None = None,
     scrape_seconds: float = 1.0,
     on_wait: Callable[[], None] = lambda: None,
     tools: Tools | None = None,
 ) -> Iterator[Prometheus]:
-    """Start one that scrapes the server at ``target`` as job "hidrop", and end it; what it stored is deleted.
+    """Start one that scrapes ``targets`` as job "hidrop", and end it; what it stored is deleted.
 
     Args:
-        target: address of the server, http://HOST:PORT.
+        targets: addresses of servers, http://HOST:PORT.
         rules: a rule file.
         scrape_seconds: between two scrapes, and between two evaluations of the rules.
         on_wait: called a few times a second until it is ready.
@@ -160,7 +160,7 @@ def running(
     with tempfile.TemporaryDirectory(prefix="hidrop-prometheus-") as name:
         folder = Path(name)
         config = folder / "prometheus.json"  # JSON is YAML
-        config.write_text(json.dumps(_config(target, rules, scrape_seconds)), encoding="utf-8")
+        config.write_text(json.dumps(_config(targets, rules, scrape_seconds)), encoding="utf-8")
         port = free_port()
         log = folder / "log"
         with log.open("wb") as file:
@@ -189,13 +189,13 @@ def running(
                 process.wait()
 
 
-def _config(target: str, rules: Path | None, scrape_seconds: float) -> dict[str, Any]:
+def _config(targets: Sequence[str], rules: Path | None, scrape_seconds: float) -> dict[str, Any]:
     every = f"{round(scrape_seconds * 1000)}ms"
-    host = target.removeprefix("http://").rstrip("/")
+    hosts = [target.removeprefix("http://").rstrip("/") for target in targets]
     return {
         "global": {"scrape_interval": every, "evaluation_interval": every, "scrape_timeout": every},
         "rule_files": [str(rules.resolve())] if rules else [],
-        "scrape_configs": [{"job_name": "hidrop", "static_configs": [{"targets": [host]}]}],
+        "scrape_configs": [{"job_name": "hidrop", "static_configs": [{"targets": hosts}]}],
     }
 
 
