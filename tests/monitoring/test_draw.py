@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vllm_hidrop.monitoring.draw import draw
+from vllm_hidrop.monitoring.draw import draw, height_inches
 from vllm_hidrop.monitoring.panels import DASHBOARDS, Panel
 from vllm_hidrop.monitoring.prometheus import Series
 
@@ -30,15 +30,13 @@ def test_every_panel_has_its_place(empty: np.ndarray, tmp_path: Path) -> None:
     drawn = picture(tmp_path / "a.png", 0.25)
     assert drawn.shape == empty.shape
     rows = [row for dashboard in DASHBOARDS for row in dashboard.rows]
-    height = sum(-(-len(row.panels) // 4) for row in rows)
-    changed = 0
-    line = 0
+    pixels_per_inch = drawn.shape[0] / sum(map(height_inches, rows))
+    changed, top = 0, 0.0
     for row in rows:
+        bottom, width = top + height_inches(row) * pixels_per_inch, drawn.shape[1] // len(row.panels)
         for index in range(len(row.panels)):
-            top = (line + index // 4) * drawn.shape[0] // height
-            left = index % 4 * drawn.shape[1] // 4
-            cell = np.s_[top : top + drawn.shape[0] // height, left : left + drawn.shape[1] // 4]
+            cell = np.s_[round(top) : round(bottom), index * width : (index + 1) * width]
             changed += (drawn[cell] != empty[cell]).any()
-        line += -(-len(row.panels) // 4)
+        top = bottom
     panels: list[Panel] = [panel for dashboard in DASHBOARDS for panel in dashboard.panels]
     assert changed == len(panels)

@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_hidrop.monitoring.panels import Dashboard, Panel, Unit
+from vllm_hidrop.monitoring.panels import Dashboard, Panel, Row, Unit
 from vllm_hidrop.monitoring.prometheus import Series
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 Lines = Mapping[str, Sequence[Series]]
 """What each expression gave."""
-COLUMNS = 4
-PANEL_INCHES = (4.2, 2.5)
+WIDTH_INCHES = 17.0
+PANEL_INCHES, STAT_INCHES = 2.5, 1.2
 SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 LONGEST_LEGEND = 8
 
@@ -36,26 +36,24 @@ def draw(dashboards: Sequence[Dashboard], lines: Lines, file: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [(dashboard, row) for dashboard in dashboards for row in dashboard.rows]
-    width, height = PANEL_INCHES
-    with mpl.rc_context({"font.size": 7, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(width * COLUMNS, sum(height * _depth(row.panels) for _, row in rows)))
-        parts = figure.subfigures(len(rows), 1, height_ratios=[_depth(row.panels) for _, row in rows], squeeze=False)
-        for part, (dashboard, row) in zip(parts[:, 0], rows, strict=True):
-            part.suptitle(f"{dashboard.title}: {row.title}", x=0.01, ha="left", fontsize=10, fontweight="bold")
-            depth = _depth(row.panels)
-            part.subplots_adjust(0.05, 0.12 / depth, 0.99, 1 - 0.2 / depth, wspace=0.22, hspace=0.4)
-            axes = part.subplots(depth, COLUMNS, squeeze=False).flat
-            for panel, cell in zip(row.panels, axes, strict=False):
+    heights = [height_inches(row) for _, row in rows]
+    with mpl.rc_context({"font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(WIDTH_INCHES, sum(heights)))
+        parts = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)
+        for part, (dashboard, row), height in zip(parts[:, 0], rows, heights, strict=True):
+            part.suptitle(f"{dashboard.title}: {row.title}", x=0.01, ha="left", fontsize=11, fontweight="bold")
+            part.subplots_adjust(0.045, 0.3 / height, 0.99, 1 - 0.5 / height, wspace=0.22)
+            axes = part.subplots(1, len(row.panels), squeeze=False).flat
+            for panel, cell in zip(row.panels, axes, strict=True):
                 _draw_panel(cell, panel, lines)
-            for cell in list(axes):
-                cell.axis("off")
         whole = BytesIO()  # an interrupted run leaves no half a picture
         figure.savefig(whole, dpi=80, format="png")
     file.write_bytes(whole.getvalue())
 
 
-def _depth(panels: Sequence[Panel]) -> int:
-    return math.ceil(len(panels) / COLUMNS)
+def height_inches(row: Row) -> float:
+    """Of the row in the picture: numbers alone need less than lines."""
+    return STAT_INCHES if all(panel.is_stat for panel in row.panels) else PANEL_INCHES
 
 
 def _draw_panel(axes: "Axes", panel: Panel, lines: Lines) -> None:
@@ -80,10 +78,10 @@ def _write_numbers(axes: "Axes", panel: Panel, found: list[tuple[str, Any]]) -> 
     if len(found) == 1:
         legend, points = found[0]
         text = legend if panel.unit is Unit.COUNT else _number(points[-1][1], panel.unit)
-        axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=18, transform=axes.transAxes)
+        axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=22, transform=axes.transAxes)
         return
     text = "\n".join(f"{legend}: {_number(points[-1][1], panel.unit)}" for legend, points in found)
-    axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=9, transform=axes.transAxes)
+    axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=10, transform=axes.transAxes)
 
 
 def _draw_lines(axes: "Axes", panel: Panel, found: list[tuple[str, Any]]) -> None:
@@ -96,7 +94,7 @@ def _draw_lines(axes: "Axes", panel: Panel, found: list[tuple[str, Any]]) -> Non
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f} s")
     axes.grid(alpha=0.3)
     if any(legend for legend, _ in found):
-        axes.legend(fontsize=6, frameon=False, ncols=2 if len(found) > LONGEST_LEGEND // 2 else 1)
+        axes.legend(fontsize=7, frameon=False, ncols=2 if len(found) > LONGEST_LEGEND // 2 else 1)
 
 
 def _legend(template: str, labels: Mapping[str, str]) -> str:
@@ -109,8 +107,13 @@ def _number(value: float, unit: Unit) -> str:
         return f"{100 * value:.3g} %"
     if unit is Unit.SECONDS:
         return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
-    suffix = {Unit.BYTES: "B", Unit.FLOPS: "FLOP/s", Unit.TIMES: "x", Unit.RATE: "/s", Unit.REQUESTS: "/s"}.get(
-        unit, ""
-    )
+    suffix = {
+        Unit.BYTES: "B",
+        Unit.BYTE_RATE: "B/s",
+        Unit.FLOPS: "FLOP/s",
+        Unit.TIMES: "x",
+        Unit.RATE: "/s",
+        Unit.REQUESTS: "/s",
+    }.get(unit, "")
     scale, prefix = next(((scale, prefix) for scale, prefix in SCALES if abs(value) >= scale), (1, ""))
     return f"{value / scale:.3g} {prefix}{suffix}".strip()

@@ -18,6 +18,7 @@ class Unit(StrEnum):
     REQUESTS = "reqps"
     SECONDS = "s"
     BYTES = "bytes"
+    BYTE_RATE = "Bps"
     FLOPS = "flops"
     SHARE = "percentunit"
     TIMES = "suffix:x"
@@ -191,7 +192,7 @@ ERRORS = Row(
         ),
         Panel(
             "Refused by us",
-            "4xx for bad options or media, by reason; what vLLM itself refuses is under HTTP status only.",
+            "4xx and 504 by reason; what vLLM itself refuses is under HTTP status only.",
             Unit.REQUESTS,
             (Query(_rate("vllm_hidrop_refused_requests_total", "reason"), "{{reason}}"),),
         ),
@@ -327,7 +328,7 @@ MEMORY = Row(
         Panel(
             "KV bytes",
             "Per second of sequences that ended: held, and what stock vLLM would hold.",
-            Unit.BYTES,
+            Unit.BYTE_RATE,
             _run_and_dense("kv_bytes", "held"),
         ),
         Panel(
@@ -403,4 +404,4 @@ SAVINGS = Dashboard(
     "What pruning saves: vision tokens, KV cache, FLOPs, time against off.",
     (TOTALS, TOKENS, MEMORY, COMPUTE, SPEED),
 )
-DASHBOARDS = (OVERVIEW, SAVINGS)
+DASHBOARDS = (SAVINGS, OVERVIEW)
