@@ -13,6 +13,8 @@ from socket import socket
 from typing import Any
 
 from fastapi import FastAPI
+from prometheus_client import REGISTRY
+from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
 from starlette.datastructures import State
 from vllm import envs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -115,11 +117,28 @@ def protect(app: FastAPI, engine: HidropLLM, args: Namespace) -> None:
         hide_admin_routes(app)
     drop_stock_authentication(app)
     refused = engine.metrics.refused
-    app.middleware_stack = None  # the last step of build_app, SageMaker's, has built it; it is built again when asked
+    have_middlewares_built_again(app)
     app.add_middleware(SizeLimits, max_header_kb=args.max_header_kb, max_body_mb=args.max_body_mb, on_refused=refused)
     seconds = args.request_timeout
     app.add_middleware(Exchanges, in_flight=engine.in_flight, seconds=seconds, on_refused=refused)
     app.add_middleware(Access, api_keys=api_keys(args), metrics_key=metrics_key(args), on_refused=refused)
+
+
+def have_middlewares_built_again(app: FastAPI) -> None:
+    """Undo the last step of ``build_app``, SageMaker's, which has built them; FastAPI does so when it is first asked.
+
+    The one that counts HTTP answers would then find its metrics taken, and count nothing. It gets new ones, of the
+    process's registry: beside the sums over all processes, where there are several, they would be shown twice.
+    """
+    middlewares: list[Any] = app.user_middleware
+    for each in middlewares:
+        if each.cls is PrometheusInstrumentatorMiddleware:
+            registry = each.kwargs["registry"]
+            for collector, names in list(registry._collector_to_names.items()):
+                if any(name.startswith("http_") for name in names):
+                    registry.unregister(collector)
+            each.kwargs["registry"] = REGISTRY
+    app.middleware_stack = None
 
 
 def hide_keys(args: Namespace) -> None:

@@ -90,7 +90,9 @@ def test_counters_of_both_processes_are_the_sums_over_the_responses(pair: Pair) 
 
         def growth(name: str, after: Any = after, **labels: str) -> float:
             wanted = set(labels.items())
-            return sum(value - before[key] for key, value in after.items() if key[0] == name and wanted <= {*key[1]})
+            return sum(
+                value - before.get(key, 0) for key, value in after.items() if key[0] == name and wanted <= {*key[1]}
+            )
 
         for name, field in SUMS.items():
             assert growth(name) == sum(report[field] for report in reports), name
@@ -100,6 +102,9 @@ def test_counters_of_both_processes_are_the_sums_over_the_responses(pair: Pair) 
             assert growth("vllm_hidrop_time_to_first_token_seconds_count", mode=mode) == count
         assert growth("vllm_hidrop_refused_requests_total", reason="options") == len(pair.clients)
         assert growth("vllm:request_success_total") == len(reports)
+        assert growth("http_requests_total", handler="/v1/chat/completions", status="2xx") == len(reports)
+        shown = [line.rpartition(" ")[0] for line in client.http.get("/metrics").text.splitlines()]
+        assert [name for name, count in Counter(shown).items() if count > 1] == []
         assert client.metric("vllm_hidrop_plan_info") == 1
         first_layers = sorted(value for (name, _), value in after.items() if name == "vllm_hidrop_stage_first_layer")
         assert first_layers == [stage.first_layer for stage in client.schedule.stages]

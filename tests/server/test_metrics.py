@@ -61,6 +61,8 @@ def test_counters_are_the_sums_over_the_responses(server: Server) -> None:
     for mode, count in modes.items():
         assert growth("vllm_hidrop_requests_total", mode=mode) == count
     assert growth("vllm_hidrop_requests_total") == len(reports)
+    answered = {"handler": "/v1/chat/completions", "status": "2xx"}
+    assert server.metric("http_requests_total", **answered) >= len(reports)
     for index in range(len(server.schedule.stages)):
         held = sum(report["stages"][index]["kept"] for report in reports)
         assert growth("vllm_hidrop_vision_tokens_kept_total", stage=str(index)) == held
