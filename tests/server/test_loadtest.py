@@ -48,6 +48,16 @@ def test_clients_that_leave_and_hostile_ones_cost_nobody_an_answer(server: Serve
     assert result.count("cancelled") > 1
 
 
+def test_another_server_is_compared_in_alternating_order(server: Server, tmp_path: Path) -> None:
+    """By its address; here the same server stands for both, so the second prunes too."""
+    short = choose("smoke").model_copy(update={"requests": 2, "output_tokens": 2})
+    assert command("smoke", short, Target(server.url, server.url, Keys(), False), tmp_path, pairs=2) == 0
+    found = json.loads((tmp_path / "smoke.json").read_text())
+    assert [arm["name"] for arm in found["arms"]] == ["pruned", server.url]
+    assert [arm["requests"]["answered"] for arm in found["arms"]] == [4, 4]
+    assert all(arm["savings"]["pairs"]["layer tokens of prefills"]["ratio"] > 2 for arm in found["arms"])
+
+
 def test_turns_reuse_the_prefix_of_their_conversation(server: Server) -> None:
     chosen = scenarios.choose("chat-turns").model_copy(update={"requests": 8, "turns": 4, "output_tokens": 4})
     (result,) = run(chosen, [Arm("pruned", connect(server.url), True)], quiet=True)

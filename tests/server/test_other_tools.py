@@ -85,6 +85,12 @@ def test_two_replicas_of_ray_serve_share_the_load_and_a_dead_server_is_replaced(
             until(ready)
             with ThreadPoolExecutor(8) as pool:
                 assert list(pool.map(ask, range(16))) == [200] * 16
+            body = {"model": "hidrop-embedded", "messages": [user([image_url(50)], "what ?")], "stream": True}
+            body |= {"max_tokens": 300, "ignore_eos": True}
+            with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=300) as streamed:
+                chunks = list(streamed.iter_raw())
+            assert len(chunks) > 10
+            assert chunks[-1].endswith(b"data: [DONE]\n\n")
             assert min(finished(server) for server in SERVERS) > 2
             os.kill(api_process(SERVERS[1]).pid, signal.SIGKILL)
             until(lambda: not answers(f"{SERVERS[1]}/health"))
