@@ -8,7 +8,7 @@ import yaml
 
 from tests.deploy.tools import DEPLOY, ROOT, files
 
-NAME = re.compile(r"\b(?:vllm:|vllm_(?!hidrop\b)|hidrop:)[a-z][a-z0-9_:]+")
+NAME = re.compile(r"(?<![-\w])(?:vllm:|vllm_(?!hidrop\b)|hidrop:)[a-z][a-z0-9_:]+")
 HISTOGRAM = re.compile(r"_(bucket|count|sum)$")
 
 
