@@ -3,7 +3,6 @@
 Knows ASGI; nothing of what a body says.
 """
 
-from collections.abc import Callable
 from http import HTTPStatus
 
 from fastapi import HTTPException
@@ -24,65 +23,41 @@ class SizeLimits:
 
     def __init__(self, app: ASGIApp, max_header_kb: int, max_body_mb: int, on_refused: OnRefused) -> None:
         self.app = app
-        self.max_header_kb = max_header_kb
-        self.max_body_mb = max_body_mb
+        self.max_header_bytes = max_header_kb << 10
+        self.max_body_bytes = max_body_mb << 20
+        self.header_says = f"the request's header is larger than {max_header_kb} KiB (--max-header-kb)"
+        self.body_says = f"the request's body is larger than {max_body_mb} MiB (--max-body-mb)"
         self.on_refused = on_refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check the header, then count the body."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
-        elif sum(len(name) + len(value) for name, value in scope["headers"]) > self.max_header_kb << 10:
+        elif sum(len(name) + len(value) for name, value in scope["headers"]) > self.max_header_bytes:
             self.on_refused("header")
-            says = f"the request's header is larger than {self.max_header_kb} KiB (--max-header-kb)"
-            response = error(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, says, CLOSE)
-            await response(scope, receive, send)
-        elif _stated_length(scope) > self.max_body_mb << 20:
+            await error(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, self.header_says, CLOSE)(scope, receive, send)
+        elif int(Headers(scope=scope).get("content-length", "0")) > self.max_body_bytes:
             self.on_refused("body")
-            await error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, self._says, CLOSE)(scope, receive, send)
+            await error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, self.body_says, CLOSE)(scope, receive, send)
         else:
-            body = _Counted(receive, send, self.max_body_mb << 20, self._too_much)
-            await self.app(scope, body.receive, body.send)
+            await self._count(scope, receive, send)
 
-    def _too_much(self) -> HTTPException:
-        """FastAPI hands on what a middleware raises of this type, and vLLM's handler answers it."""
-        self.on_refused("body")
-        return HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, self._says)
+    async def _count(self, scope: Scope, receive: Receive, send: Send) -> None:
+        num_bytes = 0
 
-    @property
-    def _says(self) -> str:
-        return f"the request's body is larger than {self.max_body_mb} MiB (--max-body-mb)"
+        async def receive_counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self.max_body_bytes:
+                self.on_refused("body")
+                # FastAPI hands on what a middleware raises of this type, and vLLM's handler answers it.
+                raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, self.body_says)
+            return message
 
+        async def send_last(message: Message) -> None:
+            if message["type"] == "http.response.start" and num_bytes > self.max_body_bytes:
+                MutableHeaders(scope=message).update(CLOSE)
+            await send(message)
 
-class _Counted:
-    """One request whose body is counted as it comes."""
-
-    def __init__(self, receive: Receive, send: Send, max_bytes: int, too_much: Callable[[], HTTPException]) -> None:
-        self._receive = receive
-        self._send = send
-        self._max_bytes = max_bytes
-        self._too_much = too_much
-        self._num_bytes = 0
-
-    async def receive(self) -> Message:
-        """The next part of the body.
-
-        Raises:
-            HTTPException: it is one too many.
-        """
-        message = await self._receive()
-        self._num_bytes += len(message.get("body", b""))
-        if self._num_bytes > self._max_bytes:
-            raise self._too_much()
-        return message
-
-    async def send(self, message: Message) -> None:
-        """The answer; after a body that was too large, the last one of its connection."""
-        if message["type"] == "http.response.start" and self._num_bytes > self._max_bytes:
-            MutableHeaders(scope=message).update(CLOSE)
-        await self._send(message)
-
-
-def _stated_length(scope: Scope) -> int:
-    text = Headers(scope=scope).get("content-length", "")
-    return int(text) if text.isascii() and text.isdigit() else 0
+        await self.app(scope, receive_counted, send_last)
