@@ -15,8 +15,7 @@ from vllm.connections import HTTPConnection
 from yarl import URL
 
 from hidrop_server.addresses import Network, is_public
-from hidrop_server.images import check_size
-from hidrop_server.refusals import MediaRefused
+from hidrop_server.images import MediaRefused, check_size
 
 MAX_REDIRECTS = 3
 REDIRECTS = (301, 302, 303, 307, 308)

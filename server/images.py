@@ -8,8 +8,7 @@ import warnings
 
 from PIL import Image, UnidentifiedImageError
 from vllm import envs
-
-from hidrop_server.refusals import MediaRefused
+from vllm.exceptions import VLLMValidationError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """vLLM lets Pillow try 37 formats; each decoder is code that strangers' bytes run through."""
@@ -18,6 +17,10 @@ ALSO_JPEG = "MPO"
 MAX_ASPECT_RATIO = 200
 """Processors scale the shorter side up to the tower's: a line of 1 x 20000 would become gigabytes."""
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+
+
+class MediaRefused(VLLMValidationError):
+    """An image, or a URL, that this server does not take; one line, answered with 400."""
 
 
 def limit_decoder() -> None:

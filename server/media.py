@@ -17,11 +17,10 @@ from vllm.multimodal.media.base import MediaIO
 from hidrop_server.addresses import Network
 from hidrop_server.environment import MEDIA_CONNECTOR
 from hidrop_server.fetching import CheckedConnection
-from hidrop_server.images import check_image, check_size, limit_decoder
-from hidrop_server.refusals import MediaRefused
+from hidrop_server.images import MediaRefused, check_image, check_size, limit_decoder
 
-CLIENT_FAULTS = (ValueError, NotImplementedError)
-"""What vLLM's connector raises for bad URLs; network errors are others and stay what they are."""
+CLIENT_FAULTS = (MediaRefused, ValueError, NotImplementedError, OSError)
+"""What vLLM's connector raises for bad URLs and for files that are not there, besides what we raise."""
 
 
 def register_connector(on_refused: Callable[[], None], networks: Sequence[Network] = ()) -> None:
@@ -53,15 +52,15 @@ class HidropMediaConnector(MediaConnector):
             MediaRefused: the client's fault.
         """
         try:
-            return super().load_from_url(url, Decoder(media_io), **kwargs)
-        except (*CLIENT_FAULTS, MediaRefused) as error:
+            return super().load_from_url(url, _guarded(media_io), **kwargs)
+        except CLIENT_FAULTS as error:
             raise self._refuse(error) from None
 
     async def load_from_url_async(self, url: str, media_io: MediaIO[Any], **kwargs: Any) -> Any:
         """Stock loading, see :meth:`load_from_url`."""
         try:
-            return await super().load_from_url_async(url, Decoder(media_io), **kwargs)
-        except (*CLIENT_FAULTS, MediaRefused) as error:
+            return await super().load_from_url_async(url, _guarded(media_io), **kwargs)
+        except CLIENT_FAULTS as error:
             raise self._refuse(error) from None
 
     def _refuse(self, error: Exception) -> MediaRefused:
@@ -86,13 +85,13 @@ class HidropMediaConnector(MediaConnector):
 
 
 class Decoder(MediaIO[Any]):
-    """Stock decoding behind our limits, where whatever a decoder stumbles over is the file's fault.
+    """Stock decoding of images behind our limits, where whatever a decoder stumbles over is the file's fault.
 
     Pillow's readers answer damaged files with ``SyntaxError``, ``RuntimeError``, ``AttributeError`` and others; only
     a lack of memory is ours. What an image is, its bytes say; the type its URL states is not believed.
     """
 
-    def __init__(self, inner: MediaIO[Any]) -> None:
+    def __init__(self, inner: ImageMediaIO) -> None:
         self.inner = inner
 
     def get_max_bytes(self) -> Any:
@@ -101,31 +100,25 @@ class Decoder(MediaIO[Any]):
 
     def load_bytes(self, data: bytes) -> Any:
         """Decode a file."""
-        return self._decode(self._load, data)
-
-    def load_base64(self, media_type: str, data: str) -> Any:
-        """Decode a data: URL."""
-        if not isinstance(self.inner, ImageMediaIO):
-            return self._decode(self.inner.load_base64, media_type, data)
-        return self._decode(lambda: self._load(_from_base64(data)))
-
-    def load_file(self, filepath: Path) -> Any:
-        """Decode a local file."""
-        if not isinstance(self.inner, ImageMediaIO):
-            return self._decode(self.inner.load_file, filepath)
-        return self._decode(lambda: self._load(filepath.read_bytes()))
-
-    def _load(self, data: bytes) -> Any:
         check_size(len(data))
-        return self.inner.load_bytes(check_image(data) if isinstance(self.inner, ImageMediaIO) else data)
-
-    def _decode(self, load: Callable[..., Any], *args: Any) -> Any:
         try:
-            return load(*args)
+            return self.inner.load_bytes(check_image(data))
         except (VLLMError, MemoryError):
             raise
         except Exception as error:
             raise MediaRefused(_text(error)) from None
+
+    def load_base64(self, media_type: str, data: str) -> Any:
+        """Decode a data: URL."""
+        return self.load_bytes(_from_base64(data))
+
+    def load_file(self, filepath: Path) -> Any:
+        """Decode a local file."""
+        return self.load_bytes(filepath.read_bytes())
+
+
+def _guarded(media_io: MediaIO[Any]) -> MediaIO[Any]:
+    return Decoder(media_io) if isinstance(media_io, ImageMediaIO) else media_io
 
 
 def _from_base64(data: str) -> bytes:

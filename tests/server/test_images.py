@@ -1,6 +1,7 @@
 """What an image file may be, decided from its header; no engine."""
 
 import resource
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -8,9 +9,8 @@ from vllm import envs
 from vllm.multimodal.media import ImageMediaIO
 
 from hidrop_server.environment import SAFE_DEFAULTS
-from hidrop_server.images import limit_decoder
-from hidrop_server.media import Decoder
-from hidrop_server.refusals import MediaRefused
+from hidrop_server.images import MediaRefused, limit_decoder
+from hidrop_server.media import Decoder, HidropMediaConnector
 from tests.server.files import (
     EPS,
     PDF,
@@ -123,3 +123,14 @@ def test_one_pixel_is_an_image() -> None:
 def test_a_phones_jpeg_with_more_pictures_behind_it_is_its_first() -> None:
     first, second = Image.new("RGB", (64, 64), (0, 128, 0)), Image.new("RGB", (64, 64), (9, 9, 9))
     assert near(colour(saved(first, "MPO", save_all=True, append_images=[second])), (0, 128, 0))
+
+
+def test_a_local_file_that_is_not_there_is_refused_without_its_path(tmp_path: Path) -> None:
+    refused: list[None] = []
+    connector = HidropMediaConnector(allowed_local_media_path=str(tmp_path), on_refused=lambda: refused.append(None))
+    (tmp_path / "here.png").write_bytes(picture())
+    assert connector.load_from_url((tmp_path / "here.png").as_uri(), ImageMediaIO()).media.size == (192, 192)
+    with pytest.raises(MediaRefused) as caught:
+        connector.load_from_url((tmp_path / "nothing.png").as_uri(), ImageMediaIO())
+    assert str(tmp_path) not in str(caught.value)
+    assert len(refused) == 1
