@@ -22,8 +22,12 @@ from vllm.v1.executor import Executor
 from vllm.v1.metrics.prometheus import setup_multiprocess_prometheus
 from vllm.v1.utils import APIServerProcessManager, wait_for_completion_or_failure
 
-from hidrop_server.app import END_SECONDS, answer, hide_keys, interrupt, listen
+from hidrop_server import app, engine, exchanges
+from hidrop_server.app import answer, hide_keys, interrupt, listen
 from hidrop_server.start import engine_config
+
+TO_END_SECONDS = exchanges.END_SECONDS + app.END_SECONDS
+"""What a process gets once its time to answer is over."""
 
 
 def serve_several(args: Namespace, vllm_config: Any) -> int:
@@ -42,7 +46,7 @@ def serve_several(args: Namespace, vllm_config: Any) -> int:
         with launch_core_engines(
             vllm_config, Executor.get_class(vllm_config), not args.disable_log_stats, listeners.addresses
         ) as launch:
-            ending.callback(lambda: launch.engine_manager.shutdown(timeout=max(END_SECONDS, stop.seconds_left)))
+            ending.callback(lambda: launch.engine_manager.shutdown(timeout=engine.END_SECONDS))
             processes = APIServerProcessManager(
                 address,
                 sock,
@@ -53,7 +57,7 @@ def serve_several(args: Namespace, vllm_config: Any) -> int:
                 target_server_fn=_serve_one,
                 tensor_queue=launch.tensor_queue,
             )
-            ending.callback(lambda: processes.shutdown(timeout=END_SECONDS + stop.seconds_left))
+            ending.callback(lambda: processes.shutdown(timeout=stop.seconds_left + TO_END_SECONDS))
             launch.watched_frontend_processes = processes.processes
         sock.close()  # the processes', which inherited it, stay open
         try:
