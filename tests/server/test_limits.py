@@ -231,6 +231,8 @@ def draining(application: Application) -> Iterator[None]:
     yield
     in_flight.count -= 1
     thread.join()
+    while not in_flight.out_of_time.is_set():  # the loop's thread sets it
+        time.sleep(0.01)
     in_flight.draining = False
     in_flight.out_of_time.clear()
 
