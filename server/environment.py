@@ -13,6 +13,7 @@ SAFE_DEFAULTS = {
     # Of one file, sent or fetched; vLLM's default is 256.
     "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": "20",
     "VLLM_MEDIA_CONNECTOR": MEDIA_CONNECTOR,
+    "HIDROP_END_WITH_PARENT": "1",
 }
 EMBEDDED_DEFAULTS = {
     # The embedded model is on this disk: no look at the network, and a pool a laptop can spare (GiB).

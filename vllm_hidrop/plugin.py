@@ -10,11 +10,12 @@ def register() -> None:
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-    from vllm_hidrop.engine.compat import check_vllm_version
+    from vllm_hidrop.engine.compat import check_vllm_version, end_with_parent
     from vllm_hidrop.engine.kv_cache import register_stage_spec
     from vllm_hidrop.models.families import FAMILIES
 
     check_vllm_version()
+    end_with_parent()
     register_stage_spec()
 
     class HidropModelConfig(VerifyAndUpdateConfig):

@@ -105,3 +105,14 @@ def test_a_killed_engine_ends_the_server_and_its_clients_are_told(monkeypatch: p
         assert (json.loads(error.removeprefix("data: "))["error"]["code"], done) == (500, "data: [DONE]")
         assert exit_code(process) == 1
         assert not left(children), "they notice by themselves"
+
+
+def test_a_killed_server_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Idle, which is when an engine waits for requests only."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    with local_server([], on_wait=lambda: None) as url:
+        process = api_process(url)
+        children = process.children(recursive=True)
+        assert any("EngineCore" in child.name() for child in children)
+        process.kill()
+        assert not left(children)

@@ -1,12 +1,20 @@
 """The vLLM version this package is written for, the check that it is the one installed, and what we add to its classes.
 
-Added: one method of ``EngineCore``, see :func:`let_clients_ask`. Nothing of vLLM's is replaced.
+Added: a method of ``EngineCore`` (:func:`let_clients_ask`), a watch on the server (:func:`end_with_parent`). Nothing of
+vLLM's is replaced.
 """
 
+import multiprocessing
+import os
+import signal
+import threading
+import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 VLLM_VERSION = "0.32.0"
+END_WITH_PARENT = "HIDROP_END_WITH_PARENT"
+"""Environment variable by which a server asks its processes to end when it is killed."""
 
 
 def installed_vllm_version() -> str | None:
@@ -49,3 +57,21 @@ def let_clients_ask() -> None:
 def _integrity(engine_core: Any) -> dict[str, Any]:
     found: dict[str, Any] = engine_core.scheduler.integrity.dump()
     return found
+
+
+def end_with_parent() -> None:
+    """Let this process end when the server that started it, and asked for it, is no more; idempotent.
+
+    An engine of vLLM's whose server was killed waits for requests forever, and holds its memory.
+    """
+    is_watched = any(thread.name == END_WITH_PARENT for thread in threading.enumerate())
+    if END_WITH_PARENT not in os.environ or multiprocessing.parent_process() is None or is_watched:
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name=END_WITH_PARENT, daemon=True).start()
