@@ -64,7 +64,7 @@ def _fetch(package: str, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetching-") as name:
         work = Path(name)
-        _run(["apt-get", "download", package], work, package)
+        _run(["apt-get", "-o", "Acquire::Retries=3", "download", package], work, package)
         packages = list(work.glob("*.deb"))
         if len(packages) != 1:
             raise ValueError(f"apt-get download {package} left {len(packages)} packages, not one")
