@@ -233,7 +233,7 @@ class HidropMetrics:
                     series.observe(value)
 
     def refused(self, reason: str) -> None:
-        """Count one request that we answered with a 4xx."""
+        """Count one request that we answered with a 4xx or 504."""
         self._add("refused_requests", reason=reason)
 
     def _counts_of(self, method: str, mode: str) -> "_Counts":
