@@ -42,6 +42,11 @@ class EncoderReduction:
     key_rate: float
     key_layer: KeyLayer
 
+    @property
+    def name(self) -> str:
+        """Equal for reductions that make the same features of an image."""
+        return f"merge {self.merge_threshold} of {self.merge_window}, keys {self.key_rate} of {self.key_layer}"
+
     def check(self, num_patches: int, has_class_token: bool) -> None:
         """Refuse a tower this cannot run in.
 

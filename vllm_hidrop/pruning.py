@@ -224,6 +224,10 @@ class Span:
         return self.offset + self.length
 
 
+DENSE = ""
+"""The encoding of images whose features are stock vLLM's to the bit."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """For one request, the vision tokens every stage holds (host ints), known before it runs.
@@ -237,6 +241,7 @@ class Plan:
     ``carried_from``: the last block boundary within them.
     ``has_run``: the counts are those of the caches once the prompt has run, which may be any.
     ``explains``: the request's report is to list the tokens that every stage kept.
+    ``encoding``: how the vision tower makes its images' features, by name; :data:`DENSE` is stock vLLM's way.
     """
 
     num_prompt_tokens: int
@@ -250,6 +255,7 @@ class Plan:
     prefix_tokens: int = 0
     carried_from: int = 0
     explains: bool = False
+    encoding: str = DENSE
 
     def __post_init__(self) -> None:
         if self.has_run:

@@ -8,8 +8,7 @@ import torch
 
 from tests.engine.harness import Ask, engine, prompt
 from tests.tiny_models import make_llava
-from vllm_hidrop.engine.encoder_attention import TowerKernel
-from vllm_hidrop.engine.scheduler import DENSE_IMAGE
+from vllm_hidrop.engine.encoder_attention import KERNEL, TowerKernel
 
 pytestmark = pytest.mark.engine
 CHOICE = {"method": "fastv", "options": {"layer": 2, "keep": 4}}
@@ -29,19 +28,28 @@ def test_pruned_requests_get_the_kernels_features_and_others_stock_ones(tmp_path
         running.ask([Ask(tokens, (1, 2, 3), {"hidrop": "off"})])
         assert kernel.pages is None, "an unpruned request was encoded by the kernel"
         cached = running.runner.encoder_cache
-        pruned = {name: features for name, features in cached.items() if not name.endswith(DENSE_IMAGE)}
+        pruned = {name: features for name, features in cached.items() if name.endswith(f":{KERNEL}")}
         assert len(pruned) == 3
         assert len(cached) == 6
         for name, features in pruned.items():
-            dense = cached[name + DENSE_IMAGE]
+            dense = cached[name.removesuffix(f":{KERNEL}")]
             assert torch.allclose(features, dense, atol=1e-5, rtol=1e-4)
             assert not torch.equal(features, dense)
 
 
-def test_unpruned_images_in_the_same_step_are_encoded_as_stock_vllm_does(tmp_path: Path) -> None:
-    """A pruned and an unpruned request that start together share one run of the tower."""
+def test_in_one_step_every_request_gets_the_features_it_gets_alone(tmp_path: Path) -> None:
+    """A pruned and an unpruned request that start together: two runs of the tower, and the same bits as ever."""
     model = make_llava(tmp_path, "llama")
     tokens = prompt(np.random.default_rng(0), "3i4")
+    asks = [Ask(tokens, (1,)), Ask(tokens, (2,), {"hidrop": "off"})]
     with engine(model, CHOICE) as running:
-        running.ask([Ask(tokens, (1,)), Ask(tokens, (2,), {"hidrop": "off"})])
-        assert running.runner.model.tower_kernel.pages is None
+        for ask in asks:
+            running.ask([ask])
+        alone = {name: features.clone() for name, features in running.runner.encoder_cache.items()}
+        running.llm.llm_engine.reset_encoder_cache()
+        assert running.llm.reset_prefix_cache()
+        running.ask(asks)
+        together = running.runner.encoder_cache
+        assert together.keys() == alone.keys()
+        for name, features in together.items():
+            assert torch.equal(features, alone[name])

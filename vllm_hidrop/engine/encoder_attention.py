@@ -16,6 +16,20 @@ from torch import nn
 
 BLOCK_SIZE = 32
 DTYPES = (torch.float32, torch.bfloat16)
+KERNEL = "kernel"
+"""Begins the name of every encoding that uses it, see ``Plan.encoding``."""
+
+
+def has_tower_kernel(vision_config: Any, dtype: torch.dtype) -> bool:
+    """Whether this platform's kernel can run a tower: known before there is one, the same in every process."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or dtype not in DTYPES:
+        return False
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    head_size = vision_config.hidden_size // vision_config.num_attention_heads
+    return head_size in CPUAttentionBackend.get_supported_head_sizes()
 
 
 @dataclass(frozen=True)
@@ -69,18 +83,14 @@ class TowerKernel:
         self.pages: Pages | None = None
 
     @classmethod
-    def of(cls, tower: nn.Module, dtype: torch.dtype) -> "TowerKernel | None":
-        """None where the platform or the tower's heads have no such kernel."""
+    def of(cls, tower: nn.Module) -> "TowerKernel":
+        """Of a tower for which :func:`has_tower_kernel` holds."""
         from vllm.model_executor.layers.attention import MMEncoderAttention
-        from vllm.platforms import current_platform
-        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-        if not current_platform.is_cpu() or dtype not in DTYPES:
-            return None
         found = [module for module in tower.modules() if isinstance(module, MMEncoderAttention)]
-        known = CPUAttentionBackend.get_supported_head_sizes()
-        fits = all(each.head_size in known and each.num_kv_heads == each.num_heads for each in found)
-        return cls(found) if found and fits else None
+        assert found
+        assert all(each.num_kv_heads == each.num_heads for each in found)
+        return cls(found)
 
     @contextmanager
     def entered(self) -> Iterator[None]:

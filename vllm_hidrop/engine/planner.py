@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_hidrop.positions import PositionScheme
-from vllm_hidrop.pruning import KeepValue, Plan, Schedule, Span, make_plan
+from vllm_hidrop.pruning import DENSE, KeepValue, Plan, Schedule, Span, make_plan
 from vllm_hidrop.scoring import Signal
 
 REQUEST_KEYS = {
@@ -28,22 +28,30 @@ class Alternative:
         schedule: its keeps over the server's stages.
         signal: what it reads; None when it cannot score (no selection possible).
         adaptive: whether it decides the counts itself, so that the keeps are upper bounds.
+        encoding: how the vision tower makes the features of its pruned requests, see ``Plan``.
     """
 
     schedule: Schedule
     signal: Signal | None
     adaptive: bool
+    encoding: str = DENSE
 
     @classmethod
     def load(cls, data: Mapping[str, Any]) -> "Alternative":
         """Read what :meth:`dump` wrote."""
         signal = data["signal"]
-        return cls(Schedule.load(data["schedule"]), None if signal is None else Signal(signal), data["adaptive"])
+        signal = None if signal is None else Signal(signal)
+        return cls(Schedule.load(data["schedule"]), signal, data["adaptive"], data["encoding"])
 
     def dump(self) -> dict[str, Any]:
         """Plain data, so that it can travel inside an engine configuration."""
         signal = None if self.signal is None else str(self.signal)
-        return {"schedule": self.schedule.dump(), "signal": signal, "adaptive": self.adaptive}
+        return {
+            "schedule": self.schedule.dump(),
+            "signal": signal,
+            "adaptive": self.adaptive,
+            "encoding": self.encoding,
+        }
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,14 @@ class Planner:
         prefix = self._prefix_tokens(plan)
         carried_from = prefix // self.block_size * self.block_size
         explains = _wished_explanation(wishes)
-        plan = replace(plan, method=name, prefix_tokens=prefix, carried_from=carried_from, explains=explains)
+        plan = replace(
+            plan,
+            method=name,
+            prefix_tokens=prefix,
+            carried_from=carried_from,
+            explains=explains,
+            encoding=method.encoding if plan.is_pruned else DENSE,
+        )
         self._check_selections(plan, method)
         if wants_prompt_logprobs and plan.is_pruned:
             raise ValueError(

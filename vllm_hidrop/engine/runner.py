@@ -255,8 +255,6 @@ class StagedRunner(GPUModelRunner):
         return dataclasses.replace(step, prefills=tuple(self._prefill_with_reduced(p) for p in step.prefills))
 
     def _prefill_with_reduced(self, prefill: PrunedPrefill) -> PrunedPrefill:
-        if not prefill.plan.adaptive:
-            return prefill
         features = sorted(self.requests[prefill.request_id].mm_features, key=lambda feature: feature.mm_position.offset)
         found = [self.reduced[each.identifier] for each in features if each.identifier in self.reduced]
         if len(found) < len(features):
@@ -264,16 +262,22 @@ class StagedRunner(GPUModelRunner):
         return dataclasses.replace(prefill, reduced=tuple(found))
 
     def _execute_mm_encoder(self, scheduler_output: Any) -> Any:
-        """The vision tower of vLLM, which the model runs by the plans of the requests that wait for its images.
+        """The vision tower of vLLM, once for each way in which this step's requests have their images encoded.
 
-        A request that is not pruned has its images under other identifiers, see the scheduler.
+        The scheduler has named the features by it, so that each are found by who may use them.
         """
-        if not scheduler_output.scheduled_encoder_inputs:
-            return super()._execute_mm_encoder(scheduler_output)
-        identifiers, _, places = self._batch_mm_inputs_from_scheduler(scheduler_output)
-        with self.model.encoding([self._track(request_id).plan for request_id, _ in places]) as found:
-            outputs = super()._execute_mm_encoder(scheduler_output)
-        self.reduced.update({name: each for name, each in zip(identifiers, found, strict=True) if each is not None})
+        by_encoding: dict[str, dict[str, list[int]]] = {}
+        for request_id, images in scheduler_output.scheduled_encoder_inputs.items():
+            by_encoding.setdefault(self._track(request_id).plan.encoding, {})[request_id] = images
+        outputs: list[torch.Tensor] = []
+        for encoding, inputs in by_encoding.items():
+            alike = dataclasses.replace(scheduler_output, scheduled_encoder_inputs=inputs)
+            with self.model.encoding(encoding) as found:
+                outputs += super()._execute_mm_encoder(alike)
+            if found:
+                identifiers = self._batch_mm_inputs_from_scheduler(alike)[0]
+                reduced = zip(identifiers, found, strict=True)
+                self.reduced.update({name: each for name, each in reduced if each is not None})
         return outputs
 
     def _settle(self, outcome: Outcome) -> None:
@@ -338,8 +342,10 @@ class StagedRunner(GPUModelRunner):
         if generators and self.device.type == "cpu":
             discarded = np.flatnonzero(self.discard_request_mask.np[: self.input_batch.num_reqs]).tolist()
             resting = {row: generators.pop(row) for row in discarded if row in generators}
-        yield
-        generators.update(resting)
+        try:
+            yield
+        finally:
+            generators.update(resting)
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
         """Dummy runs have no requests: vLLM's own path."""

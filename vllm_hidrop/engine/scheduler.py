@@ -29,6 +29,7 @@ Rules, on top of vLLM's own:
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -50,12 +51,9 @@ from vllm_hidrop.engine.planner import Planner
 from vllm_hidrop.engine.prefix import Entry, ImagePrefixes
 from vllm_hidrop.engine.report import Run, tower_images, what_ran, with_blocks
 from vllm_hidrop.engine.room import adopt_cache_manager
-from vllm_hidrop.pruning import Plan
+from vllm_hidrop.pruning import DENSE, Plan
 
 logger = init_logger(__name__)
-
-DENSE_IMAGE = ":dense"
-"""Ends the identifier of an image that the tower encodes as stock vLLM does."""
 
 
 class StagedScheduler(Scheduler):
@@ -94,10 +92,8 @@ class StagedScheduler(Scheduler):
             self.unreported.add(request.request_id)
             plan, refusal = self.planner.plan_or_refuse(request)
             self.plans[request.request_id] = self.prefill_plans[request.request_id] = plan
-            if not plan.is_pruned:
-                # The tower then makes other features of the same image (stock vLLM's), and both must be cached.
-                for feature in request.mm_features:
-                    feature.identifier += DENSE_IMAGE
+            if plan.is_pruned:
+                _name_apart(request, plan, self.hash_block_size)
             if refusal is not None:
                 logger.error("request %s refused: %s", request.request_id, refusal)
                 # vLLM ends the requests of this set with an error at its next update.
@@ -308,6 +304,20 @@ class StagedScheduler(Scheduler):
         kv_transfer_params, ec_transfer_params = super()._free_request(request, delay_free_blocks)
         del self.plans[request.request_id], self.prefill_plans[request.request_id]
         return {**(kv_transfer_params or {}), "hidrop": report}, ec_transfer_params
+
+
+def _name_apart(request: Request, plan: Plan, hash_block_size: int) -> None:
+    """Name a pruned prompt's features by how its tower makes them, and keep the hashes of its prefix only (rule 6).
+
+    Stock vLLM's names stay for features that are stock vLLM's; the request's hashes were made with those names. The
+    features may be shared with another request (n > 1), so they are not changed but replaced.
+    """
+    if plan.encoding != DENSE:
+        request.mm_features = [
+            replace(feature, identifier=f"{feature.identifier}:{plan.encoding}") for feature in request.mm_features
+        ]
+    request._block_hasher = None
+    del request.block_hashes[plan.prefix_tokens // hash_block_size :]
 
 
 class StagedAsyncScheduler(StagedScheduler, AsyncScheduler):

@@ -1,6 +1,6 @@
 """LLaVA-1.5 with a CLIP or SigLIP tower and a Llama, Mistral or Qwen2 text model."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -9,12 +9,12 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration, LlavaImagePixelInputs
 
 from vllm_hidrop.engine.batch import StagedStep
-from vllm_hidrop.engine.encoder_attention import TowerKernel
+from vllm_hidrop.engine.encoder_attention import TowerKernel, has_tower_kernel
 from vllm_hidrop.engine.forward import Enter, Outcome
 from vllm_hidrop.merging import KeyLayer, Reduced
 from vllm_hidrop.models.reducing import ClassAttention, ReducingTower
 from vllm_hidrop.models.staged import choosers, reduction_of, staged_forward
-from vllm_hidrop.pruning import Plan
+from vllm_hidrop.pruning import DENSE
 
 
 class HidropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -33,7 +33,8 @@ class HidropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             layer = self.config.vision_config.num_hidden_layers if is_last else len(tower.encoder.layers)
             self.class_attention = ClassAttention(self.config.vision_config, layer - 1)
             self.reducing_tower = ReducingTower(tower, reduction, self.class_attention)
-        self.tower_kernel = TowerKernel.of(self.vision_tower, vllm_config.model_config.dtype)
+        has_kernel = has_tower_kernel(self.config.vision_config, vllm_config.model_config.dtype)
+        self.tower_kernel = TowerKernel.of(self.vision_tower) if has_kernel else None
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Stock loading; a tower that reduces also needs a piece of a layer that vLLM does not load."""
@@ -43,39 +44,28 @@ class HidropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         return loaded | {f"class_attention.{name}" for name, _ in self.class_attention.named_parameters()}
 
     @contextmanager
-    def encoding(self, plans: Sequence[Plan]) -> Iterator[list[Reduced | None]]:
-        """While entered, the next images are encoded for requests with these plans.
+    def encoding(self, name: str) -> Iterator[list[Reduced | None]]:
+        """While entered, images are encoded in the way of this name, see ``Plan.encoding``.
 
         Yields:
-            Per image, what a reducing tower leaves of it, once it has run.
+            Per image, in order, what a reducing tower left of it; filled as the tower runs.
         """
         with ExitStack() as stack:
-            if self.tower_kernel is not None and all(plan.is_pruned for plan in plans):
+            if self.tower_kernel is not None and name != DENSE:
                 stack.enter_context(self.tower_kernel.entered())
-            if self.reducing_tower is None:
-                yield [None] * len(plans)
+            if self.reducing_tower is not None and name.endswith(self.reducing_tower.reduction.name):
+                yield stack.enter_context(self.reducing_tower.reducing())
             else:
-                yield stack.enter_context(self.reducing_tower.expecting(plan.adaptive for plan in plans))
+                yield []
 
     def _process_image_input(self, image_input: Any) -> Any:
-        if self.reducing_tower is None:
+        tower = self.reducing_tower
+        if tower is None or tower.found is None:
             return super()._process_image_input(image_input)
-        is_pixels = isinstance(image_input, LlavaImagePixelInputs)  # else features, which no tower has to make
-        images = image_input["pixel_values" if is_pixels else "data"]
-        reduces = [reduced and is_pixels for reduced in self.reducing_tower.takes(len(images))]
-        if not any(reduces):
-            self.reducing_tower.found += [None] * len(images)
+        if not isinstance(image_input, LlavaImagePixelInputs):  # features, which no tower has to make
+            tower.found += [None] * len(image_input["data"])
             return super()._process_image_input(image_input)
-        return [self._encode(image, is_reduced) for image, is_reduced in zip(images, reduces, strict=True)]
-
-    def _encode(self, pixels: torch.Tensor, is_reduced: bool) -> torch.Tensor:
-        assert self.reducing_tower is not None
-        if is_reduced:
-            return self.reducing_tower.encode(pixels, self.multi_modal_projector)
-        self.reducing_tower.found.append(None)
-        features: torch.Tensor = self._image_pixels_to_features(self.vision_tower, pixels[None])
-        projected: torch.Tensor = self.multi_modal_projector(features)[0]
-        return projected
+        return [tower.encode(pixels, self.multi_modal_projector) for pixels in image_input["pixel_values"]]
 
     def forward_staged(
         self, step: StagedStep, inputs_embeds: torch.Tensor, positions: torch.Tensor, enter: Enter

@@ -4,7 +4,6 @@ Knows the tower's layers; the arithmetic is in ``merging``.
 """
 
 import re
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,22 +67,21 @@ class ReducingTower:
         self.tower = tower
         self.reduction = reduction
         self.class_attention = class_attention
-        self.expected: deque[bool] = deque()
-        self.found: list[Reduced | None] = []
+        self.found: list[Reduced | None] | None = None
+        """What it left of the images since it was switched on, in order; None while it is off."""
 
     @contextmanager
-    def expecting(self, reduces: Iterable[bool]) -> Iterator[list[Reduced | None]]:
-        """While entered, the next images are reduced or not, in this order; yields what becomes of them."""
-        self.expected, self.found = deque(reduces), []
-        yield self.found
-        assert not self.expected, "an image was not encoded"
-
-    def takes(self, num_images: int) -> list[bool]:
-        """Which of the next images to encode are to be reduced; outside :meth:`expecting` none."""
-        return [bool(self.expected) and self.expected.popleft() for _ in range(num_images)]
+    def reducing(self) -> Iterator[list[Reduced | None]]:
+        """While entered, images are reduced; yields what becomes of them."""
+        self.found = []
+        try:
+            yield self.found
+        finally:
+            self.found = None
 
     def encode(self, pixels: torch.Tensor, projector: nn.Module) -> torch.Tensor:
         """Features of one image [channels, height, width], projected: [V, C]; a merged patch has its window's."""
+        assert self.found is not None
         hidden = self.tower.pre_layrnorm(self.tower.embeddings(pixels[None]))
         first, *layers = self.tower.encoder.layers
         hidden = first_ranks(first(hidden))

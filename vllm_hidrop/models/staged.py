@@ -11,6 +11,7 @@ from vllm_hidrop.config import HidropConfig, Resolved, make_method, resolve
 from vllm_hidrop.deciding import Chooser
 from vllm_hidrop.engine.budget import most_tokens
 from vllm_hidrop.engine.compacted import CompactedForward
+from vllm_hidrop.engine.encoder_attention import KERNEL, has_tower_kernel
 from vllm_hidrop.engine.forward import StagedForward
 from vllm_hidrop.engine.gate import check_gate
 from vllm_hidrop.engine.planner import Alternative, Planner
@@ -43,13 +44,16 @@ def configure(vllm_config: Any) -> None:
         check_rope(hf_config.text_config, resolved.positions)
     check_adaptive(resolved, hf_config)
     name = resolved.method.name
+    has_kernel = has_tower_kernel(hf_config.vision_config, vllm_config.model_config.dtype)
     vllm_config.additional_config["hidrop"] = {
         **config.model_dump(mode="json"),
         "resolved": {
             "method": name,
             "preset": resolved.preset,
             "options": resolved.options,
-            "methods": {name: each.dump() for name, each in alternatives(resolved, family.shape(hf_config)).items()},
+            "methods": {
+                name: each.dump() for name, each in alternatives(resolved, family.shape(hf_config), has_kernel).items()
+            },
             "positions": str(resolved.positions),
             "shapes": _shapes(hf_config),
             # As it was the first time, where vLLM asks again.
@@ -144,15 +148,15 @@ def _set_kernels(vllm_config: Any) -> None:
         custom_ops.append("+rotary_embedding")
 
 
-def alternatives(resolved: Resolved, shape: ModelShape) -> dict[str, Alternative]:
+def alternatives(resolved: Resolved, shape: ModelShape, has_kernel: bool) -> dict[str, Alternative]:
     """The server's own method, then those at their default preset whose cuts fall on its stages."""
     own = resolved.method
-    found = {own.name: _alternative(own, resolved.schedule)}
+    found = {own.name: _alternative(own, resolved.schedule, has_kernel)}
     for name in METHODS:
         if own.name not in (name, "none"):
             schedule = _over_stages(_default(name, shape), resolved.schedule, shape)
             if schedule is not None:
-                found[name] = _alternative(_default(name, shape), schedule)
+                found[name] = _alternative(_default(name, shape), schedule, has_kernel)
     return found
 
 
@@ -172,9 +176,15 @@ def reduction_of(methods: Iterable[Chooser]) -> EncoderReduction | None:
     return next((reduction for reduction in found if reduction is not None), None)
 
 
-def _alternative(method: Method, schedule: Schedule) -> Alternative:
+def _alternative(method: Method, schedule: Schedule, has_kernel: bool) -> Alternative:
     signal = None if method.name == "none" else method.signal
-    return Alternative(schedule, signal, isinstance(method, Adaptive))
+    return Alternative(schedule, signal, isinstance(method, Adaptive), _encoding(method, has_kernel))
+
+
+def _encoding(method: Method, has_kernel: bool) -> str:
+    """Everything by which the features of its pruned requests differ from stock vLLM's."""
+    reduction = reduction_of([method])
+    return ", ".join([KERNEL] * has_kernel + ([] if reduction is None else [reduction.name]))
 
 
 def _default(name: str, shape: ModelShape) -> Method:
