@@ -10,6 +10,7 @@ from vllm.v1.engine.core import EngineCore
 
 from tests.engine.harness import Ask, Engine, engine, prompt
 from tests.tiny_models import make_llava
+from vllm_hidrop.engine import integrity as integrity_module
 from vllm_hidrop.engine import scheduler as scheduler_module
 from vllm_hidrop.engine.compat import INTEGRITY_CALL
 from vllm_hidrop.engine.integrity import MAX_FINDINGS, IntegrityLog
@@ -176,20 +177,84 @@ def test_the_check_runs_when_the_engine_becomes_idle_and_what_it_found_stays(
     ask = Ask(prompt(np.random.default_rng(1), "5i5"), (1,))
     log = running.scheduler.integrity = IntegrityLog()
     running.ask([ask, ask])
-    assert log.num_checks == 0, "no step has run since the last answer"
+    assert not log.is_due, "no step has run since the last answer"
     running.step()
-    assert log == IntegrityLog(1, 0, [])
+    assert log.is_due
+    assert log.num_checks == 0, "nobody has asked, and the sample was clean"
+    asked = getattr(EngineCore, INTEGRITY_CALL)
+    assert [asked(running.core)["checks"] for _ in range(3)] == [1, 1, 1]
     block = running.pool.free_block_queue.popleft()
     running.ask([ask])
     running.step()
+    assert log.num_failed == 1, "a sample that finds something is followed by a check"
     running.pool.free_block_queue.append(block)
     running.ask([ask])
     running.step()
-    told = getattr(EngineCore, INTEGRITY_CALL)(running.core)
+    told = asked(running.core)
     assert told["checks"] == 3
     assert told["failed_checks"] == 1
     assert told["findings"] == [f"block {block.block_id} stands in 0 tables and 0 times in the free list"]
     running.scheduler.integrity = IntegrityLog()
+
+
+def refer_to_a_free_block(running: Engine) -> Undo:
+    block = running.pool.blocks[5]
+    block.ref_cnt += 1
+    return lambda: setattr(block, "ref_cnt", 0)
+
+
+def take_a_block_out_of_the_middle(running: Engine) -> Undo:
+    block = running.pool.blocks[6]
+    before, after = block.prev_free_block, block.next_free_block
+    before.next_free_block, after.prev_free_block = after, before
+
+    def undo() -> None:
+        before.next_free_block = after.prev_free_block = block
+
+    return undo
+
+
+AT_REST = [leak_a_block, miscount_free_blocks, refer_to_a_free_block, take_a_block_out_of_the_middle]
+AT_REST += [close_the_free_list_to_a_ring, lose_encoder_space]
+
+
+@pytest.mark.parametrize("corrupt", AT_REST, ids=lambda corrupt: corrupt.__name__)
+def test_the_samples_of_an_idle_engine_come_to_every_block(
+    running: Engine, corrupt: Callable[[Engine], Undo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(integrity_module, "SAMPLE_BLOCKS", 7)
+    log = IntegrityLog()
+    num_samples = -(-len(running.pool.blocks) // 7)
+    assert not any(log.sample(running.scheduler) for _ in range(2 * num_samples))
+    undo = corrupt(running)
+    try:
+        assert any(log.sample(running.scheduler) for _ in range(num_samples))
+        assert running.scheduler.check_integrity(), "the sample finds nothing that the check would not"
+    finally:
+        undo()
+    assert not any(log.sample(running.scheduler) for _ in range(2 * num_samples))
+
+
+def test_what_an_idle_engine_looks_at_does_not_grow_with_the_pool(
+    running: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counting(list[Any]):
+        num_read = 0
+
+        def __getitem__(self, index: Any) -> Any:
+            self.num_read += 1
+            return super().__getitem__(index)
+
+        def __iter__(self) -> Any:
+            raise AssertionError("the whole pool was walked")
+
+    monkeypatch.setattr(integrity_module, "SAMPLE_BLOCKS", 7)
+    blocks = Counting(running.pool.blocks)
+    monkeypatch.setattr(running.pool, "blocks", blocks)
+    log = IntegrityLog()
+    assert not log.sample(running.scheduler)
+    assert blocks.num_read == 7
+    assert log.next_block == 7
 
 
 def test_books_add_up_at_every_step_of_mixed_traffic(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """Closing up real caches: the same bytes as if the rows that stay had been written first."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from platform import machine
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -120,3 +121,68 @@ def test_learning_the_layout_leaves_the_cache_alone(cache: Cache) -> None:
     held = cache.attention.kv_cache[:NUM_BLOCKS].clone()
     SlotLayout.of(cache.attention)
     assert torch.equal(cache.attention.kv_cache[:NUM_BLOCKS], held)
+
+
+def contiguous(pages: torch.Tensor) -> torch.Tensor:
+    return pages.clone()
+
+
+def heads_behind_slots(pages: torch.Tensor) -> torch.Tensor:
+    """The layout that vLLM calls NHD: a page holds slot by slot, heads within."""
+    return pages.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def blocks_innermost_but_one(pages: torch.Tensor) -> torch.Tensor:
+    return pages.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+
+
+def layers_side_by_side(pages: torch.Tensor) -> torch.Tensor:
+    """One layer's slice of a tensor that holds several: no block follows the one before it."""
+    several = torch.zeros(len(pages), 3, *pages.shape[1:], dtype=pages.dtype, device=pages.device)
+    several[:, 1] = pages
+    return several[:, 1]
+
+
+def wider_rows(pages: torch.Tensor) -> torch.Tensor:
+    """Rows padded to an alignment."""
+    padded = torch.zeros(*pages.shape[:-1], pages.shape[-1] + 16, dtype=pages.dtype, device=pages.device)
+    padded[..., : pages.shape[-1]] = pages
+    return padded[..., : pages.shape[-1]]
+
+
+STRIDES = [contiguous, heads_behind_slots, blocks_innermost_but_one, layers_side_by_side, wider_rows]
+
+
+@pytest.mark.parametrize("strided", STRIDES, ids=lambda each: each.__name__)
+def test_a_cache_of_any_strides_is_closed_up_and_read_alike(cache: Cache, strided: Callable[..., torch.Tensor]) -> None:
+    """vLLM's CUDA backends give the same four dimensions by other strides."""
+    table = np.array([6, 2, 7, 4, 0], dtype=np.int32)
+    num_slots = 3 * cache.block_size + 5
+    for source in sources(num_slots):
+        expected, pages = cache.pages.clone(), strided(cache.pages)
+        cache.layout.close_up(expected, table, source)
+        cache.layout.close_up(pages, table, source)
+        assert torch.equal(pages.contiguous().view(torch.uint8), expected.view(torch.uint8))
+        keys = [cache.layout.read_keys(each, table, num_slots) for each in (expected, pages)]
+        assert keys[0].shape == (num_slots, expected.shape[1] * expected.shape[3] // 2)
+        assert torch.equal(*(each.view(torch.uint8) for each in keys))
+
+
+def test_a_layout_is_learnt_from_a_cache_of_any_strides() -> None:
+    """With a kernel that writes by index, as CUDA's do: the layout is the identity whatever the strides."""
+    pages = torch.zeros(3, 2, 32, 16)
+    for strided in STRIDES:
+        layout = SlotLayout.of(
+            SimpleNamespace(kv_cache=strided(pages), head_size=8, dtype=pages.dtype, impl=Indexing())
+        )
+        assert torch.equal(layout.elements.flatten(), torch.arange(32 * 16))
+
+
+class Indexing:
+    """Writes K and V side by side in a slot's row."""
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        block, slot = slots // cache.shape[2], slots % cache.shape[2]
+        cache[block, :, slot] = torch.cat((key, value), dim=-1)

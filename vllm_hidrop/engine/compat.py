@@ -55,7 +55,7 @@ def let_clients_ask() -> None:
 
 
 def _integrity(engine_core: Any) -> dict[str, Any]:
-    found: dict[str, Any] = engine_core.scheduler.integrity.dump()
+    found: dict[str, Any] = engine_core.scheduler.integrity_report()
     return found
 
 

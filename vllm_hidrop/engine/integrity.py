@@ -1,7 +1,8 @@
 """Whether the scheduler's books add up: blocks, requests' tables and plans, the encoder cache.
 
 Reads vLLM's block pool, managers and encoder cache, changes nothing, and knows of stages only what the managers say.
-The whole pool is walked, so it runs when the engine becomes idle, not in every step.
+The whole pool is walked where readiness is asked of an idle engine. When the engine becomes idle, and the next request
+may be arriving, the counts are compared and a few blocks looked at, each time the next ones.
 """
 
 from collections import Counter
@@ -17,6 +18,8 @@ from vllm_hidrop.engine.kv_cache import StageManager
 
 MAX_FINDINGS = 20
 """One mistake can show in every block; this many lines are enough to see it."""
+SAMPLE_BLOCKS = 1000
+"""Looked at when the engine becomes idle."""
 
 
 @dataclass
@@ -28,18 +31,30 @@ class IntegrityLog:
         num_failed: how often something was found.
         findings: of the last check that found something; they stay, because books that once were wrong are not trusted
             again before a restart.
+        is_due: whether the engine has run since the last check.
+        next_block: where the next sample begins.
     """
 
     num_checks: int = 0
     num_failed: int = 0
     findings: list[str] = field(default_factory=list)
+    is_due: bool = False
+    next_block: int = 0
 
     def record(self, findings: list[str]) -> None:
         """Count one check."""
         self.num_checks += 1
+        self.is_due = False
         if findings:
             self.num_failed += 1
             self.findings = findings
+
+    def sample(self, scheduler: Any) -> bool:
+        """Whether a short look at an idle scheduler finds anything; a check then says what."""
+        self.is_due = True
+        num_blocks = len(scheduler.kv_cache_manager.block_pool.blocks)
+        first, self.next_block = self.next_block, (self.next_block + SAMPLE_BLOCKS) % num_blocks
+        return not _idle_books_add_up(scheduler, range(first, min(first + SAMPLE_BLOCKS, num_blocks)))
 
     def dump(self) -> dict[str, Any]:
         """Plain data, for the way between processes."""
@@ -50,6 +65,27 @@ def find_faults(scheduler: Any) -> list[str]:
     """What is wrong between two steps of a ``StagedScheduler``, one line each, at most :data:`MAX_FINDINGS`."""
     faults = (_block_faults(scheduler), _request_faults(scheduler), _encoder_faults(scheduler))
     return list(islice((fault for some in faults for fault in some), MAX_FINDINGS))
+
+
+def _idle_books_add_up(scheduler: Any, sample: Iterable[int]) -> bool:
+    """Whether nothing is held, all blocks are free by the pool's count, and those of the sample are in its list."""
+    pool = scheduler.kv_cache_manager.block_pool
+    deferred = sum(len(blocks) for _, blocks in scheduler.deferred_frees)
+    if pool.get_num_free_blocks() + deferred != pool.num_gpu_blocks - 1:
+        return False
+    if any(_request_faults(scheduler)) or any(_encoder_faults(scheduler)):
+        return False
+    return bool(deferred) or all(_is_free(pool.blocks[block_id]) for block_id in sample)
+
+
+def _is_free(block: Any) -> bool:
+    """Whether nobody refers to a block and its neighbours in the free list do."""
+    after, before = block.next_free_block, block.prev_free_block
+    if block.is_null:
+        return after is None and before is None
+    if block.ref_cnt or after is None or before is None:
+        return False
+    return after.prev_free_block is block is before.next_free_block
 
 
 def _managers(scheduler: Any) -> tuple[Any, ...]:

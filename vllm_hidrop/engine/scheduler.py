@@ -21,7 +21,8 @@ Rules, on top of vLLM's own:
 8. ``--max-num-batched-tokens`` bounds the rows that a step computes, averaged over the layers: a token that is not
    pruned is a row, a pruned prompt is fewer rows than tokens. One that alone exceeds the bound runs in a step without
    other prefills, beside the decodes. vLLM's own limit on a step's tokens is higher, and sizes its buffers.
-9. When the last request has ended, the books are checked; what is found makes the server unready, not the engine dead.
+9. When the last request has ended, a part of the books is checked, and all of them when an idle engine is asked; what
+   is found makes the server unready, not the engine dead.
 10. Images are reused up to the first cut: a pruned prompt may start behind any image that an earlier prompt had at the
     same place after the same tokens, see ``prefix``. A page that the reused slots end within is copied for it. Only
     images behind that one are encoded, and the step's budget counts the rows that are computed. What is reused is there
@@ -177,10 +178,16 @@ class StagedScheduler(Scheduler):
         output.prefix_orders = self.prefixes.take_orders()
         for name, images in output.scheduled_encoder_inputs.items():
             self.encoded.setdefault(name, set()).update(tower_images(self.requests[name]).intersection(images))
-        if not self.requests:
-            # The step that tells the worker of the last request's end; its answer is on its way already (rule 9).
+        # The step that tells the worker of the last request's end; its answer is on its way already (rule 9).
+        if not self.requests and self.integrity.sample(self):
             self.integrity.record(self.check_integrity())
         return output
+
+    def integrity_report(self) -> dict[str, Any]:
+        """What the checks came to, after one if the engine is idle and has run since the last; for between steps."""
+        if self.integrity.is_due and not self.requests:
+            self.integrity.record(self.check_integrity())
+        return self.integrity.dump()
 
     def check_integrity(self) -> list[str]:
         """What is wrong with the books, one line each, also logged; for between steps, see ``engine.integrity``."""

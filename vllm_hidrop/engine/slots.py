@@ -22,7 +22,8 @@ class SlotLayout:
     """Where in a page's elements each slot's K and V stand, the same for every head and block.
 
     Attributes:
-        elements: int64 [slots, 2 * D], for every slot the places of its elements in the flattened page of one head.
+        elements: int64 [slots, 2 * D], for every slot the places of its elements in one head's page, counted row by
+            row of 2 * D, however the rows lie in memory.
     """
 
     elements: torch.Tensor
@@ -59,37 +60,43 @@ class SlotLayout:
         """K of a request's first slots, [num_slots, G * D] in the cache's dtype.
 
         Args:
-            cache: [blocks, G, slots, 2 * D], pages of all requests.
+            cache: [blocks, G, slots, 2 * D], pages of all requests, of any strides.
             blocks: int32 [B], the request's blocks in order.
             num_slots: to read.
         """
-        pages = cache.view(cache.shape[0], cache.shape[1], -1)
-        block, elements = self._at(blocks, np.arange(num_slots))
-        heads = torch.arange(pages.shape[1], device=cache.device)[None, :, None]
-        return pages[block, heads, elements[..., : elements.shape[-1] // 2]].flatten(1)
+        places = self._at(cache, blocks, np.arange(num_slots), cache.shape[3] // 2)
+        return cache[places].flatten(1)
 
     def close_up(self, cache: torch.Tensor, blocks: npt.NDArray[np.int32], source: npt.NDArray[np.int64]) -> None:
         """Move the slots ``source`` of a request, ascending, to its slots 0, 1, 2, ...
 
         Args:
-            cache: [blocks, G, slots, 2 * D], pages of all requests; changed in place.
+            cache: [blocks, G, slots, 2 * D], pages of all requests, of any strides; changed in place.
             blocks: int32 [B], the request's blocks in order.
             source: int64 [n].
         """
         moved = np.flatnonzero(source != np.arange(len(source)))
-        pages = cache.view(cache.shape[0], cache.shape[1], -1)
-        from_block, from_elements = self._at(blocks, source[moved])
-        to_block, to_elements = self._at(blocks, moved)
-        heads = torch.arange(pages.shape[1], device=cache.device)[None, :, None]
-        pages[to_block, heads, to_elements] = pages[from_block, heads, from_elements]
+        cache[self._at(cache, blocks, moved)] = cache[self._at(cache, blocks, source[moved])]
 
-    def _at(self, blocks: npt.NDArray[np.int32], slots: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Blocks [n, 1, 1] and elements [n, 1, 2 * D] of a request's slots."""
+    def _at(
+        self,
+        cache: torch.Tensor,
+        blocks: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int64],
+        width: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where the first ``width`` elements of a request's slots stand, an index that gives [n, G, width].
+
+        In four dimensions, not in flattened pages: vLLM permutes caches (heads before slots, K and V apart), and such a
+        one has no flat view.
+        """
         block_size = self.elements.shape[0]
         device = self.elements.device
         held_in = torch.from_numpy(blocks[slots // block_size].astype(np.int64)).to(device)
-        elements = self.elements[torch.from_numpy(slots % block_size).to(device)]
-        return held_in[:, None, None], elements[:, None]
+        elements = self.elements[torch.from_numpy(slots % block_size).to(device), :width]
+        heads = torch.arange(cache.shape[1], device=device)
+        row, column = (part[:, None] for part in (elements // cache.shape[3], elements % cache.shape[3]))
+        return held_in[:, None, None], heads[None, :, None], row, column
 
 
 def places_cached(plan: Plan, survivors: Survivors, stage: int, cached: Cached) -> npt.NDArray[np.int64]:
