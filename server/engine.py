@@ -5,9 +5,8 @@ Knows vLLM's ``AsyncLLM`` and the planner; not HTTP.
 
 import asyncio
 from argparse import Namespace
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from itertools import chain
 from typing import Any
 
 from vllm import SamplingParams
@@ -15,10 +14,10 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.usage.usage_lib import UsageContext
-from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestOutputCollector, RequestState
+from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
 from vllm.v1.metrics.stats import RequestStateStats
 
 from hidrop_server.adopt import adopt
@@ -56,6 +55,7 @@ class HidropLLM(AsyncLLM):
         self.in_flight = InFlight()
         self.others_are_read = others_are_read(vllm_config.model_config)
         super().__init__(vllm_config, *args, **kwargs)
+        self.planner = Planner.from_vllm_config(vllm_config)  # the engine has told its size of a block
 
     async def why_unready(self) -> str | None:
         """Why no request should be sent here: a dead engine, or books that do not add up; None when there is no reason.
@@ -118,13 +118,12 @@ class HidropLLM(AsyncLLM):
             self.metrics.refused("options")
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
 
-    async def add_request(self, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> RequestOutputCollector:
+    async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
         """Send it to the engine, which from then on has its images."""
-        outputs = await super().add_request(request_id, prompt, *args, **kwargs)
+        await super()._add_request(request, *args, **kwargs)
         known = self.renderer.mm_processor_cache
         if isinstance(known, KnownImages):
-            known.sent(hashes_in(prompt))
-        return outputs
+            known.sent(request.mm_features or ())
 
     def _run_output_handler(self) -> None:
         """Start vLLM's output loop, which holds on to output processor and image cache; so ours go in before."""
@@ -192,12 +191,6 @@ def spans_in(prompt: dict[str, Any]) -> tuple[Span, ...]:
     """The images' places in a rendered prompt."""
     places = (place for each in prompt.get("mm_placeholders", {}).values() for place in each)
     return tuple(Span(place.offset, place.length) for place in places)
-
-
-def hashes_in(prompt: Any) -> Iterator[str]:
-    """The images' names in a rendered prompt; none in another, whose images are then sent each time."""
-    of_kinds = prompt.get("mm_hashes", {}) if isinstance(prompt, dict) else {}
-    return chain.from_iterable(of_kinds.values())
 
 
 def metrics_of(vllm_config: Any, planner: Planner) -> HidropMetrics:

@@ -3,51 +3,98 @@
 Knows vLLM's cache of processed images; not requests.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable
-from weakref import WeakValueDictionary
+from threading import Lock
 
 from vllm.multimodal.cache.base import (
+    MultiModalCache,
     MultiModalProcessorCacheInItem,
     MultiModalProcessorCacheItemMetadata,
     MultiModalProcessorCacheOutItem,
 )
 from vllm.multimodal.cache.lru import LruKeyReplicatedSenderCache
+from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.renderers import BaseRenderer
+from vllm.utils.mem_constants import GiB_bytes
 
 from hidrop_server.adopt import adopt
+
+SHARE = 0.5
+"""Of the engine's cache, what this process counts on: the images used last. The rest is for what may be sent while a
+request that was processed waits its turn."""
+MOST_UNSENT = 256
+"""Processed images whose sending is remembered; one more is sent again another time."""
 
 
 class KnownImages(LruKeyReplicatedSenderCache):
     """This process's list of the images in the engine's cache; requests with those are sent without their pixels.
 
-    vLLM lists an image when it has been processed. A request that is refused after that, by anybody and for any reason,
-    never brings it to the engine, and the next one with that image, or another one in flight, comes without pixels
-    that the engine does not have: a 500. Here an image counts once it was sent; until then every request brings it.
+    vLLM lists an image, and counts it as used, when it has been processed. A request that is refused after that never
+    brings it to the engine, whose order of eviction then differs: a later request comes without pixels that the engine
+    does not have, and fails with an error that asks the client to send it again. Here processing changes nothing:
+    the list follows what was sent, by the operations of the engine's cache and in its order.
     """
 
-    _unsent: WeakValueDictionary[str, MultiModalProcessorCacheItemMetadata]
-    """Of the listed images; one that is struck off the list is gone from here, too."""
+    _unsent: OrderedDict[str, MultiModalProcessorCacheItemMetadata]
+    _processing: dict[str, MultiModalProcessorCacheItemMetadata]
+    """Known images of the request that is being processed, one at a time: it may find them gone before it is done."""
+    _lock: Lock
+    """Images are processed in a thread, and requests sent by the event loop."""
 
     def is_cached_item(self, mm_hash: str) -> bool:
         """Whether the engine has it."""
-        return mm_hash not in self._unsent and super().is_cached_item(mm_hash)
+        with self._lock:
+            known = mm_hash in self._cache
+            if known:
+                self._processing[mm_hash] = self._cache.cache[mm_hash]  # not as used
+            return known
+
+    def touch_sender_cache_item(self, mm_hash: str) -> None:
+        """Not before it is sent."""
 
     def get_and_update_item(
         self, mm_item: MultiModalProcessorCacheInItem, mm_hash: str
     ) -> MultiModalProcessorCacheOutItem:
-        """List an image; its pixels come back unless the engine has them."""
-        if mm_item is not None and mm_hash in self._unsent:
-            return mm_item
-        is_listed = super().is_cached_item(mm_hash)
-        answer = super().get_and_update_item(mm_item, mm_hash)
-        if not is_listed and super().is_cached_item(mm_hash):  # else it is too large for the list
-            self._unsent[mm_hash] = self._cache[mm_hash]
-        return answer
+        """Pixels go on to the engine; without them it is an image that was known when this request's turn came."""
+        if mm_item is None:
+            return None, self._processing[mm_hash].prompt_updates
+        with self._lock:
+            self._unsent[mm_hash] = MultiModalProcessorCacheItemMetadata(*mm_item)
+            if len(self._unsent) > MOST_UNSENT:
+                self._unsent.popitem(last=False)
+        return mm_item
 
-    def sent(self, mm_hashes: Iterable[str]) -> None:
+    def release_sender_touches(self) -> None:
+        """A request has been processed."""
+        self._processing.clear()
+
+    def sent(self, features: Iterable[MultiModalFeatureSpec]) -> None:
         """Note that a request with these images is on its way; the engine takes requests in the order of sending."""
-        for mm_hash in mm_hashes:
-            self._unsent.pop(mm_hash, None)
+        images = [(feature.mm_hash or feature.identifier, feature.data is not None) for feature in features]
+        with self._lock:
+            for mm_hash, _ in images:
+                self._cache.touch(mm_hash)
+            for mm_hash, has_pixels in images:
+                found = self._cache.get(mm_hash)
+                if has_pixels:
+                    self._cache.pop(mm_hash, None)
+                    self._list(mm_hash, self._unsent.pop(mm_hash, found))
+
+    def _list(self, mm_hash: str, image: MultiModalProcessorCacheItemMetadata | None) -> None:
+        if image is not None and not self._cache.put_if_fits(mm_hash, image):
+            self._cache.clear()  # of the engine's it may have displaced more than our share leaves room for
+
+    def clear_cache(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._cache.clear()
+            self._unsent.clear()
+
+    def invalidate(self, mm_hash: str) -> None:
+        """The engine has told that it lacks one."""
+        with self._lock:
+            self._cache.pop(mm_hash, None)
 
 
 def know_images(renderer: BaseRenderer) -> None:
@@ -55,5 +102,7 @@ def know_images(renderer: BaseRenderer) -> None:
     stock = renderer.mm_processor_cache
     if isinstance(stock, LruKeyReplicatedSenderCache):
         known = adopt(KnownImages, stock)
-        known._unsent = WeakValueDictionary()
+        size = SHARE * stock._cache.capacity / GiB_bytes
+        known._cache = MultiModalCache.get_lru_cache(size, MultiModalProcessorCacheItemMetadata)
+        known._unsent, known._processing, known._lock = OrderedDict(), {}, Lock()
         renderer._mm_processor_cache = known

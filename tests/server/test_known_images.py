@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.multimodal.cache.base import MultiModalProcessorCacheInItem
 from vllm.multimodal.cache.lru import LruKeyReplicatedReceiverCache, LruKeyReplicatedSenderCache
-from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, MultiModalKwargsItem
+from vllm.multimodal.inputs import (
+    MultiModalBatchedField,
+    MultiModalFeatureSpec,
+    MultiModalFieldElem,
+    MultiModalKwargsItem,
+    PlaceholderRange,
+)
 
-from hidrop_server.known_images import KnownImages, know_images
+from hidrop_server.known_images import MOST_UNSENT, KnownImages, know_images
 from tests.server.harness import IMAGE_TOKENS, Server, content, image_url, kept
 
 FRESH = count(9000)
@@ -105,14 +112,21 @@ class TestOnAServer:
 
 
 def pixels(name: str) -> MultiModalKwargsItem:
-    return MultiModalKwargsItem({name: MultiModalFieldElem(torch.zeros(3), MultiModalBatchedField())})
+    return MultiModalKwargsItem({name: MultiModalFieldElem(torch.zeros(LENGTHS[name]), MultiModalBatchedField())})
+
+
+Processed = list[MultiModalFeatureSpec]
+LENGTHS = dict.fromkeys("abcdefgh", 1000) | {"i": 3000, "j": 30_000}
+"""Float32 elements of every image."""
+IMAGE_BYTES = 4000
 
 
 class Both:
-    """This process's list and the engine's cache, with room for all."""
+    """This process's list and the engine's cache, with room for so many bytes."""
 
-    def __init__(self, known: bool = True) -> None:
-        config: Any = SimpleNamespace(get_multimodal_config=lambda: SimpleNamespace(mm_processor_cache_gb=1))
+    def __init__(self, num_bytes: float = 1 << 30, known: bool = True) -> None:
+        size = num_bytes / (1 << 30)
+        config: Any = SimpleNamespace(get_multimodal_config=lambda: SimpleNamespace(mm_processor_cache_gb=size))
         renderer: Any = SimpleNamespace(_mm_processor_cache=None)
         renderer._mm_processor_cache = renderer.mm_processor_cache = LruKeyReplicatedSenderCache(config)
         if known:
@@ -120,22 +134,31 @@ class Both:
         self.ours: LruKeyReplicatedSenderCache = renderer._mm_processor_cache
         self.engines = LruKeyReplicatedReceiverCache(config)
 
-    def process(self, names: list[str]) -> list[tuple[str, MultiModalKwargsItem | None]]:
-        """As vLLM does: ask which must be read, then list all."""
+    def process(self, names: Sequence[str]) -> Processed:
+        """As vLLM does: ask which must be read, touch all, then list all."""
         read: list[MultiModalProcessorCacheInItem] = [
-            None if known else (pixels(name), []) for name, known in zip(names, self.ours.is_cached(names), strict=True)
+            None if known else (pixels(name), [])
+            for name, known in zip(names, self.ours.is_cached(list(names)), strict=True)
         ]
-        return [(name, self.ours.get_and_update_item(item, name)[0]) for name, item in zip(names, read, strict=True)]
+        for name in names:
+            self.ours.touch_sender_cache_item(name)
+        found = [self.ours.get_and_update_item(item, name)[0] for name, item in zip(names, read, strict=True)]
+        self.ours.release_sender_touches()
+        place = PlaceholderRange(0, 1)
+        return [
+            MultiModalFeatureSpec(item, "image", name, place, name) for name, item in zip(names, found, strict=True)
+        ]
 
-    def send(self, request: list[tuple[str, MultiModalKwargsItem | None]]) -> None:
+    def send(self, request: Processed) -> None:
         """The engine raises where it misses an image."""
-        for name, item in request:
-            assert name in self.engines.get_and_update_item(item, name)
         if isinstance(self.ours, KnownImages):
-            self.ours.sent(name for name, _ in request)
+            self.ours.sent(request)
+        received = [replace(feature) for feature in request]
+        for feature in self.engines.get_and_update_features(received):
+            assert feature.identifier in (feature.data or {})
 
 
-IMAGES = st.lists(st.sampled_from("abc"), min_size=1, max_size=3)
+IMAGES = st.lists(st.sampled_from("abcd"), min_size=1, max_size=3)
 
 
 @given(st.lists(st.tuples(IMAGES, st.booleans(), st.integers(0, 3)), max_size=30))
@@ -154,18 +177,84 @@ def test_the_engine_has_every_image_that_comes_without_pixels(steps: list[tuple[
             both.send(request)
 
 
+@given(
+    st.lists(st.tuples(st.lists(st.sampled_from(list(LENGTHS)), min_size=1, max_size=4), st.booleans()), max_size=40),
+    st.integers(1, 9),
+)
+@settings(deadline=None)
+def test_a_cache_too_small_for_all_misses_nothing_that_is_sent_without_pixels(
+    steps: list[tuple[list[str], bool]], num_images: int
+) -> None:
+    """Images of several sizes, one of them too large for most caches; refused requests change no order."""
+    both = Both(num_images * IMAGE_BYTES)
+    for names, is_sent in steps:
+        request = both.process(names)
+        if is_sent:
+            both.send(request)
+
+
+PAIR = st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=2)
+
+
+@given(st.lists(st.tuples(PAIR, PAIR, PAIR, st.permutations(range(3))), max_size=15))
+@settings(deadline=None)
+def test_requests_at_once_are_sent_in_any_order(steps: list[tuple[list[str], list[str], list[str], list[int]]]) -> None:
+    """What the others bring while one waits fits in the half that is not counted on."""
+    both = Both(12 * IMAGE_BYTES)
+    for *requests, order in steps:
+        waiting = [both.process(names) for names in requests]
+        for turn in order:
+            both.send(waiting[turn])
+
+
+def test_a_refused_request_does_not_touch_the_order_of_eviction() -> None:
+    """The engine never hears of it, and would evict what this process counts on."""
+    both = Both(6 * IMAGE_BYTES)
+    for name in "abc":
+        both.send(both.process(name))
+    both.process("a")  # refused
+    for name in "defg":  # the engine evicts a
+        both.send(both.process(name))
+    both.send(both.process("a"))
+
+
 def test_a_sent_image_is_sent_once() -> None:
     both = Both()
     first = both.process(["a", "a"])
-    assert [item is not None for _, item in first] == [True, True], "the engine has neither"
+    assert [feature.data is not None for feature in first] == [True, True], "the engine has neither"
     both.send(first)
-    assert both.process(["a", "b"])[0] == ("a", None)
+    assert both.process(["a", "b"])[0].data is None
     both.ours.invalidate("a")
-    assert both.process(["a"])[0][1] is not None, "vLLM's own way to forget one"
+    assert both.process(["a"])[0].data is not None, "vLLM's own way to forget one"
+
+
+def test_an_image_that_is_displaced_while_it_is_processed_is_still_laid_out() -> None:
+    """Processing takes a thread, sending the event loop; what the list said at first holds to the end."""
+    both = Both(2 * IMAGE_BYTES)
+    both.send(both.process(["a"]))
+    assert both.ours.is_cached(["a"]) == [True]
+    both.send(
+        [
+            MultiModalFeatureSpec(
+                both.ours.get_and_update_item((pixels("b"), []), "b")[0], "image", "b", PlaceholderRange(0, 1), "b"
+            )
+        ]
+    )
+    assert both.ours.get_and_update_item(None, "a") == (None, [])
+
+
+def test_what_is_refused_is_forgotten() -> None:
+    both = Both()
+    assert isinstance(both.ours, KnownImages)
+    for number in range(3 * MOST_UNSENT):
+        LENGTHS[str(number)] = 1
+        both.process([str(number)])
+    assert len(both.ours._unsent) == MOST_UNSENT
+    assert len(both.ours._cache) == 0
 
 
 def test_vllms_list_still_needs_ours() -> None:
     """When this fails, vLLM forgets refused images itself: delete known_images.py."""
     stock = Both(known=False)
     stock.process(["a"])
-    assert stock.process(["a"]) == [("a", None)]
+    assert stock.process(["a"])[0].data is None

@@ -171,6 +171,7 @@ def _request_faults(scheduler: Any) -> Iterator[str]:
         "the patches": scheduler.patches,
         "the tokens reused": scheduler.reused,
         "the images encoded": scheduler.encoded,
+        "the images withheld": scheduler.withheld,
         "the reused prefixes": scheduler.prefixes.hits,
         "the prefixes being kept": scheduler.prefixes.storing,
         "the unreported": scheduler.unreported,

@@ -127,6 +127,22 @@ class StageManager(FullAttentionManager):
         return len(tail)
 
 
+def block_size_of(kv_cache_config: Any) -> int:
+    """Slots of a block in every group: plans are counted in it, by scheduler and worker alike.
+
+    The configuration's own number is not final before the caches are made: an attention backend may choose another.
+
+    Raises:
+        ValueError: groups differ.
+    """
+    sizes = {group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"all stages must have KV blocks of one size, this engine has {sorted(sizes)}: set --block-size"
+        )
+    return int(sizes.pop())
+
+
 def register_stage_spec() -> None:
     """Make the spec known in this process; idempotent.
 

@@ -23,7 +23,7 @@ from vllm_hidrop.engine import tables
 from vllm_hidrop.engine.batch import PrunedPrefill, StageBatch, StagedStep, Survivors, grouped_positions, make_step
 from vllm_hidrop.engine.explain import Patches
 from vllm_hidrop.engine.forward import Outcome
-from vllm_hidrop.engine.kv_cache import StageSpec
+from vllm_hidrop.engine.kv_cache import StageSpec, block_size_of
 from vllm_hidrop.engine.planner import Planner
 from vllm_hidrop.engine.prefix import Orders
 from vllm_hidrop.engine.slots import SlotLayout, places_cached
@@ -73,8 +73,12 @@ class StagedRunner(GPUModelRunner):
         return StageSpec.of(spec, self.planner.schedule.stage_of_layer(extract_layer_index(layer_name)))
 
     def may_reinitialize_input_batch(self, kv_cache_config: Any) -> None:
-        """The batch, with its block tables in one array and no slots of their own: see :meth:`_get_slot_mappings`."""
+        """The batch, with its block tables in one array and no slots of their own: see :meth:`_get_slot_mappings`.
+
+        The caches' form is final now, and so is the size of a block.
+        """
         super().may_reinitialize_input_batch(kv_cache_config)
+        self.planner = dataclasses.replace(self.planner, block_size=block_size_of(kv_cache_config))
         tables.adopt(self.input_batch.block_table)
 
     def _update_states(self, scheduler_output: Any) -> Any:
@@ -89,7 +93,12 @@ class StagedRunner(GPUModelRunner):
         self.carried = {name: self.states[each.state][: each.num_rows] for name, each in self.orders.reuse.items()}
         for state in self.orders.drop:
             self.states.pop(state, None)
-        return super()._update_states(scheduler_output)
+        updated = super()._update_states(scheduler_output)
+        for request_id, images in getattr(scheduler_output, "images_again", {}).items():
+            features = self.requests[request_id].mm_features
+            for image, pixels in images.items():
+                features[image] = dataclasses.replace(features[image], data=pixels)
+        return updated
 
     def _trim(self, request_id: str, num_blocks: Sequence[int]) -> None:
         """Forget the last blocks of a request's tables: the scheduler has taken them back."""

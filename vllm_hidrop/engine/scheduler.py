@@ -27,6 +27,8 @@ Rules, on top of vLLM's own:
     same place after the same tokens, see ``prefix``. A page that the reused slots end within is copied for it. Only
     images behind that one are encoded, and the step's budget counts the rows that are computed. What is reused is there
     in full, blocks and states, or it is not reused.
+11. The worker gets no pixels of images that a prompt was admitted behind, as in vLLM. If the prompt must run again, and
+    neither their blocks nor their features are left, the pixels come with the step that encodes them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -48,6 +50,7 @@ from vllm_hidrop.engine.compat import let_clients_ask
 from vllm_hidrop.engine.costing import Costing
 from vllm_hidrop.engine.explain import Patches
 from vllm_hidrop.engine.integrity import IntegrityLog, find_faults
+from vllm_hidrop.engine.kv_cache import block_size_of
 from vllm_hidrop.engine.planner import Planner
 from vllm_hidrop.engine.prefix import Entry, ImagePrefixes
 from vllm_hidrop.engine.report import Run, tower_images, what_ran, with_blocks
@@ -73,6 +76,8 @@ class StagedScheduler(Scheduler):
         self.patches: dict[str, Patches] = {}
         self.reused: dict[str, int] = {}
         self.encoded: dict[str, set[int]] = {}
+        self.withheld: dict[str, set[int]] = {}
+        """Images whose pixels the worker has not got: their prompt was admitted behind them (rule 11)."""
         self.unreported: set[str] = set()
         self.ran: dict[str, dict[str, Any]] = {}
         """Reports of prompts that have run, without the blocks; made anew where a prompt is run or decided again."""
@@ -81,6 +86,11 @@ class StagedScheduler(Scheduler):
         self.integrity = IntegrityLog()
         let_clients_ask()
         if self.planner.is_staged:
+            self.planner = replace(self.planner, block_size=block_size_of(self.kv_cache_config))
+            if self.planner.block_size != self.block_size:
+                raise ValueError(
+                    f"KV blocks have {self.planner.block_size} slots, the scheduler counts {self.block_size}"
+                )
             adopt_cache_manager(self.kv_cache_manager, self.plans)
         managers, pool = self.kv_cache_manager.coordinator.single_type_managers, self.kv_cache_manager.block_pool
         model = self.vllm_config.model_config
@@ -176,12 +186,26 @@ class StagedScheduler(Scheduler):
         output.trimmed, self.trimmed = self.trimmed, {}
         self.prefixes.start(self._prompts_ending(output))
         output.prefix_orders = self.prefixes.take_orders()
+        output.images_again = self._images_again(output)
         for name, images in output.scheduled_encoder_inputs.items():
             self.encoded.setdefault(name, set()).update(tower_images(self.requests[name]).intersection(images))
         # The step that tells the worker of the last request's end; its answer is on its way already (rule 9).
         if not self.requests and self.integrity.sample(self):
             self.integrity.record(self.check_integrity())
         return output
+
+    def _images_again(self, output: SchedulerOutput) -> dict[str, dict[int, Any]]:
+        """Pixels of images that this step encodes and the worker has not got, by request and image (rule 11)."""
+        for new in output.scheduled_new_reqs:
+            withheld = {image for image, feature in enumerate(new.mm_features) if feature.data is None}
+            if withheld:
+                self.withheld[new.req_id] = withheld
+        again = {}
+        for name in self.withheld.keys() & output.scheduled_encoder_inputs.keys():
+            images = self.withheld[name].intersection(output.scheduled_encoder_inputs[name])
+            self.withheld[name] -= images
+            again[name] = {image: self.requests[name].mm_features[image].data for image in images}
+        return again
 
     def integrity_report(self) -> dict[str, Any]:
         """What the checks came to, after one if the engine is idle and has run since the last; for between steps."""
@@ -304,6 +328,7 @@ class StagedScheduler(Scheduler):
             self.reused,
             self.encoded,
             self.ran,
+            self.withheld,
         )
         for by_request in records:
             by_request.pop(request.request_id, None)
