@@ -1,9 +1,11 @@
-"""Soak: thousands of mixed requests against one server whose pool is too small for them.
+"""Soak: thousands of mixed requests against servers whose pools and caches are too small for them.
 
-``python -m tests.soak`` (``make soak``) serves the embedded model with few KV blocks, asks every distinct request once
-by itself, then sends a seeded mixture of them side by side: pruned with several keeps, ``off``, text, another method,
-n > 1, streams, stop strings, grammars, clients that leave, requests that must be refused. It fails unless every answer
-is the one given in isolation, requests were preempted, ``/ready`` and the pool are clean afterwards and memory stayed.
+``python -m tests.soak`` (``make soak``) serves the embedded models with few KV blocks and little room for images, one
+with its own method and one whose stages several methods share, asks every distinct request once by itself, then sends a
+seeded mixture of them side by side: pruned with several keeps, ``off``, text, every method, more images than any cache
+holds, n > 1, streams, stop strings, grammars, clients that leave, requests that must be refused, hostile bodies. It
+fails unless every answer is the one given in isolation, requests were preempted, ``/ready`` and the pool are clean
+afterwards and memory stayed.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from tests.server import hostile
 from tests.server.harness import data_url, image_url, user
 from vllm_hidrop.commands.local_server import local_server
 
-SERVER = ("--max-model-len", "1536", "--max-num-batched-tokens", "1536", "--num-gpu-blocks-override", "600")
+LIMITS = ("--max-model-len", "1536", "--max-num-batched-tokens", "1536", "--mm-processor-cache-gb", "0.004")
+"""The engine's cache holds nine pictures, of which the API process counts on four."""
+SHARED = json.dumps({"method": "mustdrop", "options": {"cut_cache": False}})
+SERVERS = {
+    "its own method": (*LIMITS, "--num-gpu-blocks-override", "600"),
+    "methods that share its stages": (*LIMITS, "--num-gpu-blocks-override", "400", "--hidrop-config", SHARED),
+}
+NUM_PICTURES = 24
+NUM_HOSTILE = 12
+HOSTILE_SHARE = 0.05
+HOSTILE_BYTES = 1 << 20
+"""Larger ones are for ``test_hostile_bodies``: they would keep the client busy, not the server."""
 MEMORY_TOLERANCE = 0.15
 """The server may hold so much more at the end than after a quarter of the requests.
 
@@ -93,9 +107,23 @@ def distinct_requests(schedule: list[dict[str, Any]], methods: list[str]) -> dic
         "bad prompt log-probabilities": ask([0], prompt_logprobs=1),
         "bad length": ask([0], "red " * 1600),
     }
+    for seed in range(10, 10 + NUM_PICTURES):
+        found[f"picture {seed}"] = ask([seed], max_tokens=8) | wish(**({"": "off"} if seed % 3 == 0 else {}))
     found["bad image"] = {**ask([]), "messages": [user([data_url(b"no image")], question)]}
-    for method in methods:
-        found[f"method {method}"] = ask([0], **long, vllm_xargs={"hidrop_method": method})
+    for number, method in enumerate(methods):
+        found[f"method {method}"] = ask([0], **long) | wish(method=method)
+        found[f"method {method}, two pictures"] = ask([1, 10 + number], max_tokens=8) | wish(method=method)
+    return found
+
+
+def hostile_requests(model: str, rng: random.Random) -> dict[str, tuple[str, bytes]]:
+    """Path and body of a few that must be refused, or answered, soon; drawn from all of ``tests.server.hostile``."""
+    every = [(path, *shape) for path, base in hostile.routes(model).items() for shape in hostile.shapes(path, base)]
+    found: dict[str, tuple[str, bytes]] = {}
+    while len(found) < NUM_HOSTILE:
+        path, name, make = rng.choice(every)
+        if len(body := make()) <= HOSTILE_BYTES:
+            found[f"hostile: {path}, {name}"] = path, body
     return found
 
 
@@ -130,7 +158,10 @@ class Soak:
         for name, answer in alone.items():
             if answer is None or (answer["status"] == 200) == name.startswith("bad"):
                 self.failures.append(f"{name}: in isolation {answer}")
-        drawn = [(self.rng.choice(list(kinds)), self.rng.choice(HOW)) for _ in range(num_requests)]
+        bodies = hostile_requests(model, self.rng)
+        refused = {name: await self._refuse(*body) for name, body in bodies.items()}
+        self.failures += [f"{name}: in isolation {status}" for name, status in refused.items() if status >= 500]
+        drawn = [(self._draw(kinds, bodies), self.rng.choice(HOW)) for _ in range(num_requests)]
         queue = list(enumerate(drawn))[::-1]
         quarters = [num_requests * quarter // 4 for quarter in (1, 2, 3)]
         start = time.monotonic()
@@ -140,7 +171,10 @@ class Soak:
                 number, (name, how) = queue.pop()
                 if number in quarters:
                     self.memory_mib.append(self.memory())
-                outcome = await self._check(kinds[name], how, alone[name])
+                if name in bodies:
+                    outcome = "equal" if await self._refuse(*bodies[name]) == refused[name] else "wrong"
+                else:
+                    outcome = await self._check(kinds[name], how, alone[name])
                 self.outcomes.setdefault(name, Counter())[outcome] += 1
                 if outcome == "wrong":
                     self.failures.append(f"{name} ({how}), request {number}: not the answer in isolation")
@@ -151,6 +185,13 @@ class Soak:
         if queue:
             self.failures.append(f"{len(queue)} requests were not sent in {seconds:.0f} s")
         return await self._finish(num_requests - len(queue), took)
+
+    def _draw(self, kinds: Collection[str], bodies: Collection[str]) -> str:
+        return self.rng.choice(list(bodies if self.rng.random() < HOSTILE_SHARE else kinds))
+
+    async def _refuse(self, path: str, body: bytes) -> int:
+        headers = {"Content-Type": "application/json"}
+        return (await self.http.post(path, content=body, headers=headers)).status_code
 
     async def _check(self, body: dict[str, Any], how: str, expected: Answer | None) -> str:
         answer = await self._send(body, how)
@@ -257,14 +298,14 @@ def memory_of_children(but: set[psutil.Process]) -> dict[str, float]:
     return found
 
 
-def soak(num_requests: int, seconds: float, seed: int = 0, console: Console | None = None) -> Result:
-    """Start a server, soak it, end it."""
+def soak(server: str, num_requests: int, seconds: float, seed: int = 0, console: Console | None = None) -> Result:
+    """Start one of :data:`SERVERS`, soak it, end it."""
     console = console or Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
         others = set(psutil.Process().children(recursive=True))
         task = progress.add_task("starting the server", total=None)
-        with local_server(SERVER, on_wait=lambda: None) as url:
+        with local_server(SERVERS[server], on_wait=lambda: None) as url:
             progress.update(task, description="soaking", total=num_requests)
 
             async def run() -> Result:
@@ -294,16 +335,18 @@ def show(result: Result, console: Console) -> None:
 def main() -> int:
     """Command line; exit code 1 when anything failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
-    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--requests", type=int, default=6000, help="of all servers together")
     parser.add_argument("--seconds", type=float, default=1800, help="give up after so long (default: 1800)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args()
-    result = soak(args.requests, args.seconds, args.seed)
-    show(result, Console())
+    results = {name: soak(name, args.requests // len(SERVERS), args.seconds, args.seed) for name in SERVERS}
+    for name, result in results.items():
+        Console().rule(name)
+        show(result, Console())
     if args.json:
-        args.json.write_text(json.dumps(asdict(result), indent=2) + "\n")
-    return 1 if result.failures else 0
+        args.json.write_text(json.dumps({name: asdict(each) for name, each in results.items()}, indent=2) + "\n")
+    return int(any(result.failures for result in results.values()))
 
 
 if __name__ == "__main__":
