@@ -3,6 +3,7 @@
 Knows ASGI; what a body may hold, :mod:`hidrop_server.body_check` says.
 """
 
+import json
 from http import HTTPStatus
 
 from fastapi import HTTPException
@@ -17,6 +18,9 @@ from hidrop_server.refusals import BodyRefused
 
 METHODS = ("POST", "PUT", "PATCH")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BYTES_PER_CHAR = 4
+"""Of UTF-8, at most."""
+LARGE_BYTES = 4 << 20
 MAX_ID_CHARS = 256
 ID_HEADERS = ("x-request-id", "x-session-id")
 """vLLM makes these part of the names it gives requests, and of its log."""
@@ -55,7 +59,7 @@ class Bodies:
             await self.app(scope, receive if body is None else _again(body, receive), send)
 
     async def _checked(self, scope: Scope, receive: Receive) -> bytes:
-        bounds = JsonBounds(self.check.limits.max_values)
+        bounds = JsonBounds(self.check.limits.max_values, BYTES_PER_CHAR * self.check.limits.max_text_chars)
         chunks: list[bytes] = []
         more = True
         while more:
@@ -67,10 +71,12 @@ class Bodies:
             chunks.append(chunk)
             more = message.get("more_body", False)
         body = b"".join(chunks)
-        if body:
-            path = scope["path"].removeprefix(scope.get("root_path", ""))
-            self.check.check(path, _parsed(body))
-        return body
+        chunks.clear()
+        if not body:
+            return body
+        parsed = _parsed(body)
+        self.check.check(scope["path"].removeprefix(scope.get("root_path", "")), parsed)
+        return body if len(body) <= LARGE_BYTES or body.isascii() else _in_ascii(parsed)
 
 
 class _Disconnected(Exception):
@@ -83,6 +89,11 @@ def _parsed(body: bytes) -> object:
         return from_json(body.removeprefix(BYTE_ORDER_MARK), cache_strings="keys")
     except ValueError as fault:
         raise BodyRefused(f"the body is not JSON in UTF-8: {fault}") from None
+
+
+def _in_ascii(parsed: object) -> bytes:
+    """The body without a letter that would have Python hold all of it, media too, in four bytes for each of one."""
+    return json.dumps(parsed).encode()
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

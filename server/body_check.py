@@ -4,7 +4,7 @@ Knows the fields of vLLM's routes that are lists, media, text or names; what the
 is read in the same way, also one that is not known here.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,10 +104,10 @@ class BodyCheck:
         if len(body) > MAX_FIELDS:
             raise BodyRefused(f"the body has more than {MAX_FIELDS} fields")
         check_options(body.get("vllm_xargs"))
+        check_scalars(body)
         walk = _Walk(self, path.startswith(ANTHROPIC_PATH))
         walk.read(body)
         self._check_media(path, body)
-        check_scalars(body)
         self._check_lists(path, body)
         self._check_product(body)
         num_texts = max(1, *(len(each) for each in _batches(body)), 1)
@@ -141,18 +141,20 @@ class BodyCheck:
                 self.response_tools.check(tools, "tools")
         if isinstance(items, list) and path.startswith(RESPONSES_PATH):
             self.items.check(items, "input")
+            for where, item in _messages(items, "input"):
+                _check_answer(item, where, unread=("input_image", "image_url"))
 
     def _check_messages(self, messages: list[Any]) -> None:
         for number, (where, message) in enumerate(_messages(messages, "messages")):
             if number >= MAX_MESSAGES:
                 raise BodyRefused(f"messages: at most {MAX_MESSAGES}")
             _check_message(message, where)
+            _check_answer(message, where, unread=())
 
     def _check_product(self, body: Mapping[str, Any]) -> None:
         """Each sequence takes the sampling fields along."""
         own = {key: value for key, value in body.items() if key not in ("messages", "prompt", "input", "tools")}
-        n = body.get("n")
-        sequences = max(1, n if isinstance(n, int) else 1) * max(1, *(len(each) for each in _batches(body)), 1)
+        sequences = _number(body.get("n")) * max(1, *(len(each) for each in _batches(body)), 1)
         if sequences > 1 and sequences * _num_values(own) > 4 * self.limits.max_values:
             raise BodyRefused(
                 f"{sequences} sequences with these sampling fields are more than {4 * self.limits.max_values} values "
@@ -268,6 +270,18 @@ def _check_message(message: Mapping[str, Any], where: str) -> None:
             raise BodyRefused(f"{where}.tool_calls.{index}.function.arguments: must be a string")
 
 
+def _check_answer(message: Mapping[str, Any], where: str, unread: Sequence[str]) -> None:
+    """Images that vLLM drops from what the assistant has said: ``unread`` parts, and those in results of its tools."""
+    content = message.get("content")
+    if message.get("role") != "assistant" or not isinstance(content, list):
+        return
+    for index, part in enumerate(content):
+        result = part.get("content") if part["type"] == "tool_result" else None
+        inner = [each["type"] for each in result] if isinstance(result, list) else []
+        if part["type"] in unread or "image" in inner:
+            raise BodyRefused(f"{where}.content.{index}: an image that the assistant has sent is not read", "media")
+
+
 def _check_system(blocks: list[Any], where: str) -> None:
     """Anthropic's system prompt is text; OpenAI's is what its model's template makes of it."""
     for index, block in enumerate(blocks):
@@ -283,6 +297,14 @@ def _batches(body: Mapping[str, Any]) -> Iterator[list[Any]]:
         value = body.get(name)
         if isinstance(value, list) and value and isinstance(value[0], kind):
             yield value
+
+
+def _number(n: Any) -> int:
+    """As pydantic reads it; what it refuses is one."""
+    try:
+        return max(1, int(n))
+    except (TypeError, ValueError, OverflowError):
+        return 1
 
 
 def _num_values(value: Any) -> int:

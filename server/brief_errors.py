@@ -21,8 +21,10 @@ from hidrop_server.answers import error
 MAX_CHARS = 500
 _READ_CHARS = 20_000
 """Of a message; what is behind them is not looked at."""
-_ECHOES = re.compile(
-    r"[,;]? ?(input_)?value=.*?(?=, input_type=|\)$|\]|$)|, input_type=\w+|For further information visit \S+"
+_ECHOES = (
+    (re.compile(r", value=.*\)$"), ")"),  # vLLM's
+    (re.compile(r", input_value=.*?, input_type=\w+"), ""),  # pydantic's
+    (re.compile(r"For further information visit \S+"), ""),
 )
 _LONG_WORD = re.compile(r"[^\s]{121,}")
 _KEPT_CHARS = 24
@@ -31,7 +33,9 @@ _KEPT_CHARS = 24
 def brief(message: str) -> str:
     """One line of at most :data:`MAX_CHARS` characters, without the values and the long words in it."""
     line = " ".join(message[:_READ_CHARS].split())
-    line = _LONG_WORD.sub(lambda word: f"{word[0][:_KEPT_CHARS]}...", _ECHOES.sub("", line))
+    for echo, without in _ECHOES:
+        line = echo.sub(without, line)
+    line = _LONG_WORD.sub(lambda word: f"{word[0][:_KEPT_CHARS]}...", line)
     return line if len(line) <= MAX_CHARS else f"{line[: MAX_CHARS - 3]}..."
 
 

@@ -19,8 +19,8 @@ MAX_ASPECT_RATIO = 200
 """Processors scale the shorter side up to the tower's: a line of 1 x 20000 would become gigabytes."""
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 COLOUR_KEYED = ("1", "L", "RGB", *SIXTEEN_BITS)
-"""Modes in which a PNG can name one colour that is transparent (its tRNS chunk). Palettes and alpha channels are flattened
-on white by vLLM."""
+"""Modes in which a PNG can name one colour that is transparent (its tRNS chunk). Palettes and alpha channels are
+flattened on white by vLLM."""
 
 
 class MediaRefused(VLLMValidationError):

@@ -12,12 +12,13 @@ VALUES_PER_CONTAINER = 16
 ESCAPES_PER_VALUE = 4
 """A text in ``\\uXXXX``, as Python writes it, has an escape for every character."""
 MAX_DEPTH = 64
-MAX_NUMBER_CHARS = 400
-"""The largest float has 309 digits; Python takes a time to read that grows with their square."""
+MAX_NUMBER_CHARS = 128
+"""Python takes a time to read digits that grows with their square."""
 SLICE_BYTES = 1 << 16
 
 _ESCAPE = re.compile(rb"\\.", re.DOTALL)
-_LONG_NUMBER = re.compile(rb"[0-9.eE+-]{%d}" % (MAX_NUMBER_CHARS + 1))
+_SPACES = b" \t\r\n"
+_NO_NUMBERS = bytes(byte if byte in b"0123456789.eE+-" else ord(" ") for byte in range(256))
 _NO_BRACKETS = bytes(set(range(256)).difference(b"[]{}"))
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
@@ -26,15 +27,22 @@ class JsonBounds:
     """Counts values, arrays and objects, depth, escapes and digits at C's speed: a data URL costs a search for its end.
 
     Every count is an upper bound of what a parser meets before it finishes or gives up.
+
+    Args:
+        max_values: of a body; other counts follow from it.
+        max_text_bytes: of a string that is not ASCII, as data URLs are: Python holds up to four bytes for each letter.
     """
 
-    def __init__(self, max_values: int) -> None:
+    def __init__(self, max_values: int, max_text_bytes: int) -> None:
         self.max_values = max_values
+        self.max_text_bytes = max_text_bytes
         self.num_values = 0
         self._num_containers = 0
         self._num_escapes = 0
         self._depth = 0
         self._in_string = False
+        self._string_bytes = 0
+        self._string_is_ascii = True
         self._half_escape = b""
         self._last = b""
 
@@ -58,10 +66,27 @@ class JsonBounds:
             self._check(self._num_escapes, ESCAPES_PER_VALUE * self.max_values, "escaped characters")
         pieces = chunk.split(b'"')
         between = b'"'.join(pieces[self._in_string :: 2])
-        self._in_string ^= len(pieces) % 2 == 0
+        self._measure_open_string(pieces)
         return between
 
+    def _measure_open_string(self, pieces: list[bytes]) -> None:
+        """Of a string over several chunks; one within a chunk is no matter."""
+        if self._in_string:
+            self._add_to_string(pieces[0])
+        self._in_string ^= len(pieces) % 2 == 0
+        if len(pieces) > 1:
+            self._string_bytes, self._string_is_ascii = 0, True
+            if self._in_string:
+                self._add_to_string(pieces[-1])
+
+    def _add_to_string(self, piece: bytes) -> None:
+        self._string_bytes += len(piece)
+        self._string_is_ascii &= piece.isascii()
+        if not self._string_is_ascii and self._string_bytes > self.max_text_bytes:
+            raise BodyRefused(f"the body has a text of more than {self.max_text_bytes} bytes (--max-model-len)")
+
     def _count(self, between: bytes) -> None:
+        between = between.translate(None, _SPACES)
         brackets = between.translate(None, _NO_BRACKETS)
         num_opened = brackets.count(b"[") + brackets.count(b"{")
         self._num_containers += num_opened
@@ -73,7 +98,7 @@ class JsonBounds:
             if self._depth > MAX_DEPTH:
                 raise BodyRefused(f"the body is nested deeper than {MAX_DEPTH}")
         run = self._last + between
-        if _LONG_NUMBER.search(run):
+        if max(map(len, run.translate(_NO_NUMBERS).split()), default=0) > MAX_NUMBER_CHARS:
             raise BodyRefused(f"the body has a number of more than {MAX_NUMBER_CHARS} characters")
         self._last = run[-MAX_NUMBER_CHARS:]
 

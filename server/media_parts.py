@@ -48,8 +48,8 @@ OPENAI: Mapping[str, PartKind] = {
     "video_embeds": PartKind("video_embeds", "--enable-mm-embeds"),
     "prompt_embeds": PartKind("data", "--enable-prompt-embeds"),
 }
-"""Not among them: ``image_pil``, which only Python can send and which vLLM would fetch from a string, and parts without a
-type, whose kind vLLM guesses from their keys."""
+"""Not among them: ``image_pil``, which only Python can send and which vLLM would fetch from a string, and parts without
+a type, whose kind vLLM guesses from their keys."""
 ANTHROPIC: Mapping[str, PartKind] = {
     "text": PartKind("text"),
     "image": PartKind("source", "image"),
