@@ -59,24 +59,34 @@ class Bodies:
             await self.app(scope, receive if body is None else _again(body, receive), send)
 
     async def _checked(self, scope: Scope, receive: Receive) -> bytes:
-        bounds = JsonBounds(self.check.limits.max_values, BYTES_PER_CHAR * self.check.limits.max_text_chars)
-        chunks: list[bytes] = []
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise _Disconnected
-            chunk = message.get("body", b"")
-            bounds.feed(chunk)
-            chunks.append(chunk)
-            more = message.get("more_body", False)
-        body = b"".join(chunks)
-        chunks.clear()
+        body = await self._whole(receive)
         if not body:
             return body
         parsed = _parsed(body)
         self.check.check(scope["path"].removeprefix(scope.get("root_path", "")), parsed)
         return body if len(body) <= LARGE_BYTES or body.isascii() else _in_ascii(parsed)
+
+    async def _whole(self, receive: Receive) -> bytes:
+        """Read to the end, also what is refused before: a client that sends all before it reads would see no answer."""
+        bounds = JsonBounds(self.check.limits.max_values, BYTES_PER_CHAR * self.check.limits.max_text_chars)
+        chunks: list[bytes] = []
+        refused: BodyRefused | None = None
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise _Disconnected
+            more = message.get("more_body", False)
+            if refused is None:
+                chunks.append(message.get("body", b""))
+                try:
+                    bounds.feed(chunks[-1])
+                except BodyRefused as fault:
+                    refused = fault
+                    chunks.clear()
+        if refused is not None:
+            raise refused
+        return b"".join(chunks)
 
 
 class _Disconnected(Exception):

@@ -59,6 +59,19 @@ DATA = ("data", "url", "image_url")
 ANTHROPIC_PATH = "/v1/messages"
 RESPONSES_PATH = "/v1/responses"
 DECISIONS_PATH = "/v1/systemone"
+READ: Mapping[str, tuple[str, ...]] = {
+    "/v1/chat/completions": ("messages",),
+    "/v1/chat/completions/batch": ("messages",),
+    "/v1/completions": (),
+    "/v1/messages": ("messages", "system"),
+    "/v1/messages/count_tokens": ("messages", "system"),
+    "/v1/responses": ("input",),
+    DECISIONS_PATH: (),
+    "/detokenize": (),
+    "/generative_scoring": (),
+    "/tokenize": ("messages",),
+}
+"""Fields whose media a route reads; another route may read any."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +118,7 @@ class BodyCheck:
             raise BodyRefused(f"the body has more than {MAX_FIELDS} fields")
         check_options(body.get("vllm_xargs"))
         check_scalars(body)
-        walk = _Walk(self, path.startswith(ANTHROPIC_PATH))
+        walk = _Walk(self, path.startswith(ANTHROPIC_PATH), READ.get(path.removesuffix("/render")))
         walk.read(body)
         self._check_media(path, body)
         self._check_lists(path, body)
@@ -165,9 +178,10 @@ class BodyCheck:
 class _Walk:
     """One pass over all of a body."""
 
-    def __init__(self, check: BodyCheck, anthropic: bool) -> None:
+    def __init__(self, check: BodyCheck, anthropic: bool, read: Sequence[str] | None) -> None:
         self.check = check
         self.anthropic = anthropic
+        self.read_fields = read
         self.num_chars = 0
         self.num_parts = 0
 
@@ -234,7 +248,9 @@ class _Walk:
         self.num_parts += len(parts)
         if self.num_parts > MAX_PARTS:
             raise BodyRefused(f"{where}: the body has more than {MAX_PARTS} parts")
-        self.check.parts.check(parts, where, self.anthropic)
+        has_media = self.check.parts.check(parts, where, self.anthropic)
+        if has_media and self.read_fields is not None and where.partition(".")[0] not in self.read_fields:
+            raise BodyRefused(f"{where}: this route reads no media from there", "media")
 
 
 def _messages(value: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -96,8 +96,11 @@ class MediaParts:
         self.openai = {name: kind for name, kind in OPENAI.items() if kind.needs in taken}
         self.anthropic = {name: kind for name, kind in ANTHROPIC.items() if kind.needs in taken}
 
-    def check(self, parts: list[Any], where: str, anthropic: bool = False) -> None:
+    def check(self, parts: list[Any], where: str, anthropic: bool = False) -> bool:
         """Check the parts of one message.
+
+        Returns:
+            Whether there are media among them.
 
         Raises:
             BodyRefused: a part that is not taken, or whose media could not be used.
@@ -105,6 +108,7 @@ class MediaParts:
         kinds = self.anthropic if anthropic else self.openai
         for index, part in enumerate(parts):
             _check_part(part, f"{where}.{index}", kinds)
+        return any(kinds[part["type"]].needs for part in parts)
 
     def check_keys(self, found: Mapping[str, Any], where: str, known: Iterable[str] = ()) -> None:
         """Refuse media in a place where nobody would look for them.
@@ -133,7 +137,7 @@ def _check_part(part: Any, where: str, kinds: Mapping[str, PartKind]) -> None:
         raise BodyRefused(f"{where}: a part of this type has no {min(others)}", "media")
     _check_id(part.get("uuid"), f"{where}.uuid")
     content = part.get(kind.key)
-    if kind.key in TEXT_KEYS and not isinstance(content, str):
+    if kind.key in (*TEXT_KEYS, "name") and not isinstance(content, str):
         raise BodyRefused(f"{where}.{kind.key}: must be a string")
     if kind.needs == "image":
         _check_image(part, content, f"{where}.{kind.key}")

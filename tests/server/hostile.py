@@ -5,6 +5,7 @@ Each is made when it is asked for, because all of them together are gigabytes.
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 MIB = 1 << 20
@@ -71,8 +72,8 @@ def shapes(path: str, base: dict[str, Any]) -> Iterator[tuple[str, Maker]]:
     yield from _of_any_json(base)
     name = CONTENT.get(path, "messages")
     for what, wrong in WRONG.items():
-        yield f"2,000 {what}", _with(base, name, lambda wrong=wrong: [wrong] * 2000)
-        yield f"2,000 {what} in a list", _with(base, name, lambda wrong=wrong: [[wrong] * 2000])
+        yield f"2,000 {what}", _with(base, name, partial(_repeated, wrong))
+        yield f"2,000 {what} in a list", _with(base, name, partial(_repeated, wrong, inside=True))
     for field in LISTS:
         yield f"{field}: 8,000 lists", _with(base, field, lambda: [[]] * 8000)
         yield f"{field}: 200,000 words", _with(base, field, lambda: ["x"] * 200_000)
@@ -143,6 +144,11 @@ def _messages(path: str, base: dict[str, Any], name: str) -> Iterator[tuple[str,
     yield "prompts", _with(base, name, lambda: ["x"] * 1000)
     yield "a text of 100,000 characters", several(lambda: [{"role": "user", "content": "red " * 25_000}])
     yield "4,000 pictures", several(lambda: [{"role": "user", "content": [_picture()] * 4000}])
+
+
+def _repeated(value: Any, inside: bool = False) -> list[Any]:
+    several = [value] * 2000
+    return [several] if inside else several
 
 
 def _picture() -> dict[str, Any]:
