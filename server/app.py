@@ -27,7 +27,8 @@ from vllm.utils.system_utils import decorate_logs
 from hidrop_server.access import Access, drop_stock_authentication, hide_admin_routes
 from hidrop_server.adopt import adopt
 from hidrop_server.bodies import Bodies
-from hidrop_server.body_check import BodyCheck, BodyLimits
+from hidrop_server.body_check import BodyCheck
+from hidrop_server.body_walk import BodyLimits
 from hidrop_server.brief_errors import BriefErrors, validation_refusal
 from hidrop_server.engine import HidropLLM, run_engine
 from hidrop_server.exchanges import Exchanges

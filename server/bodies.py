@@ -5,6 +5,7 @@ Knows ASGI; what a body may hold, :mod:`hidrop_server.body_check` says.
 
 import json
 from http import HTTPStatus
+from io import BytesIO
 
 from fastapi import HTTPException
 from pydantic_core import from_json
@@ -13,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hidrop_server.answers import OnRefused, error
 from hidrop_server.body_check import BodyCheck
+from hidrop_server.brief_errors import brief
 from hidrop_server.json_bounds import JsonBounds
 from hidrop_server.refusals import BodyRefused
 
@@ -50,7 +52,7 @@ class Bodies:
             body = await self._checked(scope, receive) if has_body else None
         except BodyRefused as refused:
             self.on_refused(refused.reason)
-            await error(HTTPStatus.BAD_REQUEST, refused.says)(scope, receive, send)
+            await error(HTTPStatus.BAD_REQUEST, brief(refused.says))(scope, receive, send)
         except HTTPException as refused:  # a layer outside of this one has found the body too large
             await error(HTTPStatus(refused.status_code), str(refused.detail))(scope, receive, send)
         except _Disconnected:
@@ -69,7 +71,7 @@ class Bodies:
     async def _whole(self, receive: Receive) -> bytes:
         """Read to the end, also what is refused before: a client that sends all before it reads would see no answer."""
         bounds = JsonBounds(self.check.limits.max_values, BYTES_PER_CHAR * self.check.limits.max_text_chars)
-        chunks: list[bytes] = []
+        held = BytesIO()  # one growing piece: many small ones would not be given back to the system
         refused: BodyRefused | None = None
         more = True
         while more:
@@ -78,15 +80,15 @@ class Bodies:
                 raise _Disconnected
             more = message.get("more_body", False)
             if refused is None:
-                chunks.append(message.get("body", b""))
+                held.write(message.get("body", b""))
                 try:
-                    bounds.feed(chunks[-1])
+                    bounds.feed(message.get("body", b""))
                 except BodyRefused as fault:
                     refused = fault
-                    chunks.clear()
+                    held = BytesIO()
         if refused is not None:
             raise refused
-        return b"".join(chunks)
+        return held.getvalue()
 
 
 class _Disconnected(Exception):

@@ -5,10 +5,10 @@ is read in the same way, also one that is not known here.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from hidrop_server.media_parts import MAX_PARTS, SYSTEM_BLOCKS, MediaParts
+from hidrop_server.body_walk import BodyLimits, BodyWalk
+from hidrop_server.media_parts import SYSTEM_BLOCKS, MediaParts
 from hidrop_server.options import check_options
 from hidrop_server.refusals import BodyRefused
 from hidrop_server.scalar_fields import check_scalars
@@ -16,46 +16,9 @@ from hidrop_server.typed_items import response_items, response_tools
 
 MAX_FIELDS = 256
 """Of a body, at its top."""
-MAX_ELEMENTS = 8192
-"""Of an array that is not all numbers, or of an object. A wrong one costs vLLM an error for each."""
 MAX_MESSAGES = 4096
 """Of a body, all its conversations together."""
 MAX_TOOLS = 512
-MAX_KEY_CHARS = 1024
-MAX_GRAMMAR_CHARS = 1 << 20
-CHARS_PER_TOKEN = 32
-"""A text longer than this many characters for each token of the model's length cannot become a prompt."""
-MIN_TEXT_CHARS = 1 << 16
-
-CONTENTS = ("content", "output")
-"""Keys of lists of parts, on whatever route."""
-GRAMMARS = ("response_format", "structured_outputs")
-FREE = frozenset(
-    {
-        *GRAMMARS,
-        "annotations",
-        "arguments",
-        "citations",
-        "criteria",
-        "ec_transfer_params",
-        "format",
-        "input_schema",
-        "json_schema",
-        "kv_transfer_params",
-        "logprobs",
-        "metadata",
-        "output_config",
-        "parameters",
-        "schema",
-        "state",
-        "text",
-        "tool",
-        "tools",
-    }
-)
-"""Keys whose value is the client's own JSON: it has no parts and no options."""
-DATA = ("data", "url", "image_url")
-"""Keys of media outside of the client's own JSON; they are not text, and have a limit of their own."""
 ANTHROPIC_PATH = "/v1/messages"
 RESPONSES_PATH = "/v1/responses"
 DECISIONS_PATH = "/v1/systemone"
@@ -72,24 +35,6 @@ READ: Mapping[str, tuple[str, ...]] = {
     "/tokenize": ("messages",),
 }
 """Fields whose media a route reads; another route may read any."""
-
-
-@dataclass(frozen=True)
-class BodyLimits:
-    """Limits of a server.
-
-    Attributes:
-        max_values: of a body; ``--max-json-values``.
-        max_text_chars: of one prompt.
-    """
-
-    max_values: int
-    max_text_chars: int
-
-    @classmethod
-    def of(cls, max_values: int, max_model_len: int) -> "BodyLimits":
-        """For a model's length."""
-        return cls(max_values, max(MIN_TEXT_CHARS, CHARS_PER_TOKEN * max_model_len))
 
 
 class BodyCheck:
@@ -118,18 +63,15 @@ class BodyCheck:
             raise BodyRefused(f"the body has more than {MAX_FIELDS} fields")
         check_options(body.get("vllm_xargs"))
         check_scalars(body)
-        walk = _Walk(self, path.startswith(ANTHROPIC_PATH), READ.get(path.removesuffix("/render")))
+        read = READ.get(path.removesuffix("/render"))
+        walk = BodyWalk(self.limits, self.parts, path.startswith(ANTHROPIC_PATH), read)
         walk.read(body)
         self._check_media(path, body)
         self._check_lists(path, body)
         self._check_product(body)
         num_texts = max(1, *(len(each) for each in _batches(body)), 1)
         if walk.num_chars > num_texts * self.limits.max_text_chars:
-            raise BodyRefused(self.too_long("the text of the body"))
-
-    def too_long(self, what: str) -> str:
-        """Says that a text is."""
-        return f"{what} is longer than {self.limits.max_text_chars} characters ({CHARS_PER_TOKEN} x --max-model-len)"
+            raise BodyRefused(self.limits.too_long("the text of the body"))
 
     def _check_media(self, path: str, body: Mapping[str, Any]) -> None:
         known = {"prompt_embeds"} if self.parts.embeds else set()
@@ -143,7 +85,7 @@ class BodyCheck:
     def _check_lists(self, path: str, body: Mapping[str, Any]) -> None:
         messages = body.get("messages")
         if isinstance(messages, list):
-            self._check_messages(messages)
+            self._check_messages(messages, path.startswith(ANTHROPIC_PATH))
         tools, items, system = body.get("tools"), body.get("input"), body.get("system")
         if isinstance(system, list):
             _check_system(system, "system")
@@ -157,12 +99,14 @@ class BodyCheck:
             for where, item in _messages(items, "input"):
                 _check_answer(item, where, unread=("input_image", "image_url"))
 
-    def _check_messages(self, messages: list[Any]) -> None:
+    def _check_messages(self, messages: list[Any], anthropic: bool) -> None:
         for number, (where, message) in enumerate(_messages(messages, "messages")):
             if number >= MAX_MESSAGES:
                 raise BodyRefused(f"messages: at most {MAX_MESSAGES}")
             _check_message(message, where)
             _check_answer(message, where, unread=())
+            if anthropic and message["role"] == "system" and isinstance(message.get("content"), list):
+                _check_system(message["content"], f"{where}.content")
 
     def _check_product(self, body: Mapping[str, Any]) -> None:
         """Each sequence takes the sampling fields along."""
@@ -173,84 +117,6 @@ class BodyCheck:
                 f"{sequences} sequences with these sampling fields are more than {4 * self.limits.max_values} values "
                 f"(4 x --max-json-values {self.limits.max_values})"
             )
-
-
-class _Walk:
-    """One pass over all of a body."""
-
-    def __init__(self, check: BodyCheck, anthropic: bool, read: Sequence[str] | None) -> None:
-        self.check = check
-        self.anthropic = anthropic
-        self.read_fields = read
-        self.num_chars = 0
-        self.num_parts = 0
-
-    def read(self, body: dict[str, Any]) -> None:
-        """Look at every value.
-
-        Raises:
-            BodyRefused: one that is not taken.
-        """
-        waiting: list[tuple[Any, str, bool]] = [(body, "", False)]
-        while waiting:
-            value, where, is_free = waiting.pop()
-            if isinstance(value, dict):
-                waiting += self._of_object(value, where, is_free)
-            else:
-                waiting += self._of_array(value, where, is_free)
-
-    def _of_object(self, value: dict[str, Any], where: str, is_free: bool) -> Iterator[tuple[Any, str, bool]]:
-        self._check_size(value, where)
-        for key, each in value.items():
-            if len(key) > MAX_KEY_CHARS:
-                raise BodyRefused(f"{where or 'the body'}: a key is longer than {MAX_KEY_CHARS} characters")
-            if not is_free and key.startswith("hidrop"):
-                self._refuse_option(where)
-            place = f"{where}.{key[:80]}" if where else key[:80]
-            if isinstance(each, str):
-                self._text(each, place, is_media=key in DATA and not is_free)
-            elif isinstance(each, dict | list):
-                if key in CONTENTS and isinstance(each, list) and not is_free:
-                    self._parts(each, place)
-                yield each, place, is_free or key in FREE or (key == "input" and isinstance(each, dict))
-
-    def _of_array(self, value: list[Any], where: str, is_free: bool) -> Iterator[tuple[Any, str, bool]]:
-        if value and set(map(type, value)) <= {int}:
-            return
-        self._check_size(value, where)
-        for index, each in enumerate(value):
-            if isinstance(each, str):
-                self._text(each, f"{where}.{index}", is_media=where == "images")
-            elif isinstance(each, dict | list):
-                yield each, f"{where}.{index}", is_free
-
-    def _check_size(self, value: dict[str, Any] | list[Any], where: str) -> None:
-        if len(value) > MAX_ELEMENTS:
-            raise BodyRefused(f"{where or 'the body'}: more than {MAX_ELEMENTS} elements")
-
-    def _refuse_option(self, where: str) -> None:
-        if where != "vllm_xargs":
-            place = f"in {where}" if where else "at the top of the body"
-            raise BodyRefused(f"{place}: options of hidrop are read from vllm_xargs", "options")
-
-    def _text(self, text: str, where: str, is_media: bool) -> None:
-        if is_media:
-            return
-        if where.startswith(GRAMMARS):
-            if len(text) > MAX_GRAMMAR_CHARS:
-                raise BodyRefused(f"{where}: longer than {MAX_GRAMMAR_CHARS} characters")
-            return
-        self.num_chars += len(text)
-        if len(text) > self.check.limits.max_text_chars:
-            raise BodyRefused(self.check.too_long(where))
-
-    def _parts(self, parts: list[Any], where: str) -> None:
-        self.num_parts += len(parts)
-        if self.num_parts > MAX_PARTS:
-            raise BodyRefused(f"{where}: the body has more than {MAX_PARTS} parts")
-        has_media = self.check.parts.check(parts, where, self.anthropic)
-        if has_media and self.read_fields is not None and where.partition(".")[0] not in self.read_fields:
-            raise BodyRefused(f"{where}: this route reads no media from there", "media")
 
 
 def _messages(value: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -273,8 +139,6 @@ def _check_message(message: Mapping[str, Any], where: str) -> None:
     content = message.get("content")
     if not isinstance(content, str | list | None):
         raise BodyRefused(f"{where}.content: must be a string or a list of parts")
-    if message["role"] == "system" and isinstance(content, list):
-        _check_system(content, f"{where}.content")
     calls = message.get("tool_calls")
     if not isinstance(calls, list | None):
         raise BodyRefused(f"{where}.tool_calls: must be a list")
@@ -298,12 +162,10 @@ def _check_answer(message: Mapping[str, Any], where: str, unread: Sequence[str])
             raise BodyRefused(f"{where}.content.{index}: an image that the assistant has sent is not read", "media")
 
 
-def _check_system(blocks: list[Any], where: str) -> None:
-    """Anthropic's system prompt is text; OpenAI's is what its model's template makes of it."""
+def _check_system(blocks: list[dict[str, Any]], where: str) -> None:
+    """Of Anthropic's; OpenAI's is what its model's template makes of it."""
     for index, block in enumerate(blocks):
-        if not isinstance(block, dict):
-            raise BodyRefused(f"{where}.{index}: must be an object with a type")
-        if block.get("type") == "image" or (where == "system" and block.get("type") not in SYSTEM_BLOCKS):
+        if block["type"] not in SYSTEM_BLOCKS:
             raise BodyRefused(f"{where}.{index}.type: a system prompt has one of {', '.join(SYSTEM_BLOCKS)}", "media")
 
 

@@ -11,6 +11,7 @@ VLLM_KEYS = ("kv_cache_report_mode", "session_id", "kv_transfer_params", "ec_tra
 """What vLLM 0.32 itself reads there; its routes put the last two in from fields of their own."""
 BOOLEAN_KEY = "hidrop_explain"
 MAX_LIST = 4096
+SCALARS = {str, int, float, bool}
 PROCESSORS = "vllm.logits_processors"
 """Entry points of logits processors, which read what they like."""
 
@@ -45,6 +46,8 @@ def check_options(found: Any) -> None:
     for key, value in found.items():
         if isinstance(value, list) and len(value) > MAX_LIST:
             raise BodyRefused(f"vllm_xargs.{key[:80]}: at most {MAX_LIST} elements", "options")
+        if isinstance(value, list) and not set(map(type, value)) <= SCALARS:
+            raise BodyRefused(f"vllm_xargs.{key[:80]}: must be a list of texts and numbers", "options")
         is_ours = key in REQUEST_KEYS and key != BOOLEAN_KEY
         if is_ours and any(isinstance(each, bool) for each in (value if isinstance(value, list) else [value])):
             raise BodyRefused(f"vllm_xargs.{key}: true and false mean nothing here: {REQUEST_KEYS[key]}", "options")

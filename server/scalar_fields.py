@@ -65,6 +65,8 @@ INTEGERS = {
 }
 """At most so many; None: as many as a body may have values."""
 OBJECTS = {"logit_bias": MAX_LIST, "metadata": 64, "media_io_kwargs": 64, "vllm_xargs": 64, "questions": MAX_LIST}
+INSIDE = (("prompt", "variables"), ("response_format", "structures"), ("response_format", "triggers"))
+MAX_INSIDE = 256
 PROMPTS = ("prompt", "items", "query", "queries")
 
 
@@ -88,8 +90,13 @@ def check_scalars(body: Mapping[str, Any]) -> None:
     for name in PROMPTS:
         _check_prompts(body.get(name), name)
     for index, document in enumerate(_list_of(body.get("documents"), "documents", MAX_LIST)):
-        if isinstance(document, dict) and len(document) > 64:
-            raise BodyRefused(f"documents.{index}: at most 64 entries")
+        if isinstance(document, dict) and not set(map(type, document.values())) <= {str, list}:
+            raise BodyRefused(f"documents.{index}: must be an object of texts")
+    for name, inner in INSIDE:
+        value = body.get(name)
+        several = value.get(inner) if isinstance(value, dict) else None
+        if isinstance(several, dict | list) and len(several) > MAX_INSIDE:
+            raise BodyRefused(f"{name}.{inner}: at most {MAX_INSIDE} elements")
 
 
 def _check_lists(body: Mapping[str, Any]) -> None:

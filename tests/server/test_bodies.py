@@ -10,7 +10,8 @@ from fastapi import FastAPI, HTTPException, Request
 from starlette.types import Message, Scope
 
 from hidrop_server.bodies import LARGE_BYTES, Bodies
-from hidrop_server.body_check import BodyCheck, BodyLimits
+from hidrop_server.body_check import BodyCheck
+from hidrop_server.body_walk import BodyLimits
 from hidrop_server.media_parts import MediaParts
 
 MAX_VALUES = 1024

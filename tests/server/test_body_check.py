@@ -1,10 +1,12 @@
 """What a body may hold, on every route alike; no engine."""
 
+from functools import cache
 from typing import Any
 
 import pytest
 
-from hidrop_server.body_check import BodyCheck, BodyLimits
+from hidrop_server.body_check import BodyCheck
+from hidrop_server.body_walk import BodyLimits
 from hidrop_server.media_parts import MediaParts
 from hidrop_server.refusals import BodyRefused
 
@@ -15,8 +17,13 @@ LIMITS = BodyLimits.of(max_values=1 << 18, max_model_len=4096)
 URL = {"url": "http://127.0.0.1:9/x"}
 
 
+@cache
+def checking(*takes: str) -> BodyCheck:
+    return BodyCheck(LIMITS, MediaParts(takes))
+
+
 def check(path: str, body: Any, *takes: str) -> None:
-    BodyCheck(LIMITS, MediaParts(takes or ("image",))).check(path, body)
+    checking(*(takes or ("image",))).check(path, body)
 
 
 def refusal(path: str, body: Any, *takes: str) -> BodyRefused:
@@ -222,6 +229,7 @@ OPTIONS: dict[str, Any] = {
     "for the template": {"chat_template_kwargs": {"hidrop": "off"}},
     "in a message": {"messages": [{"role": "user", "content": "x", "hidrop": "off"}]},
     "true for a count": {"vllm_xargs": {"hidrop_keep": [True, 1]}},
+    "nulls": {"vllm_xargs": {"x": [None]}},
     "true for a word": {"vllm_xargs": {"hidrop": True}},
 }
 
@@ -254,6 +262,7 @@ FIELDS: dict[str, Any] = {
     "items": [[1], ["x"]],
     "documents": [{}] * 1025,
     "vllm_xargs": {"x": [1] * 4097},
+    "response_format": {"type": "structural_tag", "structures": [[]] * 257},
     "unknown": [None] * 8193,
     "another": "x" * (LIMITS.max_text_chars + 1),
 }
