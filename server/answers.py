@@ -17,9 +17,11 @@ OnRefused = Callable[[str], None]
 """Called with the reason of every refusal."""
 
 
-def error(status: HTTPStatus, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def error(
+    status: HTTPStatus, message: str, headers: Mapping[str, str] | None = None, parameter: str | None = None
+) -> JSONResponse:
     """An error response; its type is the status's phrase, as for vLLM's own."""
-    body = create_error_response(message, status.phrase, status)
+    body = create_error_response(message, status.phrase, status, parameter)
     return JSONResponse(body.model_dump(), status_code=status, headers=headers)
 
 

@@ -13,6 +13,7 @@ from socket import socket
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from prometheus_client import REGISTRY
 from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
 from starlette.datastructures import State
@@ -25,10 +26,15 @@ from vllm.utils.system_utils import decorate_logs
 
 from hidrop_server.access import Access, drop_stock_authentication, hide_admin_routes
 from hidrop_server.adopt import adopt
+from hidrop_server.bodies import Bodies
+from hidrop_server.body_check import BodyCheck
+from hidrop_server.body_walk import BodyLimits
+from hidrop_server.brief_errors import BriefErrors, validation_refusal
 from hidrop_server.engine import HidropLLM, run_engine
 from hidrop_server.exchanges import Exchanges
 from hidrop_server.limits import SizeLimits
 from hidrop_server.media import register_connector
+from hidrop_server.media_parts import MediaParts
 from hidrop_server.playground import PATH
 from hidrop_server.playground import router as playground
 from hidrop_server.redaction import hide_in_logs
@@ -36,6 +42,7 @@ from hidrop_server.routes import describe, router
 from hidrop_server.safety import metrics_key
 from hidrop_server.serving import (
     HidropServingChat,
+    HidropServingChatBatch,
     HidropServingCompletion,
     HidropServingMessages,
     HidropServingModels,
@@ -118,10 +125,22 @@ def protect(app: FastAPI, engine: HidropLLM, args: Namespace) -> None:
     drop_stock_authentication(app)
     refused = engine.metrics.refused
     have_middlewares_built_again(app)
+    # Starlette declares a handler's argument as any exception; this one is called for its own only.
+    app.add_exception_handler(RequestValidationError, validation_refusal)  # type: ignore[arg-type]
+    app.add_middleware(BriefErrors)
+    app.add_middleware(Bodies, check=body_check(engine, args), on_refused=refused)
     app.add_middleware(SizeLimits, max_header_kb=args.max_header_kb, max_body_mb=args.max_body_mb, on_refused=refused)
     seconds = args.request_timeout
     app.add_middleware(Exchanges, in_flight=engine.in_flight, seconds=seconds, on_refused=refused)
     app.add_middleware(Access, api_keys=api_keys(args), metrics_key=metrics_key(args), on_refused=refused)
+
+
+def body_check(engine: HidropLLM, args: Namespace) -> BodyCheck:
+    """What this server's model and flags allow in a body."""
+    limits = BodyLimits.of(args.max_json_values, engine.model_config.max_model_len)
+    flags = {"--enable-mm-embeds": args.enable_mm_embeds, "--enable-prompt-embeds": args.enable_prompt_embeds}
+    modalities = [name for name, most in engine.allowed_media.items() if most > 0]
+    return BodyCheck(limits, MediaParts([*modalities, *(flag for flag, is_set in flags.items() if is_set)]))
 
 
 def have_middlewares_built_again(app: FastAPI) -> None:
@@ -155,6 +174,7 @@ def extend_state(state: State, engine: HidropLLM) -> None:
     """Put our handlers where vLLM's routes look for them."""
     state.hidrop = describe(engine.planner)
     state.openai_serving_chat = adopt(HidropServingChat, state.openai_serving_chat)
+    state.openai_serving_chat_batch = adopt(HidropServingChatBatch, state.openai_serving_chat_batch)
     state.openai_serving_completion = adopt(HidropServingCompletion, state.openai_serving_completion)
     state.openai_serving_responses = adopt(HidropServingResponses, state.openai_serving_responses)
     state.anthropic_serving_messages = adopt(HidropServingMessages, state.anthropic_serving_messages)

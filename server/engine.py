@@ -92,6 +92,27 @@ class HidropLLM(AsyncLLM):
             self.in_flight.drain(timeout, is_lost=lambda: self.errored)
         super().shutdown(timeout=None if timeout is None else END_SECONDS)
 
+    @property
+    def allowed_media(self) -> Mapping[str, int]:
+        """How many images and other media a prompt may have, by modality; none for a model of text."""
+        if not self.model_config.is_multimodal_model:
+            return {}
+        limits: Mapping[str, int] = self.renderer.get_mm_processor().info.allowed_mm_limits
+        return limits
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """Stock check: 503 for what may fit later.
+
+        Raises:
+            VLLMValidationError: so many sequences never fit.
+        """
+        most = self.scheduler_config.max_num_queued_reqs
+        if most is not None and n > most:
+            raise VLLMValidationError(
+                f"{n} sequences in one request never fit: this server holds at most {most} (--max-num-queued-reqs)"
+            )
+        super().check_admission(n, request_id)
+
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[RequestOutput, None]:
@@ -100,10 +121,15 @@ class HidropLLM(AsyncLLM):
         Raises:
             VLLMValidationError: the request's own pruning options are bad.
         """
-        self._check(prompt, sampling_params)
+        self.check_request(prompt, sampling_params)
         return super().generate(prompt, sampling_params, request_id, **kwargs)
 
-    def _check(self, prompt: Any, params: SamplingParams) -> None:
+    def check_request(self, prompt: Any, params: SamplingParams) -> None:
+        """Plan a rendered prompt, to see that it can be.
+
+        Raises:
+            VLLMValidationError: the request's own pruning options are bad.
+        """
         try:
             check_keys(params.extra_args or (), self.others_are_read)
             if isinstance(prompt, dict) and "prompt_token_ids" in prompt:

@@ -6,6 +6,7 @@ Knows Pillow and the limits that vLLM's environment variables name; not where th
 import io
 import warnings
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 from vllm import envs
 from vllm.exceptions import VLLMValidationError
@@ -17,6 +18,9 @@ ALSO_JPEG = "MPO"
 MAX_ASPECT_RATIO = 200
 """Processors scale the shorter side up to the tower's: a line of 1 x 20000 would become gigabytes."""
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+COLOUR_KEYED = ("1", "L", "RGB", *SIXTEEN_BITS)
+"""Modes in which a PNG can name one colour that is transparent (its tRNS chunk). Palettes and alpha channels are
+flattened on white by vLLM."""
 
 
 class MediaRefused(VLLMValidationError):
@@ -48,7 +52,8 @@ def check_image(data: bytes) -> bytes:
     """Check a file by its header.
 
     Returns:
-        The file; a greyscale one of 16 bits as one of 8, because Pillow clips its values to white otherwise.
+        The file; a greyscale one of 16 bits as one of 8, because Pillow clips its values to white otherwise; one in
+        which a colour is named as transparent on white, because vLLM shows that colour itself.
 
     Raises:
         MediaRefused: no image, a format, size, shape, depth or number of frames that is not taken.
@@ -61,6 +66,8 @@ def check_image(data: bytes) -> bytes:
         raise MediaRefused(_too_many_pixels()) from None
     with image:
         _check_header(image)
+        if image.mode in COLOUR_KEYED and isinstance(image.info.get("transparency"), int | tuple):
+            return _on_white(image, png_depth=data[24])
         return _in_eight_bits(image) if image.mode in SIXTEEN_BITS else data
 
 
@@ -84,4 +91,26 @@ def _in_eight_bits(image: Image.Image) -> bytes:
     file = io.BytesIO()
     wide = image.convert("I").point(lambda value: value * (1 / 256))
     wide.convert("L").save(file, "PNG", exif=image.getexif())
+    return file.getvalue()
+
+
+def _on_white(image: Image.Image, png_depth: int) -> bytes:
+    """The image with its transparent colour white.
+
+    Args:
+        image: in one of the modes :data:`COLOUR_KEYED`.
+        png_depth: bits of a sample in the file. The key is written in as many, and Pillow leaves it so.
+    """
+    key = image.info["transparency"]
+    if image.mode == "RGB":
+        pixels = np.array(image)
+        pixels[(pixels == [value >> max(0, png_depth - 8) for value in key]).all(axis=-1)] = 255
+    elif image.mode in SIXTEEN_BITS:
+        wide = np.asarray(image)
+        pixels = np.where(wide == key, 255, wide >> 8).astype(np.uint8)
+    else:
+        grey = np.asarray(image.convert("L"))
+        pixels = np.where(grey == key * 255 // ((1 << png_depth) - 1), 255, grey).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", exif=image.getexif(), compress_level=1)
     return file.getvalue()

@@ -28,6 +28,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--max-body-mb", type=_positive, default=32, metavar="MIB", help="Largest request body, in MiB; over it: 413."
     )
     group.add_argument(
+        "--max-json-values",
+        type=_positive,
+        default=1 << 18,
+        metavar="COUNT",
+        help="Most values in a request body, for token ids above all; of objects and arrays, a sixteenth as many. "
+        "Over it: 400.",
+    )
+    group.add_argument(
         "--max-header-kb",
         type=_positive,
         default=32,

@@ -3,12 +3,15 @@
 Knows vLLM's handlers; not the engine.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+import copy
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse
@@ -19,9 +22,47 @@ from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelList
 from vllm.exceptions import GenerationError, RetryableRequestError, VLLMValidationError
 from vllm.outputs import RequestOutput
+from vllm.sampling_params import SamplingParams
 
 from hidrop_server.engine import HidropLLM, spans_in
 from hidrop_server.reports import REPORT_KEY, ReportSeen, in_message_delta, report_in_chunk, with_report
+
+WISHES: ContextVar[Mapping[str, Any] | None] = ContextVar("WISHES", default=None)
+"""The ``vllm_xargs`` of the request in hand: vLLM does not carry them into a beam search."""
+
+
+class _WithWishes:
+    """The engine client of one beam search."""
+
+    def __init__(self, engine_client: HidropLLM, wishes: Mapping[str, Any] | None) -> None:
+        self._engine_client = engine_client
+        self._wishes = wishes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine_client, name)
+
+    def generate(self, prompt: Any, params: SamplingParams, *args: Any, **kwargs: Any) -> Any:
+        """A step."""
+        params.extra_args = dict(self._wishes or {}) or None
+        return self._engine_client.generate(prompt, params, *args, **kwargs)
+
+
+@contextmanager
+def truncating(request: Any) -> Iterator[None]:
+    """Around the rendering of a prompt: vLLM cuts first and then looks for the images' places, and asserts them.
+
+    Raises:
+        VLLMValidationError: what is cut off has an image.
+    """
+    try:
+        yield
+    except (AssertionError, RuntimeError):
+        if request.truncate_prompt_tokens is None:
+            raise
+        raise VLLMValidationError(
+            f"truncate_prompt_tokens={request.truncate_prompt_tokens} would cut off an image: raise it, or send none",
+            parameter="truncate_prompt_tokens",
+        ) from None
 
 
 class _Generating:
@@ -30,19 +71,24 @@ class _Generating:
     engine_client: HidropLLM
 
     def beam_search(self, prompt: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
-        """Stock beam search for text.
+        """Stock beam search, with the request's own wishes in every step.
 
         Raises:
-            VLLMValidationError: the prompt has images and this server prunes.
+            VLLMValidationError: a step would be pruned, or the wishes are bad.
         """
-        if self.engine_client.planner.is_staged and spans_in(prompt):
+        wishes = WISHES.get()
+        spans = spans_in(prompt)
+        self.engine_client.check_request(prompt, SamplingParams(extra_args=dict(wishes or {})))
+        if spans and self.engine_client.planner.plan(len(prompt["prompt_token_ids"]), spans, wishes).is_pruned:
             self.engine_client.metrics.refused("options")
             raise VLLMValidationError(
-                "beam search sends each step as a new prompt, and each would choose other vision tokens: "
-                "not with images on a pruning server",
+                "beam search sends each step as a new prompt, and each would choose other vision tokens: send "
+                'vllm_xargs {"hidrop": "off"} with it',
                 parameter="use_beam_search",
             )
-        return super().beam_search(prompt, *args, **kwargs)  # type: ignore[misc]
+        steps = copy.copy(self)
+        steps.engine_client = _WithWishes(self.engine_client, wishes)  # type: ignore[assignment]
+        return super(_Generating, steps).beam_search(prompt, *args, **kwargs)  # type: ignore[misc]
 
     def _raise_if_error(self, finish_reason: str | None, request_id: str) -> None:
         """Stock check, but a 503 with ``Retry-After`` where vLLM answers 500 to what it calls retryable itself."""
@@ -54,6 +100,12 @@ class _Generating:
 
 class HidropServingChat(_Generating, OpenAIServingChat):
     """Chat completions with a report."""
+
+    async def render_chat_request(self, request: Any) -> Any:
+        """Stock rendering; a truncation that cuts an image is the client's fault."""
+        WISHES.set(request.vllm_xargs)
+        with truncating(request):
+            return await super().render_chat_request(request)
 
     async def chat_completion_full_generator(
         self, request: Any, result_generator: AsyncIterator[RequestOutput], *args: Any, **kwargs: Any
@@ -74,8 +126,28 @@ class HidropServingChat(_Generating, OpenAIServingChat):
         return with_report(chunks, seen)
 
 
+class HidropServingChatBatch(OpenAIServingChatBatch):
+    """A batch of chats, admitted as one."""
+
+    engine_client: HidropLLM
+
+    async def render_batch_chat_request(self, request: Any) -> Any:
+        """Stock rendering, once it is known that there is a place for every conversation."""
+        self.engine_client.check_admission(len(request.messages))
+        with truncating(request):
+            return await super().render_batch_chat_request(request)
+
+
 class HidropServingCompletion(_Generating, OpenAIServingCompletion):
     """Completions with a report: that of the first prompt if there are several."""
+
+    async def render_completion_request(self, request: Any) -> Any:
+        """Stock rendering, once it is known that there is a place for every sequence of every prompt."""
+        WISHES.set(request.vllm_xargs)
+        prompts = request.prompt
+        several = isinstance(prompts, list) and len(prompts) > 0 and not isinstance(prompts[0], int)
+        self.engine_client.check_admission((request.n or 1) * (len(prompts) if several else 1))
+        return await super().render_completion_request(request)
 
     def request_output_to_completion_response(
         self, final_res_batch: list[RequestOutput], *args: Any, **kwargs: Any

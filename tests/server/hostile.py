@@ -122,6 +122,12 @@ def _fields(base: dict[str, Any]) -> Iterator[tuple[str, Maker]]:
     yield "8,000 options", _with(base, "vllm_xargs", lambda: {f"x{n}": [[]] for n in range(8_000)})
     yield "an option of 8,000 lists", _with(base, "vllm_xargs", lambda: {"hidrop_keep": [[]] * 8_000})
     yield "metadata of 8,000 lists", _with(base, "metadata", lambda: {str(n): [] for n in range(8_000)})
+    yield "an option of 4,000 nulls", _with(base, "vllm_xargs", lambda: {f"x{n}": [None] * 4_000 for n in range(60)})
+    yield "1,000 documents of nulls", _with(base, "documents", lambda: [{f"f{n}": None for n in range(60)}] * 1_000)
+    yield "8,000 variables", _with(base, "prompt", lambda: {"id": "x", "variables": {str(n): [] for n in range(8_000)}})
+    yield "8,000 structures", _with(base, "response_format", _structures)
+    yield "8,000 wrong choices", _with(base, "structured_outputs", lambda: {"choice": [5] * 8_000})
+    yield "8,000 messages before", _with(base, "previous_input_messages", lambda: [{"role": 5, "content": [5]}] * 7_000)
     yield "512 tools", _with(base, "tools", lambda: [TOOL] * 512)
     yield "500 wrong tools", _with(base, "tools", lambda: [{"type": "function", "function": []}] * 500)
     yield "260,000 tokens allowed", _with(base, "allowed_token_ids", lambda: list(range(260_000)))
@@ -149,6 +155,10 @@ def _messages(path: str, base: dict[str, Any], name: str) -> Iterator[tuple[str,
 def _repeated(value: Any, inside: bool = False) -> list[Any]:
     several = [value] * 2000
     return [several] if inside else several
+
+
+def _structures() -> dict[str, Any]:
+    return {"type": "structural_tag", "structures": [[]] * 8_000, "triggers": [[]] * 8_000}
 
 
 def _picture() -> dict[str, Any]:

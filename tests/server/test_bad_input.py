@@ -45,6 +45,7 @@ def asks(status: int, says: str, **more: Any) -> Entry:
 
 
 RGB = Image.new("RGB", (192, 192), (200, 20, 20))
+KNOWN = {"type": "text", "text": "what colour is the circle ?"}
 CORPUS: dict[str, Entry] = {
     "truncated PNG": file(400, "truncated", picture()[:200]),
     "truncated JPEG": file(400, "truncated", picture(0, "JPEG")[:-400]),
@@ -76,6 +77,35 @@ CORPUS: dict[str, Entry] = {
     "an image of the wrong type": asks(
         400, "", messages=[{"role": "user", "content": [{"type": "image_url", "image_url": 7}]}]
     ),
+    "a part that only Python callers have": asks(
+        400, "part must be one of", messages=[{"role": "user", "content": [{"type": "image_pil", "image_pil": "x"}]}]
+    ),
+    "an image without a type": asks(
+        400, "part must be one of", messages=[{"role": "user", "content": [{"image_url": image_url()}, KNOWN]}]
+    ),
+    "a truncation to nothing": asks(400, "cut off an image", truncate_prompt_tokens=0),
+    "a truncation that cuts the image's place": asks(400, "cut off an image", truncate_prompt_tokens=3),
+    "a truncation from the left": asks(400, "cut off an image", truncate_prompt_tokens=3, truncation_side="left"),
+    "a truncation that cuts the image": asks(400, "split or drop", truncate_prompt_tokens=10),
+    "a truncation that cuts nothing": asks(200, "", truncate_prompt_tokens=600),
+    "more sequences than the queue": asks(400, "--max-num-queued-reqs", n=2000, temperature=1),
+    "half a letter": asks(400, "UTF-8", stop=["\ud800"]),
+    "half a letter in an id": asks(400, "UTF-8", request_id="a\udc00"),
+    "half a letter in a name": asks(400, "UTF-8", metadata={"\ud800": "x"}),
+    "half a letter of an image's name": asks(
+        400,
+        "UTF-8",
+        messages=[{"role": "user", "content": [{"type": "image_url", "image_url": None, "uuid": "\ud800"}]}],
+    ),
+    "a long id": asks(400, "request_id: longer than 256", request_id="x" * 30_000),
+    "a long name of an image": asks(
+        400,
+        "at most 256",
+        messages=[{"role": "user", "content": [{"type": "image_url", "image_url": None, "uuid": "x" * 257}]}],
+    ),
+    "an option at the top": asks(400, "vllm_xargs", hidrop="off"),
+    "true for a number of tokens": asks(400, "true and false mean nothing", vllm_xargs={"hidrop_keep": [True] * 8}),
+    "true for a number": asks(400, "n: must be a number", n=True),
     "another model": asks(404, "does not exist", model="gpt-4"),
     "a prompt over the model's length": Entry(400, "4096", [image_url()], {}, "red " * 5000),
     "pixels under a wrong type": Entry(200, "", [data_url(picture(0, "JPEG")).replace("image/png", "text/html")], {}),

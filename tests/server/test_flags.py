@@ -18,6 +18,7 @@ def parser() -> argparse.ArgumentParser:
     [
         ("at least 1", ["--max-body-mb", "0"]),
         ("at least 1", ["--max-header-kb", "-1"]),
+        ("at least 1", ["--max-json-values", "0"]),
         ("at least 1", ["--max-body-mb", "lots"]),
         ("number of seconds", ["--request-timeout", "-1"]),
         ("number of seconds", ["--request-timeout", "nan"]),
@@ -34,6 +35,7 @@ def test_a_value_that_means_nothing_is_refused(says: str, argv: list[str]) -> No
 def test_nothing_is_unbounded_by_default() -> None:
     args = parser().parse_args([])
     assert (args.max_body_mb, args.max_header_kb, args.request_timeout) == (32, 32, 600)
+    assert args.max_json_values == 262144
     assert not args.enable_admin_routes
     assert args.allowed_media_networks == []
     assert {name: getattr(args, name) for name in SAFER_DEFAULTS} == SAFER_DEFAULTS

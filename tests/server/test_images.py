@@ -1,7 +1,10 @@
 """What an image file may be, decided from its header; no engine."""
 
 import resource
+import struct
+import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -109,6 +112,69 @@ def test_sixteen_bits_are_as_bright_as_eight() -> None:
 
 def test_what_is_transparent_is_white() -> None:
     assert colour(palette_with_alpha()) == (255, 255, 255)
+
+
+def keyed(mode: str, colour: Any, key: Any) -> bytes:
+    """A PNG of one colour, with a colour that is transparent."""
+    return saved(Image.new(mode, (192, 192), colour), "PNG", transparency=key)
+
+
+def few_bits(depth: int, level: int, key: int) -> bytes:
+    """A grey PNG of less than eight bits a pixel; Pillow writes none with a key."""
+    rows = b"".join(
+        b"\0" + bytes([sum(level << shift for shift in range(0, 8, depth))]) * (64 * depth // 8) for _ in range(64)
+    )
+    header = struct.pack(">IIBBBBB", 64, 64, depth, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"tRNS", struct.pack(">H", key)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    packed = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+TRANSPARENT: dict[str, bytes] = {
+    "RGB": keyed("RGB", (9, 8, 7), (9, 8, 7)),
+    "grey": keyed("L", 9, 9),
+    "grey of 16 bits": keyed("I;16", 999, 999),
+    "black and white": few_bits(1, 0, 0),
+    "white and black": few_bits(1, 1, 1),
+    "grey of 2 bits": few_bits(2, 2, 2),
+    "grey of 4 bits": few_bits(4, 9, 9),
+    "grey and alpha": saved(Image.new("LA", (192, 192), (9, 0)), "PNG"),
+    "RGB and alpha": saved(Image.new("RGBA", (192, 192), (9, 8, 7, 0)), "PNG"),
+    "RGB and alpha as WebP": saved(Image.new("RGBA", (192, 192), (9, 8, 7, 0)), "WEBP", lossless=True),
+    "RGB and alpha as TIFF": saved(Image.new("RGBA", (192, 192), (9, 8, 7, 0)), "TIFF"),
+    "a palette": palette_with_alpha(),
+    "a palette as GIF": saved(Image.new("P", (192, 192), 3), "GIF", transparency=3),
+}
+OPAQUE: dict[str, tuple[bytes, tuple[int, int, int]]] = {
+    "RGB": (keyed("RGB", (9, 8, 7), (9, 8, 8)), (9, 8, 7)),
+    "grey": (keyed("L", 9, 10), (9, 9, 9)),
+    "grey of 16 bits": (keyed("I;16", 1 << 15, 999), (128, 128, 128)),
+    "grey of 4 bits": (few_bits(4, 9, 8), (153, 153, 153)),
+    "black and white": (few_bits(1, 0, 1), (0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPARENT)
+def test_every_way_to_be_transparent_is_white(name: str) -> None:
+    assert colour(TRANSPARENT[name]) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("name", OPAQUE)
+def test_a_colour_beside_the_transparent_one_stays(name: str) -> None:
+    file, wanted = OPAQUE[name]
+    assert near(colour(file), wanted)
+
+
+def test_a_photo_with_a_transparent_colour_is_turned_all_the_same() -> None:
+    image = Image.new("RGB", (192, 192), (0, 0, 200))
+    image.paste((200, 0, 0), (0, 0, 96, 192))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = saved(image, "PNG", transparency=(0, 0, 200), exif=exif)
+    assert near(colour(file, 0.5, 0.1), (200, 0, 0))
+    assert colour(file, 0.5, 0.9) == (255, 255, 255)
 
 
 @pytest.mark.parametrize(("red_side", "x", "y"), [("left", 0.1, 0.5), ("top", 0.5, 0.1), ("right", 0.9, 0.5)])

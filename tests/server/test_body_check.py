@@ -1,0 +1,289 @@
+"""What a body may hold, on every route alike; no engine."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from hidrop_server.body_check import BodyCheck
+from hidrop_server.body_walk import BodyLimits
+from hidrop_server.media_parts import MediaParts
+from hidrop_server.refusals import BodyRefused
+
+CHAT, BATCH, RESPONSES = "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses"
+MESSAGES, COMPLETIONS, TOKENIZE = "/v1/messages", "/v1/completions", "/tokenize"
+ELSEWHERE = "/a/route/of/tomorrow"
+LIMITS = BodyLimits.of(max_values=1 << 18, max_model_len=4096)
+URL = {"url": "http://127.0.0.1:9/x"}
+
+
+@cache
+def checking(*takes: str) -> BodyCheck:
+    return BodyCheck(LIMITS, MediaParts(takes))
+
+
+def check(path: str, body: Any, *takes: str) -> None:
+    checking(*(takes or ("image",))).check(path, body)
+
+
+def refusal(path: str, body: Any, *takes: str) -> BodyRefused:
+    with pytest.raises(BodyRefused) as caught:
+        check(path, body, *takes)
+    assert "\n" not in caught.value.says
+    assert len(caught.value.says) <= 500
+    return caught.value
+
+
+def holding(path: str, parts: list[Any], role: str = "user") -> dict[str, Any]:
+    """The parts in a message, as the route has it."""
+    message = {"role": role, "content": parts}
+    if path == RESPONSES:
+        return {"input": [message]}
+    return {"messages": [[message]] if path == BATCH else [message]}
+
+
+PATHS = (CHAT, BATCH, RESPONSES, MESSAGES, TOKENIZE, CHAT + "/render", "/invocations", ELSEWHERE)
+ONLY_FROM_PYTHON: dict[str, Any] = {
+    "image_pil": {"type": "image_pil", "image_pil": URL["url"]},
+    "image_pil without a type": {"image_pil": URL["url"]},
+    "image_pil by a uuid": {"type": "text", "text": "x", "uuid": "1", "image_pil": URL["url"]},
+    "an image without a type": {"image_url": URL["url"]},
+    "embeddings": {"type": "image_embeds", "image_embeds": "AAAA"},
+    "embeddings by a uuid": {"type": "text", "text": "x", "uuid": "1", "image_embeds": "AAAA"},
+    "prompt embeddings": {"type": "prompt_embeds", "data": "AAAA"},
+    "sound": {"type": "audio_url", "audio_url": URL},
+    "sound as data": {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}},
+    "film": {"type": "video_url", "video_url": URL},
+    "a file": {"type": "input_file", "file_id": "x"},
+    "a type of another model": {"type": "image_grid_thw"},
+    "a type that is no word": {"type": ["image_url"], "image_url": URL},
+    "an image beside text": {"type": "text", "text": "x", "image": "AAAA"},
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", ONLY_FROM_PYTHON)
+def test_a_part_that_is_not_on_the_list_is_refused_on_every_route(path: str, name: str) -> None:
+    assert refusal(path, holding(path, [ONLY_FROM_PYTHON[name]])).reason == "media"
+    assert refusal(path, holding(path, [{"type": "text", "text": "x"}, ONLY_FROM_PYTHON[name]])).reason == "media"
+
+
+UNUSABLE: dict[str, tuple[str, Any]] = {
+    "no source": (MESSAGES, holding(MESSAGES, [{"type": "image", "source": None}])),
+    "a file's source": (MESSAGES, holding(MESSAGES, [{"type": "image", "source": {"type": "file", "file_id": "x"}}])),
+    "a source without a type": (MESSAGES, holding(MESSAGES, [{"type": "image", "source": {"data": "AAAA"}}])),
+    "a source without data": (MESSAGES, holding(MESSAGES, [{"type": "image", "source": {"type": "base64"}}])),
+    "a document": (MESSAGES, holding(MESSAGES, [{"type": "document", "source": {"type": "text", "data": "x"}}])),
+    "in a tool's result": (
+        MESSAGES,
+        holding(
+            MESSAGES, [{"type": "tool_result", "tool_use_id": "a", "content": [{"type": "image", "source": None}]}]
+        ),
+    ),
+    "in a result of the assistant's": (
+        MESSAGES,
+        holding(
+            MESSAGES,
+            [
+                {
+                    "type": "tool_result",
+                    "content": [{"type": "image", "source": {"type": "url", "url": "http://127.0.0.1:9/"}}],
+                }
+            ],
+            "assistant",
+        ),
+    ),
+    "in a system prompt": (MESSAGES, {"system": [{"type": "image", "source": {"type": "base64", "data": "AAAA"}}]}),
+    "in a system message": (
+        MESSAGES,
+        holding(MESSAGES, [{"type": "image", "source": {"type": "base64", "data": "AAAA"}}], "system"),
+    ),
+    "multi_modal_data": (COMPLETIONS, {"prompt": "x", "multi_modal_data": {"image": "AAAA"}}),
+    "prompt_embeds": (COMPLETIONS, {"prompt": "x", "prompt_embeds": "AAAA"}),
+    "images of a body": (CHAT, {"messages": [], "images": ["AAAA"]}),
+    "images of a message": (CHAT, {"messages": [{"role": "user", "content": "x", "images": ["AAAA"]}]}),
+    "image_url of a message": (CHAT, {"messages": [{"role": "user", "content": "x", "image_url": URL}]}),
+    "a null url": (CHAT, holding(CHAT, [{"type": "image_url", "image_url": None}])),
+    "an empty url": (CHAT, holding(CHAT, [{"type": "image_url", "image_url": {"url": ""}}])),
+    "a url of numbers": (CHAT, holding(CHAT, [{"type": "image_url", "image_url": {"url": 5}}])),
+    "a file of responses": (RESPONSES, holding(RESPONSES, [{"type": "input_image", "file_id": "x"}])),
+    "what the assistant has sent": (
+        RESPONSES,
+        holding(RESPONSES, [{"type": "input_image", "image_url": "data:,", "detail": "auto"}], "assistant"),
+    ),
+    "a screenshot": (
+        RESPONSES,
+        {"input": [{"type": "computer_call_output", "call_id": "a", "output": {"image_url": "http://127.0.0.1:9/"}}]},
+    ),
+    "in a function's output": (
+        RESPONSES,
+        {"input": [{"type": "function_call_output", "call_id": "a", "output": [{"type": "input_image"}]}]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_an_image_that_cannot_be_used_is_not_dropped(name: str) -> None:
+    path, body = UNUSABLE[name]
+    refused = refusal(path, body)
+    assert refused.reason == "media" or name == "a screenshot"
+
+
+def test_what_a_servers_flags_allow_is_taken() -> None:
+    embeds = holding(CHAT, [{"type": "image_embeds", "image_embeds": {"a": "AAAA"}}])
+    check(CHAT, embeds, "image", "--enable-mm-embeds")
+    check(COMPLETIONS, {"prompt_embeds": "AAAA"}, "image", "--enable-prompt-embeds")
+    check(CHAT, holding(CHAT, [{"type": "video_url", "video_url": URL}]), "image", "video")
+    assert "image_url" not in refusal(CHAT, holding(CHAT, [{"type": "image_url", "image_url": URL}]), "text").says
+
+
+TAKEN: dict[str, tuple[str, Any]] = {
+    "an image": (CHAT, holding(CHAT, [{"type": "image_url", "image_url": {**URL, "detail": "low"}, "uuid": "a"}])),
+    "a known image": (CHAT, holding(CHAT, [{"type": "image_url", "image_url": None, "uuid": "a"}])),
+    "cached text": (CHAT, holding(CHAT, [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}])),
+    "a tool's answer": (CHAT, {"messages": [{"role": "tool", "tool_call_id": "a", "content": "x"}]}),
+    "a call": (
+        CHAT,
+        {
+            "messages": [
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "{}"}}],
+                }
+            ]
+        },
+    ),
+    "a schema with our words": (
+        CHAT,
+        {
+            "messages": [],
+            "tools": [
+                {
+                    "function": {
+                        "name": "f",
+                        "parameters": {"properties": {"image_pil": {}, "hidrop": {}, "content": [5]}},
+                    }
+                }
+            ],
+            "metadata": {"hidrop_run": "5"},
+        },
+    ),
+    "responses": (
+        RESPONSES,
+        {
+            "input": [
+                {
+                    "role": "user",
+                    "content": [{"type": "input_image", "image_url": "data:,"}, {"type": "input_text", "text": "x"}],
+                },
+                {"type": "reasoning", "id": "r", "summary": [], "content": [{"type": "reasoning_text", "text": "x"}]},
+                {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "a", "output": "x"},
+                {
+                    "type": "message",
+                    "id": "m",
+                    "role": "assistant",
+                    "status": "completed",
+                    "content": [{"type": "output_text", "text": "x", "annotations": [], "logprobs": None}],
+                },
+            ]
+        },
+    ),
+    "messages": (
+        MESSAGES,
+        {
+            "system": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}],
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
+                    ],
+                },
+                {
+                    "role": "assistant",
+                    "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {"hidrop": 1, "content": [5]}}],
+                },
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": "x"}]},
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a"}]},
+            ],
+        },
+    ),
+    "prompts": (COMPLETIONS, {"prompt": ["x", "y"]}),
+    "tokens": (COMPLETIONS, {"prompt": [[1, 2], [3]]}),
+    "200,000 tokens": ("/detokenize", {"tokens": list(range(200_000))}),
+    "a picture of 20 MB": (CHAT, holding(CHAT, [{"type": "image_url", "image_url": {"url": "x" * (20 << 20)}}])),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_what_clients_send_is_taken(name: str) -> None:
+    check(*TAKEN[name])
+
+
+OPTIONS: dict[str, Any] = {
+    "at the top": {"hidrop": "off"},
+    "another key at the top": {"hidrop_keep": [1]},
+    "where the OpenAI client would merge it": {"extra_body": {"hidrop": "off"}},
+    "for the template": {"chat_template_kwargs": {"hidrop": "off"}},
+    "in a message": {"messages": [{"role": "user", "content": "x", "hidrop": "off"}]},
+    "true for a count": {"vllm_xargs": {"hidrop_keep": [True, 1]}},
+    "nulls": {"vllm_xargs": {"x": [None]}},
+    "true for a word": {"vllm_xargs": {"hidrop": True}},
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_where_nobody_reads_it_is_refused(path: str, name: str) -> None:
+    refused = refusal(path, {"messages": [], **OPTIONS[name]})
+    assert refused.reason == "options"
+    assert "vllm_xargs" in refused.says
+
+
+FIELDS: dict[str, Any] = {
+    "n": True,
+    "max_tokens": False,
+    "temperature": True,
+    "truncate_prompt_tokens": True,
+    "request_id": "x" * 257,
+    "session_id": "x" * 257,
+    "user": "x" * 1025,
+    "model": "x" * 1025,
+    "stop": ["x" * 1025],
+    "bad_words": ["x"] * 1025,
+    "stop_token_ids": ["1"],
+    "allowed_token_ids": [[]],
+    "logit_bias": {str(n): 1 for n in range(1025)},
+    "metadata": {str(n): "x" for n in range(65)},
+    "tools": [{}] * 513,
+    "prompt": ["x", 1],
+    "items": [[1], ["x"]],
+    "documents": [{}] * 1025,
+    "vllm_xargs": {"x": [1] * 4097},
+    "response_format": {"type": "structural_tag", "structures": [[]] * 257},
+    "unknown": [None] * 8193,
+    "another": "x" * (LIMITS.max_text_chars + 1),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_field_too_long_or_of_a_wrong_type_is_refused_by_its_name(name: str) -> None:
+    refused = refusal(CHAT, {"messages": [], name: FIELDS[name]})
+    assert refused.says.startswith(("vllm_xargs.x", name))
+    assert "xxx" not in refused.says
+
+
+def test_many_small_texts_are_one_prompt_and_several_prompts_are_several() -> None:
+    half = {"role": "user", "content": "x" * (LIMITS.max_text_chars // 2 - 9)}
+    check(CHAT, {"messages": [half] * 2})
+    assert "--max-model-len" in refusal(CHAT, {"messages": [half] * 3}).says
+    check(BATCH, {"messages": [[half]] * 3})
+
+
+def test_sampling_fields_are_counted_for_every_sequence() -> None:
+    wide = {"allowed_token_ids": list(range(200_000))}
+    check(CHAT, {"messages": [], "n": 4, **wide})
+    for body in ({"n": 8}, {"n": "8"}, {"prompt": ["x"] * 8}):
+        assert "--max-json-values" in refusal(COMPLETIONS, {**wide, **body}).says
