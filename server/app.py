@@ -27,6 +27,7 @@ from hidrop_server.access import Access, drop_stock_authentication, hide_admin_r
 from hidrop_server.adopt import adopt
 from hidrop_server.engine import HidropLLM, run_engine
 from hidrop_server.exchanges import Exchanges
+from hidrop_server.grammars import Grammars, Judge
 from hidrop_server.limits import SizeLimits
 from hidrop_server.media import register_connector
 from hidrop_server.playground import PATH
@@ -47,7 +48,7 @@ END_SECONDS = 2
 """What uvicorn gets to close its connections once every request has been ended and the engine has stopped."""
 
 
-async def serve(args: Namespace, vllm_config: Any) -> int:
+async def serve(args: Namespace, vllm_config: Any, judge: Judge) -> int:
     """Bind the port, start the engine, serve until a signal; the order of vLLM's ``run_server``.
 
     Returns:
@@ -56,7 +57,7 @@ async def serve(args: Namespace, vllm_config: Any) -> int:
     decorate_logs("APIServer", skip_if_decorated=True)
     signal.signal(signal.SIGTERM, interrupt)
     address, sock = listen(args)
-    return await answer(address, sock, args, vllm_config)
+    return await answer(address, sock, args, vllm_config, judge)
 
 
 def listen(args: Namespace) -> tuple[str, socket]:
@@ -69,7 +70,12 @@ def listen(args: Namespace) -> tuple[str, socket]:
 
 
 async def answer(
-    address: str, sock: socket, args: Namespace, vllm_config: Any, client: Mapping[str, Any] | None = None
+    address: str,
+    sock: socket,
+    args: Namespace,
+    vllm_config: Any,
+    judge: Judge,
+    client: Mapping[str, Any] | None = None,
 ) -> int:
     """Serve on a bound socket until a signal.
 
@@ -78,6 +84,7 @@ async def answer(
         sock: closed at the end.
         args: of the command line.
         vllm_config: the engine's.
+        judge: of grammars; ended at the end.
         client: where the engine is and which of its clients this process is; None for one that starts its own.
 
     Returns:
@@ -86,6 +93,7 @@ async def answer(
     own = dict(client or {})
     loads, index = own.pop("api_server_loads", None), own.get("client_index", 0)
     async with run_engine(args, vllm_config, own) as engine:
+        engine.grammars = Grammars(judge, args.max_grammar_kb, engine.metrics)
         app = await make_app(engine, args)
         if index == 0:
             print(f"hidrop serve: {engine.planner.method} on {address}, playground at {address}{PATH}", flush=True)
@@ -95,6 +103,7 @@ async def answer(
         await shutdown
     finally:
         sock.close()
+        judge.end()
     return int(engine.has_died)
 
 

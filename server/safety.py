@@ -35,6 +35,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="Largest request header, in KiB; over it: 431.",
     )
     group.add_argument(
+        "--max-grammar-kb",
+        type=_positive,
+        default=64,
+        metavar="KIB",
+        help="Largest grammar, schema, pattern or list of choices of structured outputs, in KiB; over it: 400.",
+    )
+    group.add_argument(
+        "--max-grammar-seconds",
+        type=_positive,
+        default=5,
+        metavar="SECONDS",
+        help="CPU time that compiling one of them may take, once, in a process of its own; over it: 400.",
+    )
+    group.add_argument(
         "--request-timeout",
         type=_seconds,
         default=600.0,
