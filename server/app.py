@@ -16,25 +16,29 @@ from fastapi import FastAPI
 from prometheus_client import REGISTRY
 from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
 from starlette.datastructures import State
+from starlette.middleware.cors import CORSMiddleware
 from vllm import envs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.entrypoints.serve.middleware.x_request_id import XRequestIdMiddleware
 from vllm.utils.system_utils import decorate_logs
 
-from hidrop_server.access import Access, drop_stock_authentication, hide_admin_routes
+from hidrop_server.access import Access, drop_stock_authentication
 from hidrop_server.adopt import adopt
+from hidrop_server.doors import hide_routes
 from hidrop_server.engine import HidropLLM, run_engine
 from hidrop_server.exchanges import Exchanges
 from hidrop_server.grammars import Grammars, Judge
+from hidrop_server.heads import Heads
 from hidrop_server.limits import SizeLimits
 from hidrop_server.media import register_connector
 from hidrop_server.playground import PATH
 from hidrop_server.playground import router as playground
 from hidrop_server.redaction import hide_in_logs
 from hidrop_server.routes import describe, router
-from hidrop_server.safety import metrics_key
+from hidrop_server.safety import api_keys, metrics_key
 from hidrop_server.serving import (
     HidropServingChat,
     HidropServingCompletion,
@@ -122,19 +126,37 @@ async def make_app(engine: HidropLLM, args: Namespace) -> FastAPI:
 
 def protect(app: FastAPI, engine: HidropLLM, args: Namespace) -> None:
     """Put our middlewares around the application; the last one added meets a request first."""
-    if not args.enable_admin_routes:
-        hide_admin_routes(app)
+    hide_routes(app, admin_too=not args.enable_admin_routes)
     drop_stock_authentication(app)
     refused = engine.metrics.refused
-    have_middlewares_built_again(app)
+    undo_middlewares(app)
+    app.add_middleware(Heads)
     app.add_middleware(SizeLimits, max_header_kb=args.max_header_kb, max_body_mb=args.max_body_mb, on_refused=refused)
     seconds = args.request_timeout
     app.add_middleware(Exchanges, in_flight=engine.in_flight, seconds=seconds, on_refused=refused)
     app.add_middleware(Access, api_keys=api_keys(args), metrics_key=metrics_key(args), on_refused=refused)
+    build_middlewares(app)
 
 
-def have_middlewares_built_again(app: FastAPI) -> None:
-    """Undo the last step of ``build_app``, SageMaker's, which has built them; FastAPI does so when it is first asked.
+OUTERMOST = (CORSMiddleware, XRequestIdMiddleware)
+"""What writes into the header of every answer, be it a refusal of ours or the last resort for an unforeseen error."""
+
+
+def build_middlewares(app: FastAPI) -> None:
+    """Build the stack of middlewares, :data:`OUTERMOST` around all of it.
+
+    Starlette itself would put its handler of unforeseen errors around every middleware.
+    """
+    outermost = [each for each in app.user_middleware if each.cls in OUTERMOST]
+    app.user_middleware[:] = [each for each in app.user_middleware if each.cls not in OUTERMOST]
+    stack = app.build_middleware_stack()
+    for each in reversed(outermost):
+        stack = each.cls(stack, *each.args, **each.kwargs)
+    app.middleware_stack = stack
+
+
+def undo_middlewares(app: FastAPI) -> None:
+    """Undo the last step of ``build_app``, SageMaker's, which has built them.
 
     The one that counts HTTP answers would then find its metrics taken, and count nothing. It gets new ones, of the
     process's registry: beside the sums over all processes, where there are several, they would be shown twice.
@@ -153,11 +175,6 @@ def have_middlewares_built_again(app: FastAPI) -> None:
 def hide_keys(args: Namespace) -> None:
     """Keep the keys out of this process's log."""
     hide_in_logs([*api_keys(args), metrics_key(args) or ""])
-
-
-def api_keys(args: Namespace) -> list[str]:
-    """As vLLM reads them: the flag's, else the environment's."""
-    return [key for key in args.api_key or [envs.VLLM_API_KEY] if key]
 
 
 def extend_state(state: State, engine: HidropLLM) -> None:

@@ -150,8 +150,8 @@ def _manager(config: VllmConfig) -> StructuredOutputManager:
     manager._use_async_grammar_compilation = False
     warm = StructuredOutputsParams(regex="a")
     params = SamplingParams(structured_outputs=warm)
-    params._validate_structured_outputs(config.model_config, config.structured_outputs_config, manager.tokenizer)
-    with suppress(Exception):  # a vocabulary that cannot spell it; the backend is there
+    with suppress(Exception):  # no tokenizer, or one that cannot spell it; then the backend is there
+        params._validate_structured_outputs(config.model_config, config.structured_outputs_config, manager.tokenizer)
         _compile(manager, params)
     return manager
 
