@@ -45,7 +45,9 @@ TOO_LARGE: dict[str, dict[str, Any]] = {
     "grammar": structured(grammar=f'root ::= "{LARGE}"'),
     "json": structured(json=LARGE_SCHEMA),
     "json as text": structured(json=json.dumps(LARGE_SCHEMA)),
-    "structural tag": structured(structural_tag=json.dumps({"triggers": [LARGE], "structures": []})),
+    "structural tag": structured(
+        structural_tag=json.dumps({"type": "structural_tag", "format": {"type": "const_string", "value": LARGE}})
+    ),
     "schema": json_schema(LARGE_SCHEMA),
     "tool": strict_tool({"type": "object", "properties": {"a": LARGE_SCHEMA}}),
 }
