@@ -1,6 +1,6 @@
-"""Who may ask what: once there is a key, all but the probes and the playground's page need it; some routes are gone.
+"""Who may ask what: once there is a key, all but the probes and the playground's page need it.
 
-Knows ASGI and the application's routes; not what they do.
+Knows ASGI; not what the routes do.
 """
 
 import hashlib
@@ -13,28 +13,11 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from hidrop_server.answers import PROBES, OnRefused, error, is_metrics
+from hidrop_server.answers import PROBES, OnRefused, error, is_metrics, refuse
 from hidrop_server.playground import PATH as PLAYGROUND
 
 OPEN = (*PROBES, PLAYGROUND)
 """Needs no key; the playground's page holds no secret, and asks for a key itself."""
-
-ADMIN_ROUTES = frozenset(
-    {
-        "/inference/v1/abort_requests",
-        "/invocations",
-        "/is_scaling_elastic_ep",
-        "/ping",
-        "/scale_elastic_ep",
-    }
-)
-"""Registered by vLLM on every server: SageMaker's second door to all routes, and power over the engine and over what
-others asked."""
-
-
-def hide_admin_routes(app: FastAPI) -> None:
-    """Take the administrator's routes out of the application; they are then 404 and not in its document."""
-    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in ADMIN_ROUTES]
 
 
 def drop_stock_authentication(app: FastAPI) -> None:
@@ -47,7 +30,7 @@ class Access:
 
     With API keys, every path but :data:`OPEN` needs one of them, as ``Authorization: Bearer`` or, as Anthropic's
     clients send it, ``x-api-key``. With a metrics key, ``/metrics`` needs that and no other. A preflight of a browser
-    carries no key and is let through: it ends in the CORS middleware.
+    carries no key, and never comes here: the CORS middleware around us answers it.
     """
 
     def __init__(self, app: ASGIApp, api_keys: Iterable[str], metrics_key: str | None, on_refused: OnRefused) -> None:
@@ -66,7 +49,7 @@ class Access:
             await send({"type": "websocket.close", "code": 1008})
             return
         response = error(HTTPStatus.UNAUTHORIZED, "a valid API key is needed", {"WWW-Authenticate": "Bearer"})
-        await response(scope, receive, send)
+        await refuse(response, scope, receive, send)
 
     def _may_pass(self, scope: Scope) -> bool:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
@@ -74,8 +57,6 @@ class Access:
         if not digests or path in OPEN:
             return True
         headers = Headers(scope=scope)
-        if scope.get("method") == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers:
-            return True
         given = _digest(_key_in(headers))
         return any(hmac.compare_digest(given, digest) for digest in digests)
 

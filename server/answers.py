@@ -3,15 +3,26 @@
 Knows ASGI and vLLM's error object; decides nothing.
 """
 
+import asyncio
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from http import HTTPStatus
 
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
+from starlette.types import Message, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
 PROBES = ("/health", "/ready")
 """Liveness and readiness: answered also while the server drains."""
 METRICS = "/metrics"
+
+CLOSE = {"Connection": "close"}
+"""What the client goes on sending is read no further than :data:`DRAIN_MIB` and :data:`DRAIN_SECONDS` say."""
+DRAIN_MIB = 128
+DRAIN_SECONDS = 10.0
+"""Of a refused body: many clients look for an answer only when they have sent all, and a connection that is closed
+before is reset, the answer with it."""
 
 OnRefused = Callable[[str], None]
 """Called with the reason of every refusal."""
@@ -23,6 +34,41 @@ def error(
     """An error response; its type is the status's phrase, as for vLLM's own."""
     body = create_error_response(message, status.phrase, status, parameter)
     return JSONResponse(body.model_dump(), status_code=status, headers=headers)
+
+
+async def refuse(response: JSONResponse, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer before the body has been read, and read the body then; for one that is too long, the connection closes."""
+    headers = Headers(scope=scope)
+    if "content-length" in headers or "transfer-encoding" in headers:
+        response.headers.update(CLOSE)
+    has_to_be_asked = "expect" in headers  # such a client reads the answer first
+    await response(scope, receive, send if has_to_be_asked else draining(receive, send))
+
+
+def draining(receive: Receive, send: Send) -> Send:
+    """A ``send`` that reads the request to its end before it says that the answer is complete.
+
+    The answer is with the client by then; its end alone is kept back, because the connection closes on it.
+    """
+
+    async def send_and_drain(message: Message) -> None:
+        is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        await send({**message, "more_body": True} if is_last else message)
+        if is_last:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(DRAIN_SECONDS):
+                    await _drain(receive)
+            await send({"type": "http.response.body", "body": b""})
+
+    return send_and_drain
+
+
+async def _drain(receive: Receive) -> None:
+    num_bytes, more = 0, True
+    while more and num_bytes < DRAIN_MIB << 20:
+        message = await receive()
+        num_bytes += len(message.get("body", b""))
+        more = message.get("more_body", False)
 
 
 def is_metrics(path: str) -> bool:

@@ -17,21 +17,26 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import REGISTRY
 from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
 from starlette.datastructures import State
+from starlette.middleware.cors import CORSMiddleware
 from vllm import envs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.entrypoints.serve.middleware.x_request_id import XRequestIdMiddleware
 from vllm.utils.system_utils import decorate_logs
 
-from hidrop_server.access import Access, drop_stock_authentication, hide_admin_routes
+from hidrop_server.access import Access, drop_stock_authentication
 from hidrop_server.adopt import adopt
 from hidrop_server.bodies import Bodies
 from hidrop_server.body_check import BodyCheck
 from hidrop_server.body_walk import BodyLimits
 from hidrop_server.brief_errors import BriefErrors, validation_refusal
+from hidrop_server.doors import hide_routes
 from hidrop_server.engine import HidropLLM, run_engine
 from hidrop_server.exchanges import Exchanges
+from hidrop_server.grammars import Grammars, Judge
+from hidrop_server.heads import Heads
 from hidrop_server.limits import SizeLimits
 from hidrop_server.media import register_connector
 from hidrop_server.media_parts import MediaParts
@@ -39,7 +44,7 @@ from hidrop_server.playground import PATH
 from hidrop_server.playground import router as playground
 from hidrop_server.redaction import hide_in_logs
 from hidrop_server.routes import describe, router
-from hidrop_server.safety import metrics_key
+from hidrop_server.safety import api_keys, metrics_key
 from hidrop_server.serving import (
     HidropServingChat,
     HidropServingChatBatch,
@@ -54,7 +59,7 @@ END_SECONDS = 2
 """What uvicorn gets to close its connections once every request has been ended and the engine has stopped."""
 
 
-async def serve(args: Namespace, vllm_config: Any) -> int:
+async def serve(args: Namespace, vllm_config: Any, judge: Judge) -> int:
     """Bind the port, start the engine, serve until a signal; the order of vLLM's ``run_server``.
 
     Returns:
@@ -63,7 +68,7 @@ async def serve(args: Namespace, vllm_config: Any) -> int:
     decorate_logs("APIServer", skip_if_decorated=True)
     signal.signal(signal.SIGTERM, interrupt)
     address, sock = listen(args)
-    return await answer(address, sock, args, vllm_config)
+    return await answer(address, sock, args, vllm_config, judge)
 
 
 def listen(args: Namespace) -> tuple[str, socket]:
@@ -76,7 +81,12 @@ def listen(args: Namespace) -> tuple[str, socket]:
 
 
 async def answer(
-    address: str, sock: socket, args: Namespace, vllm_config: Any, client: Mapping[str, Any] | None = None
+    address: str,
+    sock: socket,
+    args: Namespace,
+    vllm_config: Any,
+    judge: Judge,
+    client: Mapping[str, Any] | None = None,
 ) -> int:
     """Serve on a bound socket until a signal.
 
@@ -85,6 +95,7 @@ async def answer(
         sock: closed at the end.
         args: of the command line.
         vllm_config: the engine's.
+        judge: of grammars; ended at the end.
         client: where the engine is and which of its clients this process is; None for one that starts its own.
 
     Returns:
@@ -93,6 +104,7 @@ async def answer(
     own = dict(client or {})
     loads, index = own.pop("api_server_loads", None), own.get("client_index", 0)
     async with run_engine(args, vllm_config, own) as engine:
+        engine.grammars = Grammars(judge, args.max_grammar_kb, engine.metrics)
         app = await make_app(engine, args)
         if index == 0:
             print(f"hidrop serve: {engine.planner.method} on {address}, playground at {address}{PATH}", flush=True)
@@ -102,6 +114,7 @@ async def answer(
         await shutdown
     finally:
         sock.close()
+        judge.end()
     return int(engine.has_died)
 
 
@@ -120,31 +133,48 @@ async def make_app(engine: HidropLLM, args: Namespace) -> FastAPI:
 
 def protect(app: FastAPI, engine: HidropLLM, args: Namespace) -> None:
     """Put our middlewares around the application; the last one added meets a request first."""
-    if not args.enable_admin_routes:
-        hide_admin_routes(app)
+    hide_routes(app, admin_too=not args.enable_admin_routes)
     drop_stock_authentication(app)
     refused = engine.metrics.refused
-    have_middlewares_built_again(app)
+    undo_middlewares(app)
     # Starlette declares a handler's argument as any exception; this one is called for its own only.
     app.add_exception_handler(RequestValidationError, validation_refusal)  # type: ignore[arg-type]
     app.add_middleware(BriefErrors)
     app.add_middleware(Bodies, check=body_check(engine, args), on_refused=refused)
+    app.add_middleware(Heads)
     app.add_middleware(SizeLimits, max_header_kb=args.max_header_kb, max_body_mb=args.max_body_mb, on_refused=refused)
     seconds = args.request_timeout
     app.add_middleware(Exchanges, in_flight=engine.in_flight, seconds=seconds, on_refused=refused)
     app.add_middleware(Access, api_keys=api_keys(args), metrics_key=metrics_key(args), on_refused=refused)
+    build_middlewares(app)
 
 
 def body_check(engine: HidropLLM, args: Namespace) -> BodyCheck:
     """What this server's model and flags allow in a body."""
     limits = BodyLimits.of(args.max_json_values, engine.model_config.max_model_len)
-    flags = {"--enable-mm-embeds": args.enable_mm_embeds, "--enable-prompt-embeds": args.enable_prompt_embeds}
     modalities = [name for name, most in engine.allowed_media.items() if most > 0]
-    return BodyCheck(limits, MediaParts([*modalities, *(flag for flag, is_set in flags.items() if is_set)]))
+    return BodyCheck(limits, MediaParts(modalities))
 
 
-def have_middlewares_built_again(app: FastAPI) -> None:
-    """Undo the last step of ``build_app``, SageMaker's, which has built them; FastAPI does so when it is first asked.
+OUTERMOST = (CORSMiddleware, XRequestIdMiddleware)
+"""What writes into the header of every answer, be it a refusal of ours or the last resort for an unforeseen error."""
+
+
+def build_middlewares(app: FastAPI) -> None:
+    """Build the stack of middlewares, :data:`OUTERMOST` around all of it.
+
+    Starlette itself would put its handler of unforeseen errors around every middleware.
+    """
+    outermost = [each for each in app.user_middleware if each.cls in OUTERMOST]
+    app.user_middleware[:] = [each for each in app.user_middleware if each.cls not in OUTERMOST]
+    stack = app.build_middleware_stack()
+    for each in reversed(outermost):
+        stack = each.cls(stack, *each.args, **each.kwargs)
+    app.middleware_stack = stack
+
+
+def undo_middlewares(app: FastAPI) -> None:
+    """Undo the last step of ``build_app``, SageMaker's, which has built them.
 
     The one that counts HTTP answers would then find its metrics taken, and count nothing. It gets new ones, of the
     process's registry: beside the sums over all processes, where there are several, they would be shown twice.
@@ -163,11 +193,6 @@ def have_middlewares_built_again(app: FastAPI) -> None:
 def hide_keys(args: Namespace) -> None:
     """Keep the keys out of this process's log."""
     hide_in_logs([*api_keys(args), metrics_key(args) or ""])
-
-
-def api_keys(args: Namespace) -> list[str]:
-    """As vLLM reads them: the flag's, else the environment's."""
-    return [key for key in args.api_key or [envs.VLLM_API_KEY] if key]
 
 
 def extend_state(state: State, engine: HidropLLM) -> None:

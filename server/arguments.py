@@ -12,13 +12,15 @@ from vllm.transformers_utils.config import get_config
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from hidrop_server.choice import check_choice
+from hidrop_server.doors import find_open_door
 from hidrop_server.errors import StartError
 from hidrop_server.metrics import VLLM_BUCKETS
-from hidrop_server.safety import add_flags
+from hidrop_server.safety import add_flags, api_keys
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.embedded import CHECKPOINTS, MODEL_DIR, MODEL_METHOD
 from vllm_hidrop.models.families import FAMILIES, Family
 
+LOOPBACK = "127.0.0.1"
 EMBEDDED_NAME = "hidrop-embedded"
 EMBEDDED_DEFAULTS: dict[str, Any] = {
     "served_model_name": [EMBEDDED_NAME],
@@ -42,7 +44,7 @@ def parse(model: str | None, vllm_args: list[str], method: str | None = None) ->
     The embedded checkpoint is the one trained for ``method``, and the dense one for methods that need no training.
 
     Raises:
-        StartError: what vLLM's parser and its checks refuse, and launch modes that are vLLM's alone.
+        StartError: what vLLM's parser and its checks refuse, and what opens the engine to requests.
     """
     parser = _make_parser(_Parser(prog="hidrop serve", add_json_tip=False))
     parser.set_defaults(custom_histogram_buckets=VLLM_BUCKETS)
@@ -54,7 +56,8 @@ def parse(model: str | None, vllm_args: list[str], method: str | None = None) ->
         args = parser.parse_args(argv)
         named = str(MODEL_DIR if method in (None, MODEL_METHOD) else CHECKPOINTS["dense"])
     args.model = named
-    _refuse_other_launchers(args)
+    _refuse_doors(args)
+    _listen_on_loopback(args)
     _count_processes(args)
     try:
         validate_parsed_serve_args(args)
@@ -106,16 +109,16 @@ def _dtype() -> dict[str, str]:
     return {"dtype": "float32"} if current_platform.is_cpu() else {}
 
 
-def _refuse_other_launchers(args: Namespace) -> None:
-    """Flags that vLLM's command hands to a launcher which is not ours would be ignored."""
-    ignored = {
-        "--headless": args.headless,
-        "--grpc": args.grpc,
-        "--data-parallel-multi-port-external-lb": args.data_parallel_multi_port_external_lb,
-    }
-    for flag, is_set in ignored.items():
-        if is_set:
-            raise StartError(f"{flag} is not supported by hidrop serve: run several servers behind a router")
+def _refuse_doors(args: Namespace) -> None:
+    door = find_open_door(args)
+    if door is not None:
+        raise StartError(f"{door.setting} is not supported by hidrop serve: {door.reason}")
+
+
+def _listen_on_loopback(args: Namespace) -> None:
+    """Without a key, strangers get no address to ask, unless the user names one; vLLM's default is all addresses."""
+    if args.host is None and args.uds is None and not api_keys(args):
+        args.host = LOOPBACK
 
 
 def _count_processes(args: Namespace) -> None:

@@ -74,9 +74,7 @@ class BodyCheck:
             raise BodyRefused(self.limits.too_long("the text of the body"))
 
     def _check_media(self, path: str, body: Mapping[str, Any]) -> None:
-        known = {"prompt_embeds"} if self.parts.embeds else set()
-        if path.startswith(DECISIONS_PATH):
-            known |= {"images", "videos"}
+        known = {"images", "videos"} if path.startswith(DECISIONS_PATH) else set()
         self.parts.check_keys(body, "", known)
         for name in ("messages", "input"):
             for where, message in _messages(body.get(name), name):

@@ -5,23 +5,27 @@ Knows vLLM's ``AsyncLLM`` and the planner; not HTTP.
 
 import asyncio
 from argparse import Namespace
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
+from http import HTTPStatus
 from typing import Any
 
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.usage.usage_lib import UsageContext
-from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestOutputCollector, RequestState
 from vllm.v1.metrics.stats import RequestStateStats
 
 from hidrop_server.adopt import adopt
 from hidrop_server.exchanges import GOING_AWAY, InFlight
+from hidrop_server.grammars import PARAMETER, Grammars
 from hidrop_server.known_images import KnownImages, know_images
 from hidrop_server.metrics import HidropMetrics, Times
 from hidrop_server.options import check_keys, others_are_read
@@ -45,6 +49,8 @@ class HidropLLM(AsyncLLM):
     """
 
     output_processor: OutputProcessor
+    grammars: Grammars
+    """Set once the engine has started."""
     has_died = False
     """Whether the engine had ended, without having been asked to, when the server did."""
 
@@ -79,7 +85,7 @@ class HidropLLM(AsyncLLM):
             return str(self.dead_error)
         if self.integrity.get("findings"):
             return "the engine's integrity check failed: restart this server"
-        return None
+        return self.grammars.why_unready
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Stock shutdown, once the requests in flight have been answered, or given up after ``timeout`` seconds.
@@ -119,12 +125,22 @@ class HidropLLM(AsyncLLM):
         """Plan first, while the route can still answer 400 (a stream has sent its 200 by the first output).
 
         Raises:
-            VLLMValidationError: the request's own pruning options are bad.
+            VLLMValidationError: the request's own pruning options are bad, or its grammar is too large.
         """
-        self.check_request(prompt, sampling_params)
+        self.check(prompt, sampling_params)
         return super().generate(prompt, sampling_params, request_id, **kwargs)
 
-    def check_request(self, prompt: Any, params: SamplingParams) -> None:
+    def check(self, prompt: Any, params: SamplingParams) -> None:
+        """What can be said of a request at once; what takes time is up to :meth:`admit`.
+
+        Raises:
+            VLLMValidationError: as :meth:`generate`.
+        """
+        self.grammars.check_size(params)
+        _begun.get([]).append(params)
+        self.check_options(prompt, params)
+
+    def check_options(self, prompt: Any, params: SamplingParams) -> None:
         """Plan a rendered prompt, to see that it can be.
 
         Raises:
@@ -144,6 +160,34 @@ class HidropLLM(AsyncLLM):
             self.metrics.refused("options")
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
 
+    async def admit(self, params: SamplingParams) -> None:
+        """Whether a request with these parameters would be let in now; its stream is begun only then.
+
+        Raises:
+            VLLMValidationError: the parameters are bad.
+            GracefulHTTPError: the queue is full, or a grammar could not be tried.
+        """
+        await self._admit_grammar(params)
+        self.input_processor._validate_params(params, await self.get_supported_tasks())
+        self.check_admission(params.n)
+
+    async def _admit_grammar(self, params: SamplingParams) -> None:
+        """By what vLLM's input processor will make the tokens that end it."""
+        if params.structured_outputs is not None:
+            ending = params.clone()
+            ending.update_from_generation_config(
+                self.input_processor.generation_config_fields, self.renderer.get_eos_token_id()
+            )
+            await self.grammars.admit(params, sorted(ending.all_stop_token_ids))
+
+    async def add_request(
+        self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> RequestOutputCollector:
+        """Send it to the engine once its grammar has been tried."""
+        if isinstance(params, SamplingParams):
+            await self._admit_grammar(params)
+        return await super().add_request(request_id, prompt, params, *args, **kwargs)
+
     async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
         """Send it to the engine, which from then on has its images."""
         await super()._add_request(request, *args, **kwargs)
@@ -158,7 +202,37 @@ class HidropLLM(AsyncLLM):
             processor = adopt(HidropOutputProcessor, self.output_processor)
             processor.reports, processor.metrics = {}, self.metrics
             self.output_processor = processor
+            self.input_processor = adopt(HidropInputProcessor, self.input_processor)
         super()._run_output_handler()
+
+
+_begun: ContextVar[list[SamplingParams]] = ContextVar("begun")
+
+
+@contextmanager
+def begun() -> Iterator[list[SamplingParams]]:
+    """Collect the parameters of what one handler asks of the engine."""
+    asked: list[SamplingParams] = []
+    token = _begun.set(asked)
+    try:
+        yield asked
+    finally:
+        _begun.reset(token)
+
+
+class HidropInputProcessor(InputProcessor):
+    """``InputProcessor`` that leaves grammars alone: it would parse them in the event loop."""
+
+    def _validate_params(self, params: Any, supported_tasks: tuple[Any, ...]) -> bool | None:
+        """Stock validation of all but the grammar, which has been admitted (see ``hidrop_server.grammars``)."""
+        structured = getattr(params, "structured_outputs", None)
+        if structured is None:
+            return super()._validate_params(params, supported_tasks)
+        params.structured_outputs = None
+        try:
+            return super()._validate_params(params, supported_tasks)
+        finally:
+            params.structured_outputs = structured
 
 
 class HidropOutputProcessor(OutputProcessor):
@@ -174,9 +248,31 @@ class HidropOutputProcessor(OutputProcessor):
     def process_outputs(
         self, engine_core_outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any
     ) -> OutputProcessorOutput:
-        """Remember and hand on reports, then vLLM's processing."""
+        """Remember and hand on reports, then vLLM's processing, then the reasons of what failed."""
         self._hand_on(engine_core_outputs)
-        return super().process_outputs(engine_core_outputs, *args, **kwargs)
+        failed = [
+            (self.request_states[output.request_id], output.stop_reason)
+            for output in engine_core_outputs
+            if output.finish_reason == FinishReason.ERROR and output.request_id in self.request_states
+        ]
+        processed = super().process_outputs(engine_core_outputs, *args, **kwargs)
+        for state, reason in failed:
+            processed.reqs_to_abort.extend(self._fail(state, reason))
+        return processed
+
+    def _fail(self, state: RequestState, reason: str | int | None) -> list[str]:
+        """Raise in the request's handler what ended it; returns its other sequences, which end, too.
+
+        A failure that has a reason would come again: 400. Any other may not: 503.
+        """
+        if state.queue is None:
+            return []
+        if isinstance(reason, str):
+            self.metrics.refused("grammar")
+            state.queue.put(VLLMValidationError(reason, parameter=PARAMETER))
+        else:
+            state.queue.put(GracefulHTTPError("Request failed; please retry", HTTPStatus.SERVICE_UNAVAILABLE))
+        return self.abort_requests([state.parent_req.request_id], internal=True) if state.parent_req else []
 
     def _hand_on(self, outputs: list[EngineCoreOutput]) -> None:
         for output in outputs:

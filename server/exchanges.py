@@ -13,7 +13,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hidrop_server.answers import PROBES, OnRefused, error, is_metrics
+from hidrop_server.answers import PROBES, OnRefused, error, is_metrics, refuse
 
 END_SECONDS = 3.0
 """What a request that is given up gets to end itself, and its client to take the last words."""
@@ -74,10 +74,10 @@ class Exchanges:
         if scope["type"] != "http" or path in PROBES or is_metrics(path):
             await self.app(scope, receive, send)
             return
-        exchange = _Exchange(scope, receive, send)
         if self.in_flight.draining:
-            await exchange.last_words(_going_away())
+            await refuse(_going_away(), scope, receive, send)
             return
+        exchange = _Exchange(scope, receive, send)
         self.in_flight.count += 1
         try:
             await self._run(exchange)

@@ -9,10 +9,7 @@ from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hidrop_server.answers import OnRefused, error
-
-CLOSE = {"Connection": "close"}
-"""What the client goes on sending is not read."""
+from hidrop_server.answers import CLOSE, OnRefused, draining, error, refuse
 
 
 class SizeLimits:
@@ -35,10 +32,12 @@ class SizeLimits:
             await self.app(scope, receive, send)
         elif sum(len(name) + len(value) for name, value in scope["headers"]) > self.max_header_bytes:
             self.on_refused("header")
-            await error(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, self.header_says, CLOSE)(scope, receive, send)
+            response = error(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, self.header_says, CLOSE)
+            await refuse(response, scope, receive, send)
         elif int(Headers(scope=scope).get("content-length", "0")) > self.max_body_bytes:
             self.on_refused("body")
-            await error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, self.body_says, CLOSE)(scope, receive, send)
+            response = error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, self.body_says, CLOSE)
+            await refuse(response, scope, receive, send)
         else:
             await self._count(scope, receive, send)
 
@@ -55,9 +54,14 @@ class SizeLimits:
                 raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, self.body_says)
             return message
 
+        send_draining = draining(receive, send)
+
         async def send_last(message: Message) -> None:
-            if message["type"] == "http.response.start" and num_bytes > self.max_body_bytes:
+            if num_bytes <= self.max_body_bytes:
+                await send(message)
+                return
+            if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(CLOSE)
-            await send(message)
+            await send_draining(message)
 
         await self.app(scope, receive_counted, send_last)

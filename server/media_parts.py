@@ -43,13 +43,9 @@ OPENAI: Mapping[str, PartKind] = {
     "audio_url": PartKind("audio_url", "audio"),
     "input_audio": PartKind("input_audio", "audio"),
     "video_url": PartKind("video_url", "video"),
-    "image_embeds": PartKind("image_embeds", "--enable-mm-embeds"),
-    "audio_embeds": PartKind("audio_embeds", "--enable-mm-embeds"),
-    "video_embeds": PartKind("video_embeds", "--enable-mm-embeds"),
-    "prompt_embeds": PartKind("data", "--enable-prompt-embeds"),
 }
-"""Not among them: ``image_pil``, which only Python can send and which vLLM would fetch from a string, and parts without
-a type, whose kind vLLM guesses from their keys."""
+"""Not among them: ``image_pil``, which only Python can send and which vLLM would fetch from a string, embeddings, whose
+flags :mod:`hidrop_server.doors` refuses, and parts without a type, whose kind vLLM guesses from their keys."""
 ANTHROPIC: Mapping[str, PartKind] = {
     "text": PartKind("text"),
     "image": PartKind("source", "image"),
@@ -87,12 +83,11 @@ class MediaParts:
     """The parts that one server takes.
 
     Args:
-        takes: modalities of the model, and those of ``--enable-mm-embeds`` and ``--enable-prompt-embeds`` that are set.
+        takes: modalities of the model.
     """
 
     def __init__(self, takes: Iterable[str]) -> None:
         taken = {None, *takes}
-        self.embeds = "--enable-prompt-embeds" in taken
         self.openai = {name: kind for name, kind in OPENAI.items() if kind.needs in taken}
         self.anthropic = {name: kind for name, kind in ANTHROPIC.items() if kind.needs in taken}
 

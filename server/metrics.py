@@ -20,7 +20,7 @@ ENGINE = "0"
 """One server has one engine."""
 TIMED_MODES = ("pruned", "off", "text", "fallback")
 MODES = (*TIMED_MODES, "aborted", "unreported")
-REFUSALS = ("options", "media", "key", "header", "body", "deadline")
+REFUSALS = ("options", "media", "key", "header", "body", "grammar", "deadline")
 REUSE_OFF = ("disabled", "adaptive", "cache_dtype", "first_layer", "states")
 """The server caches no prefixes; the method decides the counts; the cache rounds K, which scoring reads; the first
 layer cuts; the server has no memory for states."""
@@ -145,6 +145,7 @@ METRICS = (
         buckets=SECONDS,
     ),
     MetricSpec("plan_info", Kind.GAUGE, "1; what the server was started with.", ("preset", "positions", "version")),
+    MetricSpec("grammars_waiting", Kind.GAUGE, "Grammars being tried, or waiting for it; 0 on an idle server."),
     MetricSpec("stage_first_layer", Kind.GAUGE, "First layer of each of the server's stages.", ("stage",)),
 )
 BY_NAME = {spec.name: spec for spec in METRICS}
@@ -198,6 +199,7 @@ class HidropMetrics:
         self._counts: dict[tuple[str, str], _Counts] = {}
         self._show_zeros()
         self._series("plan_info", **info).set(1)
+        self.grammars_wait(0)
         for stage, layer in enumerate(first_layers):
             self._series("stage_first_layer", stage=str(stage)).set(layer)
 
@@ -235,6 +237,10 @@ class HidropMetrics:
     def refused(self, reason: str) -> None:
         """Count one request that we answered with a 4xx or 504."""
         self._add("refused_requests", reason=reason)
+
+    def grammars_wait(self, count: int) -> None:
+        """Show how many grammars have no verdict yet."""
+        self._series("grammars_waiting").set(count)
 
     def _counts_of(self, method: str, mode: str) -> "_Counts":
         """The series of such sequences, looked up once: to find one by its labels takes longer than to count."""

@@ -24,6 +24,7 @@ from vllm.v1.utils import APIServerProcessManager, wait_for_completion_or_failur
 
 from hidrop_server import app, engine, exchanges
 from hidrop_server.app import answer, hide_keys, interrupt, listen
+from hidrop_server.grammars import Judge
 from hidrop_server.start import engine_config
 
 TO_END_SECONDS = exchanges.END_SECONDS + app.END_SECONDS
@@ -109,4 +110,6 @@ def _serve_one(address: str, sock: socket, args: Namespace, client: dict[str, An
     if args.reasoning_parser_plugin:
         ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
     args._api_process_rank = client["client_index"]
-    sys.exit(uvloop.run(answer(address, sock, args, engine_config(args), client)))
+    vllm_config = engine_config(args)
+    judge = Judge(vllm_config, args.max_grammar_seconds, inherited=(sock,))
+    sys.exit(uvloop.run(answer(address, sock, args, vllm_config, judge, client)))

@@ -11,6 +11,7 @@ from typing import Any
 from hidrop_server.addresses import Network
 
 GROUP = "hidrop-safety"
+API_KEY_VARIABLE = "VLLM_API_KEY"
 METRICS_KEY_VARIABLE = "HIDROP_METRICS_API_KEY"
 
 SAFER_DEFAULTS: dict[str, Any] = {
@@ -43,6 +44,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="Largest request header, in KiB; over it: 431.",
     )
     group.add_argument(
+        "--max-grammar-kb",
+        type=_positive,
+        default=64,
+        metavar="KIB",
+        help="Largest grammar, schema, pattern or list of choices of structured outputs, in KiB; over it: 400.",
+    )
+    group.add_argument(
+        "--max-grammar-seconds",
+        type=_positive,
+        default=5,
+        metavar="SECONDS",
+        help="CPU time that compiling one of them may take, once, in a process of its own; over it: 400.",
+    )
+    group.add_argument(
         "--request-timeout",
         type=_seconds,
         default=600.0,
@@ -58,8 +73,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--enable-admin-routes",
         action="store_true",
-        help="Keep vLLM's routes for SageMaker, for scaling and for aborting: /ping, /invocations, /scale_elastic_ep, "
-        "/is_scaling_elastic_ep, /inference/v1/abort_requests.",
+        help="Keep vLLM's routes for SageMaker, scaling, aborting, profiling and LoRA: /ping, /invocations, "
+        "/scale_elastic_ep, /is_scaling_elastic_ep, /inference/v1/abort_requests, /start_profile and its like.",
     )
     group.add_argument(
         "--allowed-media-networks",
@@ -69,6 +84,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="CIDR",
         help="Networks that URLs of --allowed-media-domains may lead to although they are not public.",
     )
+
+
+def api_keys(args: argparse.Namespace) -> list[str]:
+    """As vLLM reads them: the flag's, else the environment's."""
+    return [key for key in args.api_key or [os.environ.get(API_KEY_VARIABLE)] if key]
 
 
 def metrics_key(args: argparse.Namespace) -> str | None:

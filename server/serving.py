@@ -4,11 +4,12 @@ Knows vLLM's handlers; not the engine.
 """
 
 import copy
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from openai.types.responses import ResponseErrorEvent
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
@@ -24,7 +25,7 @@ from vllm.exceptions import GenerationError, RetryableRequestError, VLLMValidati
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 
-from hidrop_server.engine import HidropLLM, spans_in
+from hidrop_server.engine import HidropLLM, begun, spans_in
 from hidrop_server.reports import REPORT_KEY, ReportSeen, in_message_delta, report_in_chunk, with_report
 
 WISHES: ContextVar[Mapping[str, Any] | None] = ContextVar("WISHES", default=None)
@@ -78,7 +79,7 @@ class _Generating:
         """
         wishes = WISHES.get()
         spans = spans_in(prompt)
-        self.engine_client.check_request(prompt, SamplingParams(extra_args=dict(wishes or {})))
+        self.engine_client.check_options(prompt, SamplingParams(extra_args=dict(wishes or {})))
         if spans and self.engine_client.planner.plan(len(prompt["prompt_token_ids"]), spans, wishes).is_pruned:
             self.engine_client.metrics.refused("options")
             raise VLLMValidationError(
@@ -89,6 +90,25 @@ class _Generating:
         steps = copy.copy(self)
         steps.engine_client = _WithWishes(self.engine_client, wishes)  # type: ignore[assignment]
         return super(_Generating, steps).beam_search(prompt, *args, **kwargs)  # type: ignore[misc]
+
+    async def _with_kv_transfer_rejection_cleanup(self, awaitable: Awaitable[Any], *args: Any) -> Any:
+        """What vLLM wraps around every request; a stream is begun, with its 200, only for one that is let in.
+
+        Raises:
+            VLLMValidationError: its parameters are bad.
+            GracefulHTTPError: the engine has no place for it.
+        """
+        with begun() as asked:
+            answer = await super()._with_kv_transfer_rejection_cleanup(awaitable, *args)  # type: ignore[misc]
+            if isinstance(answer, AsyncGenerator):
+                for params in asked:
+                    await self.engine_client.admit(params)
+        return answer
+
+    def _convert_generation_error_to_streaming_response(self, e: GenerationError) -> str:
+        """The error event of a stream, with the type that belongs to its code."""
+        event: str = self.create_streaming_error_response(e)  # type: ignore[attr-defined]
+        return event
 
     def _raise_if_error(self, finish_reason: str | None, request_id: str) -> None:
         """Stock check, but a 503 with ``Retry-After`` where vLLM answers 500 to what it calls retryable itself."""
@@ -177,8 +197,40 @@ class HidropServingCompletion(_Generating, OpenAIServingCompletion):
         return with_report(chunks, seen)
 
 
-class HidropServingResponses(OpenAIServingResponses):
+class HidropServingResponses(_Generating, OpenAIServingResponses):
     """Responses with a report: that of the last turn if tools took several."""
+
+    def _generate_with_builtin_tools(
+        self, request_id: str, engine_input: Any, sampling_params: Any, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        """Stock turns, which ask the engine only when they are read: what the first will ask is told before."""
+        self.engine_client.check(engine_input, sampling_params)
+        return super()._generate_with_builtin_tools(request_id, engine_input, sampling_params, *args, **kwargs)
+
+    async def responses_stream_generator(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        """Stock stream; what goes wrong within it is its last event, where vLLM breaks the connection."""
+        number = 0
+        async with aclosing(super().responses_stream_generator(*args, **kwargs)) as events:
+            try:
+                async for event in events:
+                    number = event.sequence_number
+                    yield event
+            except Exception as error:  # whatever it is, the client is told
+                yield self._last_event(error, number + 1)
+
+    def _convert_generation_error_to_streaming_response(self, e: GenerationError) -> str:
+        """Hand it on, because what vLLM makes of it is no event of this route.
+
+        Raises:
+            GenerationError: always.
+        """
+        raise e
+
+    def _last_event(self, error: Exception, number: int) -> ResponseErrorEvent:
+        told = self.create_error_response(error).error
+        return ResponseErrorEvent(
+            type="error", code=str(told.code), message=told.message, param=told.param, sequence_number=number
+        )
 
     async def responses_full_generator(self, *args: Any, **kwargs: Any) -> ErrorResponse | ResponsesResponse:
         """Stock response, which ends a stream, too, and ``hidrop`` beside its ``usage``."""

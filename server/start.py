@@ -84,6 +84,10 @@ def engine_config(args: "Namespace") -> Any:
         )
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
         raise StartError(one_line(error)) from error
+    structured = vllm_config.structured_outputs_config
+    if structured.backend == "auto":
+        # With "auto" vLLM chooses anew for each request, but its engine keeps the first one's backend for all.
+        structured.backend = "xgrammar"
     if "resolved" not in vllm_config.additional_config.get("hidrop", {}):
         raise StartError(
             "vLLM did not load the hidrop plug-in: install the vllm_hidrop package, and name hidrop in "
@@ -101,8 +105,9 @@ def run(args: "Namespace", vllm_config: Any) -> int:
     import uvloop
 
     from hidrop_server.app import serve
+    from hidrop_server.grammars import Judge
 
-    return uvloop.run(serve(args, vllm_config))
+    return uvloop.run(serve(args, vllm_config, Judge(vllm_config, args.max_grammar_seconds)))
 
 
 def _check_installation() -> None:

@@ -129,10 +129,7 @@ def test_an_image_that_cannot_be_used_is_not_dropped(name: str) -> None:
     assert refused.reason == "media" or name == "a screenshot"
 
 
-def test_what_a_servers_flags_allow_is_taken() -> None:
-    embeds = holding(CHAT, [{"type": "image_embeds", "image_embeds": {"a": "AAAA"}}])
-    check(CHAT, embeds, "image", "--enable-mm-embeds")
-    check(COMPLETIONS, {"prompt_embeds": "AAAA"}, "image", "--enable-prompt-embeds")
+def test_what_the_model_reads_is_taken() -> None:
     check(CHAT, holding(CHAT, [{"type": "video_url", "video_url": URL}]), "image", "video")
     assert "image_url" not in refusal(CHAT, holding(CHAT, [{"type": "image_url", "image_url": URL}]), "text").says
 

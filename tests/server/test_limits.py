@@ -5,9 +5,11 @@ import json
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from argparse import Namespace
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -15,11 +17,16 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.middleware.cors import CORSMiddleware
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.entrypoints.serve.middleware.x_request_id import XRequestIdMiddleware
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
 from hidrop_server.access import Access
+from hidrop_server.answers import DRAIN_MIB, DRAIN_SECONDS
+from hidrop_server.app import build_middlewares
 from hidrop_server.exchanges import Exchanges, InFlight
+from hidrop_server.heads import Heads
 from hidrop_server.limits import SizeLimits
 from hidrop_server.playground import PATH as PLAYGROUND
 from hidrop_server.playground import router as playground
@@ -28,6 +35,7 @@ from hidrop_server.serving import HidropServingChat
 PATIENCE = 30.0
 """Seconds; for what takes none on a machine that does not stall."""
 DEADLINE = 0.5
+ORIGIN = "https://here.example"
 
 
 class Application:
@@ -48,9 +56,13 @@ class Application:
         init_exception_handler(app)
         self.add_routes(app)
         refused = self.refused.append
+        app.add_middleware(CORSMiddleware, allow_origins=[ORIGIN], allow_methods=["*"])
+        app.add_middleware(XRequestIdMiddleware)
+        app.add_middleware(Heads)
         app.add_middleware(SizeLimits, max_header_kb=4, max_body_mb=1, on_refused=refused)
         app.add_middleware(Exchanges, in_flight=self.in_flight, seconds=self.seconds, on_refused=refused)
         app.add_middleware(Access, api_keys=["k1", "k2"], metrics_key="m", on_refused=refused)
+        build_middlewares(app)
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, http="h11", log_level="error", lifespan="off"))
         serving = asyncio.ensure_future(self.server.serve([sock]))
         while not self.server.started:
@@ -82,6 +94,10 @@ class Application:
         @app.get("/v1/raced")
         async def raced() -> None:
             object.__new__(HidropServingChat)._raise_if_error("error", "an id")
+
+        @app.get("/v1/broken")
+        async def broken() -> None:
+            raise ArithmeticError("unforeseen")
 
         app.include_router(playground)
         for path in ("/health", "/ready", "/metrics", "/metrics/x", "/docs2", "/hidrop"):
@@ -172,8 +188,98 @@ def test_a_body_that_does_not_say_how_large_it_is_is_cut_off(application: Applic
     response = http.post("/v1/length", content=endless())
     assert response.status_code == 413
     assert "1 MiB (--max-body-mb)" in message(response)
-    assert sent < 64 << 20, "the server went on reading"
+    assert sent < 2 * DRAIN_MIB << 20, "the server went on reading"
     assert application.refused == ["body"]
+
+
+@pytest.mark.parametrize("states_length", [True, False])
+@pytest.mark.parametrize(("key", "status"), [("k1", 413), ("wrong", 401)])
+def test_a_client_that_sends_all_before_it_reads_gets_its_answer(
+    application: Application, served: tuple[Application, int], states_length: bool, key: str, status: int
+) -> None:
+    """Python's own; a connection that is closed while it sends is reset, and the answer with it."""
+    url = f"http://127.0.0.1:{served[1]}/v1/length"
+    parts = bytes(64 << 20) if states_length else (bytes(1 << 20) for _ in range(64))
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    request = urllib.request.Request(url, data=parts, headers=headers)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=PATIENCE)
+    assert refused.value.code == status
+    assert json.load(refused.value)["error"]["code"] == status
+    assert refused.value.headers["Connection"] == "close"
+
+
+def test_what_is_refused_is_not_read_for_ever(application: Application, served: tuple[Application, int]) -> None:
+    head = "POST /v1/length HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer k1\r\nContent-Length: 9999999999\r\n\r\n"
+    sent = 0
+    with socket.create_connection(("127.0.0.1", served[1]), timeout=PATIENCE) as connection:
+        connection.sendall(head.encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 413")
+        with suppress(ConnectionError):
+            while sent < 8 * DRAIN_MIB << 20:
+                sent += connection.send(bytes(1 << 20))
+    assert sent < 4 * DRAIN_MIB << 20, "the server went on reading"
+
+
+def test_who_asks_first_is_told_at_once(served: tuple[Application, int]) -> None:
+    """With ``Expect``, as curl sends it: nothing is drained, because nothing comes."""
+    head = "POST /v1/length HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 99999999\r\n\r\n"
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", served[1]), timeout=PATIENCE) as connection:
+        connection.sendall(head.encode())
+        said = b""
+        while part := connection.recv(10_000):
+            said += part
+    assert said.startswith(b"HTTP/1.1 401")
+    assert time.monotonic() - began < DRAIN_SECONDS / 2
+
+
+def answers_of_all_kinds(http: httpx.Client) -> dict[int, httpx.Response]:
+    """One of every status that this application can give."""
+    asked = [
+        http.get("/health"),
+        http.post("/v1/length", json=[]),
+        http.get("/v1/nowhere"),
+        http.put("/v1/length"),
+        http.get("/hidrop", headers={"Authorization": "Bearer wrong"}),
+        http.post("/v1/length", content=bytes(2 << 20)),
+        http.get("/hidrop", headers={"X-Long": "x" * 5000}),
+        http.get("/v1/full"),
+        http.get("/v1/broken"),  # the last: uvicorn closes its connection
+    ]
+    return {answer.status_code: answer for answer in asked}
+
+
+def test_every_answer_has_its_request_id_and_tells_browsers_who_may_read_it(
+    hurried: tuple[Application, int], http: httpx.Client
+) -> None:
+    http.headers.update({"Origin": ORIGIN, "X-Request-Id": "mine"})
+    answers = answers_of_all_kinds(http)
+    with client(hurried[1]) as late:
+        late.headers.update({"Origin": ORIGIN, "X-Request-Id": "mine"})
+        answers[504] = late.post("/v1/wait", json={})
+    assert sorted(answers) == [200, 400, 401, 404, 405, 413, 431, 500, 503, 504]
+    for status, answer in answers.items():
+        assert answer.headers.get("access-control-allow-origin") == ORIGIN, status
+        assert answer.headers.get_list("x-request-id") == ["mine"], status
+
+
+def test_a_preflight_needs_no_key_and_has_its_id(served: tuple[Application, int]) -> None:
+    url = f"http://127.0.0.1:{served[1]}/v1/length"
+    asks = {"Access-Control-Request-Method": "POST"}
+    allowed = httpx.options(url, headers={**asks, "Origin": ORIGIN})
+    assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, ORIGIN)
+    assert allowed.headers["x-request-id"]
+    assert httpx.options(url, headers={**asks, "Origin": "https://elsewhere.example"}).status_code == 400
+
+
+def test_head_is_get_without_a_body(served: tuple[Application, int]) -> None:
+    url = f"http://127.0.0.1:{served[1]}"
+    for path in ("/health", "/ready", PLAYGROUND):
+        head = httpx.head(url + path)
+        assert (head.status_code, head.content) == (200, b""), path
+        assert head.headers["content-length"] == httpx.get(url + path).headers["content-length"]
+    assert httpx.head(f"{url}/hidrop").status_code == 401, "a key is needed for it, too"
 
 
 def test_a_header_over_the_limit_is_a_431(application: Application, http: httpx.Client) -> None:
@@ -242,6 +348,7 @@ def test_a_draining_server_admits_only_probes(application: Application, http: ht
     response = http.post("/v1/length", json={})
     assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
     assert response.headers["Connection"] == "close"
+    assert response.headers["X-Request-Id"]
     assert http.get("/ready").status_code == 200
     assert http.get("/metrics", headers={"Authorization": "Bearer m"}).status_code == 200
     assert application.in_flight.count == 1, "the fixture's own"

@@ -21,7 +21,7 @@ DOCUMENT = HERE.parent.parent / "docs" / "security.md"
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in DOCUMENT.read_text(encoding="utf-8").splitlines()
-    if line.startswith("| ") and not line.startswith("| Threat")
+    if line.startswith("| ") and not line.startswith(("| Threat", "| Status"))
 ]
 SETTINGS = sorted({name for row in ROWS for name in re.findall(r"`(.+?)`", row[2])})
 

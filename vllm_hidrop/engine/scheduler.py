@@ -41,9 +41,9 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_hidrop.engine.budget import StepBudget
 from vllm_hidrop.engine.compat import let_clients_ask
@@ -58,6 +58,8 @@ from vllm_hidrop.engine.room import adopt_cache_manager
 from vllm_hidrop.pruning import DENSE, Plan
 
 logger = init_logger(__name__)
+
+DEAD_END = "no token of this model's vocabulary can go on with what is asked for"
 
 
 class StagedScheduler(Scheduler):
@@ -79,6 +81,8 @@ class StagedScheduler(Scheduler):
         self.withheld: dict[str, set[int]] = {}
         """Images whose pixels the worker has not got: their prompt was admitted behind them (rule 11)."""
         self.unreported: set[str] = set()
+        self.failures: dict[str, str | None] = {}
+        """Why requests ended with an error in this step; None where a retry may help."""
         self.ran: dict[str, dict[str, Any]] = {}
         """Reports of prompts that have run, without the blocks; made anew where a prompt is run or decided again."""
         step_rows = self.vllm_config.additional_config["hidrop"]["resolved"]["step_rows"]
@@ -109,6 +113,7 @@ class StagedScheduler(Scheduler):
                 logger.error("request %s refused: %s", request.request_id, refusal)
                 # vLLM ends the requests of this set with an error at its next update.
                 self.grammar_compile_error_reqs.add(request.request_id)
+                self.failures[request.request_id] = refusal
         super().add_request(request)
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
@@ -264,7 +269,19 @@ class StagedScheduler(Scheduler):
         for of_client in outputs.values():
             for output in of_client.outputs:
                 self._report_early(output)
+                if output.finish_reason == FinishReason.ERROR:
+                    output.stop_reason = self.failures.pop(output.request_id, None)
         return outputs
+
+    def finish_requests(self, request_ids: Any, finished_status: RequestStatus, *args: Any, **kwargs: Any) -> Any:
+        """Stock, by which vLLM ends by this what could not be compiled, and what lost its caches or features."""
+        if finished_status == RequestStatus.FINISHED_ERROR:
+            for name in request_ids:
+                structured = self.requests[name].structured_output_request if name in self.requests else None
+                error = structured.grammar if structured is not None else None
+                why = f"the grammar cannot be compiled: {error}" if isinstance(error, Exception) else None
+                self.failures.setdefault(name, why)
+        return super().finish_requests(request_ids, finished_status, *args, **kwargs)
 
     def _settle(self, request: Request, kept: Sequence[Sequence[int]]) -> None:
         """Go on by the counts that the worker decided, and take back the blocks beyond them (rule 5)."""
@@ -318,6 +335,11 @@ class StagedScheduler(Scheduler):
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
         """Report what the request held, free it as vLLM does, forget its plan."""
         report = self._report(request)
+        if request.status == RequestStatus.FINISHED_ERROR:
+            # A token was sampled against its grammar: none was allowed.
+            self.failures.setdefault(request.request_id, DEAD_END)
+        else:
+            self.failures.pop(request.request_id, None)
         self.unreported.discard(request.request_id)
         records = (
             self.rows_run,

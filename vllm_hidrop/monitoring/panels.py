@@ -197,6 +197,12 @@ ERRORS = Row(
             (Query(_rate("vllm_hidrop_refused_requests_total", "reason"), "{{reason}}"),),
         ),
         Panel(
+            "Grammars being tried",
+            "Those of structured outputs without a verdict yet: an idle server has none.",
+            Unit.COUNT,
+            (Query(f"max(vllm_hidrop_grammars_waiting{{{MODEL}}})", "waiting"),),
+        ),
+        Panel(
             "Not pruned although asked to",
             "Sequences with images that ran dense, by reason.",
             Unit.REQUESTS,
