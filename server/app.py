@@ -28,6 +28,7 @@ from hidrop_server.adopt import adopt
 from hidrop_server.engine import HidropLLM, run_engine
 from hidrop_server.exchanges import Exchanges
 from hidrop_server.limits import SizeLimits
+from hidrop_server.listening import refused_in_one_line
 from hidrop_server.media import register_connector
 from hidrop_server.playground import PATH
 from hidrop_server.playground import router as playground
@@ -62,7 +63,8 @@ async def serve(args: Namespace, vllm_config: Any) -> int:
 def listen(args: Namespace) -> tuple[str, socket]:
     """Bind the port, which nobody else can then bind; returns the address to be shown, and the socket."""
     hide_keys(args)
-    address, sock = setup_server(args, reuse_port=False)
+    with refused_in_one_line(args):
+        address, sock = setup_server(args, reuse_port=False)
     if not api_keys(args) and args.uds is None and args.host not in LOOPBACK:
         print(f"hidrop serve: no --api-key: whoever reaches {address} may use it", file=sys.stderr, flush=True)
     return address, sock

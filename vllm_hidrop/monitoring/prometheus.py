@@ -147,7 +147,7 @@ def running(
     """Start one that scrapes ``targets`` as job "hidrop", and end it; what it stored is deleted.
 
     Args:
-        targets: addresses of servers, http://HOST:PORT.
+        targets: addresses of servers, as `hidrop_loadtests.addresses` gives them.
         rules: a rule file.
         scrape_seconds: between two scrapes, and between two evaluations of the rules.
         on_wait: called a few times a second until it is ready.
@@ -191,12 +191,18 @@ def running(
 
 def _config(targets: Sequence[str], rules: Path | None, scrape_seconds: float) -> dict[str, Any]:
     every = f"{round(scrape_seconds * 1000)}ms"
-    hosts = [target.removeprefix("http://").rstrip("/") for target in targets]
     return {
         "global": {"scrape_interval": every, "evaluation_interval": every, "scrape_timeout": every},
         "rule_files": [str(rules.resolve())] if rules else [],
-        "scrape_configs": [{"job_name": "hidrop", "static_configs": [{"targets": hosts}]}],
+        "scrape_configs": [{"job_name": "hidrop", "static_configs": [_target(each) for each in targets]}],
     }
+
+
+def _target(address: str) -> dict[str, Any]:
+    """A server behind a path is scraped below it."""
+    parts = urllib.parse.urlsplit(address)
+    labels = {"__scheme__": parts.scheme, "__metrics_path__": f"{parts.path}/metrics"}
+    return {"targets": [parts.netloc], "labels": labels}
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, on_wait: Callable[[], None]) -> None:
