@@ -1,5 +1,6 @@
 """Ctrl-C in commands that take long: one line, exit code 130, and nothing of theirs is left running."""
 
+import os
 import signal
 import subprocess
 import time
@@ -15,10 +16,17 @@ from tests.cli.test_ends import questions
 TO_END_SECONDS = 60.0
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
+def start(*arguments: object, **variables: str) -> subprocess.Popen[str]:
     """A command in a session of its own: only it gets the signal, as a supervisor sends it."""
     command = [*COMMAND, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | variables,
+    )
 
 
 def interrupt(process: subprocess.Popen[str], times: int = 1) -> None:
@@ -67,8 +75,8 @@ def test_the_server_that_a_command_started_ends_with_it(command: tuple[str, ...]
 
 
 @pytest.mark.engine
-def test_a_measurement_ends_with_its_processes() -> None:
-    process = start("bench", "prefill", "--shape", "tiny", "--eager", "--runs", 1)
+def test_a_measurement_ends_with_its_processes(tmp_path: Path) -> None:
+    process = start("bench", "prefill", "--shape", "tiny", "--eager", "--runs", 1, XDG_CACHE_HOME=str(tmp_path))
     deadline = time.monotonic() + 120
     while len(psutil.Process(process.pid).children(recursive=True)) < 2:
         assert time.monotonic() < deadline

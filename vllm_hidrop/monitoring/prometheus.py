@@ -3,6 +3,7 @@
 Fetching needs apt, no root, and once: Debian's package is unpacked into a cache folder. Knows no metric.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -55,13 +56,20 @@ def find_programs(package: str, names: Sequence[str], cache: Path | None = None)
     folder = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vllm_hidrop" / package
     programs = [folder / "usr" / "bin" / name for name in names]
     if not all(program.is_file() for program in programs):
-        _fetch(package, folder)
+        _fetch(package, folder, programs)
     return programs
 
 
-def _fetch(package: str, folder: Path) -> None:
-    """Unpack a Debian package into ``folder``; whole or not at all."""
+def _fetch(package: str, folder: Path, programs: Sequence[Path]) -> None:
+    """Unpack a Debian package into ``folder``; whole or not at all, and once where several processes want it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not all(program.is_file() for program in programs):
+            _unpack(package, folder)
+
+
+def _unpack(package: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetching-") as name:
         work = Path(name)
         _run(["apt-get", "-o", "Acquire::Retries=3", "download", package], work, package)
