@@ -5,6 +5,9 @@ PIP_EXTRA ?=
 # Arguments of the target's command: make test ARGS="-k imports", make serve ARGS="--port 8001".
 ARGS ?=
 
+# Processes that run tests at once, each with one thread per engine.
+WORKERS ?= 2
+
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -36,8 +39,9 @@ monitor: $(STAMP)  ## serve, scrape with a real Prometheus, send traffic, draw d
 screenshots: $(STAMP)  ## draw docs/playground.png in a headless Chromium (scripts/chromium.sh installs one)
 	$(BIN)/python -m scripts.screenshot $(ARGS)
 
-test: $(STAMP)  ## run the tests, except the slow ones
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+# Tests of one group, a file or the files that share a server, stay together: tests/conftest.py.
+test: $(STAMP)  ## run the tests, except the slow ones, two at a time: make test WORKERS=0 in one process
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-slow: $(STAMP)  ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -3,16 +3,15 @@
 Knows how a round is sent and what a server counts; not how a server is started, nor how results are shown.
 """
 
-import ipaddress
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 
+from hidrop_loadtests.addresses import is_loopback, parse_address
 from hidrop_loadtests.metrics import LATENCIES, Growth, idle_after, read
 from hidrop_loadtests.scenarios import Closed, Goal, Scenario
 from hidrop_loadtests.sending import Endpoint, Outcome, Sent, send
@@ -96,22 +95,15 @@ class Result:
 
 
 def check_address(url: str, allow_remote: bool) -> str:
-    """The address without a trailing slash.
+    """The address as :func:`parse_address` gives it.
 
     Raises:
-        ValueError: no HTTP address, or one of another machine without leave.
+        ValueError: no address, or one of another machine without leave.
     """
-    try:
-        parts = urlsplit(url)
-        host = parts.hostname or ""
-        _ = parts.port
-    except ValueError as error:
-        raise ValueError(f"{url!r} is not an address: {error}") from None
-    if parts.scheme not in ("http", "https") or not host:
-        raise ValueError(f"{url!r} is not an address like http://127.0.0.1:8000")
-    if not allow_remote and not _is_loopback(host):
-        raise ValueError(f"{host} is another machine: a load test of it needs --allow-remote, and its owner's consent")
-    return url.rstrip("/")
+    address = parse_address(url)
+    if not allow_remote and not is_loopback(address):
+        raise ValueError(f"{url} is another machine: a load test of it needs --allow-remote, and its owner's consent")
+    return address
 
 
 @dataclass(frozen=True)
@@ -133,7 +125,7 @@ def connect(url: str, keys: Keys = Keys(), body: dict[str, Any] | None = None) -
         answer = httpx.get(f"{url}/v1/models", headers=unnamed.headers, timeout=30)
         answer.raise_for_status()
         model = str(answer.json()["data"][0]["id"])
-    except (httpx.HTTPError, ValueError, LookupError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, TypeError, ValueError, LookupError) as error:
         raise ValueError(f"{url}/v1/models: {error}") from None
     return replace(unnamed, model=model)
 
@@ -205,12 +197,3 @@ def _rounds(scenario: Scenario, arm: Arm, picture_seed: int, quiet: bool) -> lis
         asks = next_turns(scenario, asks, [outcome.text for outcome in rounds[-1].outcomes], turn)
         rounds.append(send(scenario, asks, arm.endpoint, deadline, quiet))
     return rounds
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

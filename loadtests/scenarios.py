@@ -155,7 +155,7 @@ def load(path: Path = SHIPPED) -> dict[str, Scenario]:
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     return {name: _scenario(path, name, table) for name, table in tables.items()}
 

@@ -7,6 +7,7 @@ is shorter than asked for has failed. Knows nothing of what the requests say.
 import asyncio
 import contextlib
 import io
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -105,6 +106,9 @@ def send(scenario: Scenario, asks: Sequence[Ask], endpoint: Endpoint, deadline: 
         with _registered(requests, deadline), contextlib.redirect_stdout(said), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All requests failed")  # the outcomes say so, and may have to
             found = asyncio.run(asyncio.wait_for(running, limit))
+    except KeyboardInterrupt:
+        logging.getLogger("asyncio").disabled = True  # it would tell of each session that vLLM's client left open
+        raise
     except TimeoutError:
         raise ValueError(f"vLLM's client did not end {GRACE_SECONDS:.0f} s after the scenario's time") from None
     except (OSError, AssertionError, KeyError) as error:

@@ -38,6 +38,7 @@ from hidrop_server.exchanges import Exchanges
 from hidrop_server.grammars import Grammars, Judge
 from hidrop_server.heads import Heads
 from hidrop_server.limits import SizeLimits
+from hidrop_server.listening import refused_in_one_line
 from hidrop_server.media import register_connector
 from hidrop_server.media_parts import MediaParts
 from hidrop_server.playground import PATH
@@ -74,7 +75,8 @@ async def serve(args: Namespace, vllm_config: Any, judge: Judge) -> int:
 def listen(args: Namespace) -> tuple[str, socket]:
     """Bind the port, which nobody else can then bind; returns the address to be shown, and the socket."""
     hide_keys(args)
-    address, sock = setup_server(args, reuse_port=False)
+    with refused_in_one_line(args):
+        address, sock = setup_server(args, reuse_port=False)
     if not api_keys(args) and args.uds is None and args.host not in LOOPBACK:
         print(f"hidrop serve: no --api-key: whoever reaches {address} may use it", file=sys.stderr, flush=True)
     return address, sock

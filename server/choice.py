@@ -3,12 +3,12 @@
 Knows no vLLM, so that a misspelt name is refused before vLLM is imported.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from hidrop_server.errors import StartError
 from vllm_hidrop.config import HidropConfig, make_method
+from vllm_hidrop.json_text import parse_object, read_short_text
 
 
 def read_choice(method: str | None, preset: str | None, config: str | None) -> HidropConfig:
@@ -43,16 +43,8 @@ def check_choice(data: dict[str, Any]) -> HidropConfig:
 
 
 def _read_json(config: str) -> dict[str, Any]:
-    text = config
-    if not config.lstrip().startswith("{"):
-        try:
-            text = Path(config).read_text(encoding="utf-8")
-        except OSError as error:
-            raise StartError(f"--hidrop-config {config}: {error.strerror}") from None
+    is_file = not config.lstrip().startswith(("{", "["))
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise StartError(f"--hidrop-config: not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise StartError(f"--hidrop-config: must be a JSON object, got {type(data).__name__}")
-    return data
+        return parse_object(read_short_text(Path(config)) if is_file else config, "--hidrop-config")
+    except ValueError as error:
+        raise StartError(str(error) if not is_file else f"--hidrop-config {config}: {error}") from None

@@ -40,11 +40,10 @@ def main(
     """
     try:
         choice = read_choice(method, preset, hidrop_config)
-        args, vllm_config = configure(model, choice, vllm_args)
+        return run(*configure(model, choice, vllm_args))
     except StartError as error:
         print(f"hidrop serve: {one_line(error)}", file=sys.stderr)
         return 2
-    return run(args, vllm_config)
 
 
 def configure(model: str | None, choice: "HidropConfig", vllm_args: list[str]) -> "tuple[Namespace, Any]":
@@ -60,11 +59,15 @@ def configure(model: str | None, choice: "HidropConfig", vllm_args: list[str]) -
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
 
-    from hidrop_server import arguments
+    from hidrop_server import arguments, listening
 
     cli_env_setup()
     args = arguments.parse(model, vllm_args, choice.method)
-    configure_logging_from_args(args)
+    listening.check_listening(args)
+    try:
+        configure_logging_from_args(args)
+    except Exception as error:  # whatever file or logging complains
+        raise StartError(f"--logging-config: {error}") from None
     arguments.apply_choice(args, choice)
     return args, engine_config(args)
 
@@ -97,7 +100,11 @@ def engine_config(args: "Namespace") -> Any:
 
 
 def run(args: "Namespace", vllm_config: Any) -> int:
-    """Serve until a signal; returns the exit code."""
+    """Serve until a signal; returns the exit code.
+
+    Raises:
+        StartError: the address was taken since it was tried.
+    """
     if args.api_server_count > 1:
         from hidrop_server.processes import serve_several
 

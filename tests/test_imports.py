@@ -33,6 +33,8 @@ class Rule:
 
 
 PRUNING = ("vllm_hidrop.pruning",)
+# Of the command line's edges: no model, no method, nothing of ours.
+EDGES = ("vllm_hidrop.json_text", "vllm_hidrop.outputs", "vllm_hidrop.terminal")
 POSITIONS = ("vllm_hidrop.positions", *PRUNING)
 SCORING = ("vllm_hidrop.scoring", *PRUNING)
 DECIDING = ("vllm_hidrop.deciding", "vllm_hidrop.edits", "vllm_hidrop.merging", *SCORING)
@@ -57,37 +59,56 @@ RULES = {
     "vllm_hidrop.plugin": Rule(lazily=(*MODELS, "torch", "vllm")),
     "vllm_hidrop.torchvision_compat": Rule(lazily=("torch",)),
     "vllm_hidrop.costs": Rule(SCORING),
+    "vllm_hidrop.paper_flops": Rule(("vllm_hidrop.costs",)),
     "vllm_hidrop.shapes": Rule(("vllm_hidrop.costs",)),
     "vllm_hidrop.capacity": Rule(("vllm_hidrop.costs",)),
     "vllm_hidrop.commands": Rule(
         (
             "vllm_hidrop.capacity",
             "vllm_hidrop.costs",
+            "vllm_hidrop.paper_flops",
             "vllm_hidrop.shapes",
             "vllm_hidrop.bench",
             "vllm_hidrop.evaluation",
+            *EDGES,
             *CONFIG,
         ),
         lazily=EVERYTHING,
     ),
     "vllm_hidrop.cli": Rule(
-        ("vllm_hidrop.cli_bench", "vllm_hidrop.cli_options", "vllm_hidrop.commands", *CONFIG), lazily=EVERYTHING
+        (
+            "vllm_hidrop.cli_bench",
+            "vllm_hidrop.cli_errors",
+            "vllm_hidrop.cli_options",
+            "vllm_hidrop.commands",
+            *EDGES,
+            *CONFIG,
+        ),
+        lazily=EVERYTHING,
     ),
-    "vllm_hidrop.cli_bench": Rule(("vllm_hidrop.cli_options",), lazily=("vllm_hidrop.commands",)),
-    "vllm_hidrop.cli_options": Rule(),
+    "vllm_hidrop.cli_bench": Rule(("vllm_hidrop.cli_options", *EDGES), lazily=("vllm_hidrop.commands",)),
+    "vllm_hidrop.cli_errors": Rule(),
+    "vllm_hidrop.cli_options": Rule(EDGES, lazily=("hidrop_loadtests.addresses",)),
+    "vllm_hidrop.json_text": Rule(),
+    "vllm_hidrop.outputs": Rule(),
+    "vllm_hidrop.terminal": Rule(),
     "vllm_hidrop.embedded": Rule((*MODELS, "torch", "vllm")),
-    "vllm_hidrop.training": Rule((*MODELS, "vllm_hidrop.embedded", "torch", "vllm")),
+    "vllm_hidrop.training": Rule((*MODELS, *EDGES, "vllm_hidrop.embedded", "torch", "vllm")),
     "vllm_hidrop.conversion": Rule((*CONFIG, "torch")),
     "vllm_hidrop.evaluation": Rule(
-        ("vllm_hidrop.embedded", "vllm_hidrop.training.scenes", "vllm_hidrop.training.questions")
+        (*EDGES, "vllm_hidrop.embedded", "vllm_hidrop.training.scenes", "vllm_hidrop.training.questions")
     ),
     "vllm_hidrop.accuracy": Rule(
         ("vllm_hidrop.evaluation", "vllm_hidrop.training", "vllm_hidrop.embedded", "vllm_hidrop.commands", *CONFIG)
     ),
-    "vllm_hidrop.calibration": Rule(("torch",), lazily=("vllm_hidrop.training",)),
-    "vllm_hidrop.monitoring": Rule(("vllm_hidrop.commands",)),
-    "vllm_hidrop.bench": Rule(lazily=("vllm_hidrop.engine.compat", "hidrop_loadtests.pictures", "torch", "vllm")),
-    "hidrop_server": Rule((*MODELS, "vllm_hidrop.plugin", "vllm_hidrop.embedded", "torch", "vllm")),
+    "vllm_hidrop.calibration": Rule((*EDGES, "torch"), lazily=("vllm_hidrop.training",)),
+    "vllm_hidrop.monitoring": Rule(("vllm_hidrop.commands", *EDGES)),
+    "vllm_hidrop.bench": Rule(
+        EDGES, lazily=("vllm_hidrop.engine.compat", "hidrop_loadtests.pictures", "torch", "vllm")
+    ),
+    "hidrop_server": Rule(
+        (*MODELS, "vllm_hidrop.json_text", "vllm_hidrop.plugin", "vllm_hidrop.embedded", "torch", "vllm")
+    ),
     "hidrop_loadtests": Rule(lazily=("vllm.benchmarks",)),
 }
 # The package file of `vllm_hidrop` runs in every Python process of the environment.

@@ -380,15 +380,5 @@ def _cut_flops(shape: TextShape, plan: Plan, signal: Signal, stage: int) -> int:
     return flops
 
 
-def paper_vision_flops(vision_tokens_per_layer: Iterable[int], hidden_size: int, intermediate_size: int) -> int:
-    """The FLOPs that FastV, PyramidDrop and HiDrop print: multiply-adds, vision tokens only.
-
-    ``sum over layers of 4 n d^2 + 2 n^2 d + 3 n d m`` (HiDrop section 4.1). A multiply-add counts
-    once; text rows, their attention to vision, scoring and the vision tower are left out.
-    """
-    dim, mlp = hidden_size, intermediate_size
-    return sum(4 * n * dim**2 + 2 * n**2 * dim + 3 * n * dim * mlp for n in vision_tokens_per_layer)
-
-
 def _ceil_div(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)

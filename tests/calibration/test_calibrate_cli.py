@@ -99,7 +99,7 @@ def test_qwen_gets_a_schedule_and_a_note_that_it_is_not_served_staged(tmp_path: 
         (("--windows", "0"), "--windows must be whole numbers"),
         (("--windows", "12"), "a window must be in [1, 11] for 12 layers, got 12"),
         (("--data", "nowhere.json"), "no such data file: nowhere.json"),
-        (("--json", "nowhere/a.json"), "no such folder: nowhere"),
+        (("--json", "/dev/null/a.json"), "/dev/null: Not a directory"),
         (("--device", "abacus"), "cannot use device 'abacus'"),
         (("--budget", "570"), "budget 570 cannot be used up"),
     ],

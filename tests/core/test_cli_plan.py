@@ -108,6 +108,55 @@ def test_json_says_what_the_table_says() -> None:
     assert found["ideal_speedup_with_encoder"] < found["ideal_speedup"]
 
 
+FIXED = '{"filter_layer": 14, "keep": 10, "exit_layer": 23}'
+"""VisiPruner's cut and exit where its paper's figure has them: 14.9 full layers, 10.3 tokens, exit at layer 23.9."""
+PAPERS = {
+    "HiDrop, table 2": (("hidrop", "--preset", "tok64"), "0.42"),
+    "PyramidDrop": (("pyramiddrop",), "1.78"),
+    "VisiPruner, table 5": (("visipruner", "--options", FIXED), "1.76"),
+    "dense": (("none",), "3.82"),
+}
+# (layers, vision tokens, whether vision attends to vision there), as the papers have them.
+LAYERS = {
+    "HiDrop, table 2": [(8, 0, 1), (2, 576, 1), (4, 215, 1), (2, 10, 1), (2, 5, 1), (6, 1, 1), (8, 0, 1)],
+    "PyramidDrop": [(8, 576, 1), (8, 288, 1), (8, 144, 1), (8, 72, 1)],
+    "VisiPruner, table 5": [(15, 576, 0), (8, 10, 1), (9, 0, 1)],
+    "dense": [(32, 576, 1)],
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_papers_own_flops_can_be_read_off(name: str) -> None:
+    arguments, printed = PAPERS[name]
+    text = " ".join(invoke("plan", "7b", "--text", "74", "--method", *arguments).split())
+    assert f"By the papers' formula for vision alone: {printed} of 3.82 TFLOPs" in text
+    assert "sum over layers of 4 n d^2 + 2 n^2 d + 3 n d m; n vision tokens, d 4096, m 11008" in text
+    paper = plan_json("7b", "--text", "74", "--method", *arguments)["paper"]
+    assert paper["dense_flops"] == 32 * 576 * (4 * 4096 * 4096 + 2 * 576 * 4096 + 3 * 4096 * 11008)
+    assert f"{paper['flops'] / 1e12:.2f}" == printed
+    # Every matrix product on its own: Q, K, V, output; scores and values; gate, up, down.
+    products = sum(
+        layers * (4 * tokens * 4096 * 4096 + attends * 2 * tokens * tokens * 4096 + 3 * tokens * 4096 * 11008)
+        for layers, tokens, attends in LAYERS[name]
+    )
+    assert sum(layers for layers, *_ in LAYERS[name]) == 32
+    assert paper["flops"] == products
+
+
+def test_visipruners_layers_are_data_until_they_are_fixed() -> None:
+    text = " ".join(invoke("plan", "7b", "--method", "visipruner").split())
+    assert f"VisiPruner's own figures are for fixed layers: --options '{FIXED}'" in text
+    assert "upper bounds" in text
+    assert plan_json("7b", "--method", "visipruner")["paper"]["quiet_layers"] == 0
+    fixed = " ".join(invoke("plan", "7b", "--method", "visipruner", "--options", FIXED).split())
+    assert "2 n^2 d not in the first 15 layers, as VisiPruner's appendix M" in fixed
+    assert "VisiPruner's own figures" not in fixed
+
+
+def test_a_small_models_paper_flops_are_not_rounded_to_nothing() -> None:
+    assert "0.25 of 2.49 GFLOPs" in invoke("plan", "embedded")
+
+
 def test_every_image_keeps_its_own_share() -> None:
     found = plan_json("13b", "--method", "fastv", "--images", "576", "--images", "301", "--options", '{"keep": 0.5}')
     assert [stage["vision_tokens"] for stage in found["stages"]] == [877, 288 + 150]

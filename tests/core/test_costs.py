@@ -18,7 +18,6 @@ from vllm_hidrop.costs import (
     group_size,
     ideal_decode_ratio,
     num_groups,
-    paper_vision_flops,
     request_costs,
 )
 from vllm_hidrop.methods import METHODS, Method, ModelShape
@@ -26,6 +25,7 @@ from vllm_hidrop.methods.fastv import FastV
 from vllm_hidrop.methods.hidrop import HiDrop
 from vllm_hidrop.methods.none import NoPruning
 from vllm_hidrop.methods.pyramiddrop import PyramidDrop
+from vllm_hidrop.paper_flops import paper_vision_flops
 from vllm_hidrop.pruning import Schedule, Span, make_plan
 from vllm_hidrop.scoring import Signal
 

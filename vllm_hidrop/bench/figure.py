@@ -1,10 +1,12 @@
 """Rows as a picture: per section, how many times better than stock vLLM, and what could be had."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 from vllm_hidrop.bench.rows import SECTIONS, Row
 from vllm_hidrop.bench.tables import cells
+from vllm_hidrop.outputs import write_file
 
 STOCK_COLOUR, OUR_COLOUR, IDEAL_COLOUR = "#b0b0b0", "#3b6ea5", "#d98324"
 
@@ -57,5 +59,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         *axes[0, 0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside upper right", ncols=3
     )
     axes[-1, 0].set_xlabel("times better than stock vLLM")
-    figure.savefig(path, dpi=110, format="png")
+    whole = BytesIO()
+    figure.savefig(whole, dpi=110, format="png")
+    write_file(path, whole.getvalue())
     plt.close(figure)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_hidrop.bench.shapes import SHAPES
+from vllm_hidrop.outputs import write_file
 
 Row = dict[str, Any]
 HIGHER_IS_BETTER = ("requests/s", "requests")
@@ -98,4 +99,4 @@ def read_rows(file: Path) -> list[Row]:
 
 def write_rows(file: Path, rows: Sequence[Row]) -> None:
     """A JSON list."""
-    file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    write_file(file, json.dumps(rows, indent=2) + "\n")

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from vllm_hidrop.bench.goals import goal_of, verdict
 from vllm_hidrop.bench.rows import SECTIONS, Row, hardware
+from vllm_hidrop.terminal import Terminal
 
 HEADINGS = ("what", "stock", "ours", "ratio", "ideal", "of ideal", "goal", "more")
 
@@ -49,8 +49,8 @@ def print_rows(rows: Sequence[Row]) -> None:
     table = Table(*HEADINGS)
     for row in rows:
         table.add_row(*cells(row))
-    console = Console(width=170)
-    console.print(table)
+    console = Terminal(width=170)
+    console.show(table)
     lines = [f"{row['name']}: {row['command']}" for row in rows] + [hardware(row) for row in rows]
     for line in dict.fromkeys(lines):
         console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from vllm_hidrop.calibration.proposal import Proposal
+from vllm_hidrop.outputs import write_file
 
 INJECT_COLOUR, EXIT_COLOUR, FILTER_COLOUR = "#2e7d32", "#b3261e", "#8a8a8a"
 COLOURS = ("#3b6ea5", "#d98324", "#7a5195", "#5f9ea0")
@@ -40,7 +42,9 @@ def draw(curves: Mapping[str, Any], proposal: Proposal | None, title: str, path:
     for axis in axes[1]:
         axis.set_xlabel("layer (one-based)")
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=110, format="png")
+    whole = BytesIO()
+    figure.savefig(whole, dpi=110, format="png")
+    write_file(path, whole.getvalue())
     plt.close(figure)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_hidrop.bench.figure import check_drawable, draw
@@ -23,6 +22,7 @@ from vllm_hidrop.commands import plan as planning
 from vllm_hidrop.config import HidropConfig, Resolved, resolve
 from vllm_hidrop.costs import RequestCosts, ideal_decode_ratio
 from vllm_hidrop.methods import Adaptive, ModelShape
+from vllm_hidrop.terminal import Terminal
 
 BLOCK_SIZE = 32
 TOKENS_PER_IMAGE = 576
@@ -168,16 +168,25 @@ def report(
     assert bench.resolved  # refuses a bad choice before any engine starts
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     found: list[Row] = []
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-        try:
+    try:
+        with Progress(*columns, TimeElapsedColumn(), console=Terminal(stderr=True)) as progress:
             for row in rows(progress):
                 found.append(row)
-        finally:  # what was measured before something failed is not lost
-            if json_file is not None and found:
-                write_rows(json_file, found)
-    print_rows(found)
+    finally:
+        _report(found, json_file)
     if png_file is not None:
         draw(found, png_file)
+
+
+def _report(found: Sequence[Row], json_file: Path | None) -> None:
+    """Print, then write, each though the other fails."""
+    if not found:
+        return
+    try:
+        print_rows(found)
+    finally:
+        if json_file is not None:
+            write_rows(json_file, found)
 
 
 def finished(bench: Bench, rows_of_pairs: Iterable[Sequence[Row]]) -> list[Row]:

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -12,8 +11,10 @@ from vllm_hidrop.bench.shapes import SHAPES, random_model
 from vllm_hidrop.config import make_method
 from vllm_hidrop.costs import request_costs
 from vllm_hidrop.methods import Method, ModelShape
+from vllm_hidrop.outputs import write_file
 from vllm_hidrop.pruning import Span, make_plan
 from vllm_hidrop.shapes import text_shape, vision_shape
+from vllm_hidrop.terminal import Terminal
 
 if TYPE_CHECKING:
     from vllm_hidrop.training.step_cost import StepCost
@@ -47,14 +48,16 @@ def run(
     num_vision = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
     method.schedule(ModelShape(SHAPES[shape].num_layers, num_vision))
     ideal = ideal_ratio(model.config, method, num_vision, text)
-    console = Console()
+    console = Terminal()
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("training steps", total=runs)
         dense, pruned = measure(model, method, batch, text, runs, lambda: progress.advance(task))
     found = figures(method.name, dense, pruned, ideal)
-    console.print(_table(found, f"{batch} x (576 vision + {text} text) tokens, shape {shape!r}, bfloat16 autocast"))
-    if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    try:
+        console.show(_table(found, f"{batch} x (576 vision + {text} text) tokens, shape {shape!r}, bfloat16 autocast"))
+    finally:  # a reader that left does not cost the file
+        if json_file is not None:
+            write_file(json_file, json.dumps(found, indent=2) + "\n")
 
 
 def ideal_ratio(config: Any, method: Method, num_vision: int, text: int) -> float:

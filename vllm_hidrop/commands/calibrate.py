@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.methods import ModelShape
+from vllm_hidrop.outputs import check_file, write_file
+from vllm_hidrop.terminal import Terminal
 
 if TYPE_CHECKING:
     from vllm_hidrop.calibration.checkpoint import Checkpoint
@@ -50,6 +51,18 @@ class Output:
     json_file: Path | None
     png_file: Path | None
 
+    def check(self) -> None:
+        """See before anything is measured that all can be written; the options' own files have been seen to.
+
+        Raises:
+            OSError: one cannot be.
+            ValueError: no picture can be drawn.
+        """
+        if self.curves_file is not None:
+            check_file(self.curves_file)
+        if self.png_file is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError('--png needs matplotlib: pip install "vllm-hidrop[train]"')
+
     @property
     def curves_file(self) -> Path | None:
         """Beside the configuration, which holds only what the server accepts."""
@@ -62,7 +75,7 @@ def run(model: str, data: Data, wish: Wish, output: Output, settings: "Settings"
     Raises:
         ValueError: the model or data cannot be read or used, or no schedule meets the budget.
     """
-    _check_output(output)
+    output.check()
     from vllm_hidrop.calibration.checkpoint import Checkpoint
     from vllm_hidrop.calibration.curves import check_settings, measure
     from vllm_hidrop.calibration.samples import read_samples, take
@@ -74,20 +87,12 @@ def run(model: str, data: Data, wish: Wish, output: Output, settings: "Settings"
     proposal = None
     try:
         proposal = _propose(curves, wish, settings)
+        config, note = _config(proposal, getattr(checkpoint.config, "hidrop", None))
+        _print(curves, proposal, config, [*proposal.boundaries.notes, *note, *_notes(checkpoint, curves)])
     finally:
         _write_curves(curves, proposal, output, f"{model}, {curves.num_samples} samples of {data.source}")
-    config, note = _config(proposal, getattr(checkpoint.config, "hidrop", None))
     if output.json_file is not None:
-        output.json_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _print(curves, proposal, config, [*proposal.boundaries.notes, *note, *_notes(checkpoint, curves)])
-
-
-def _check_output(output: Output) -> None:
-    for path in (output.json_file, output.png_file):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"no such folder: {path.parent}")
-    if output.png_file is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError('--png needs matplotlib: pip install "vllm-hidrop[train]"')
+        write_file(output.json_file, json.dumps(config, indent=2) + "\n")
 
 
 def _embedded_directory() -> str:
@@ -99,7 +104,7 @@ def _embedded_directory() -> str:
 def _with_progress(samples: "Iterator[Sample]", count: int) -> "Iterator[Sample]":
     """The same samples, counted on standard error as they are asked for."""
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=Terminal(stderr=True), transient=True) as progress:
         yield from progress.track(samples, total=count, description="samples")
 
 
@@ -117,7 +122,7 @@ def _propose(curves: "Curves", wish: Wish, settings: "Settings") -> "Proposal":
 
 def _write_curves(curves: "Curves", proposal: "Proposal | None", output: Output, title: str) -> None:
     if output.curves_file is not None:
-        output.curves_file.write_text(json.dumps(curves.as_json(), indent=2) + "\n", encoding="utf-8")
+        write_file(output.curves_file, json.dumps(curves.as_json(), indent=2) + "\n")
     if output.png_file is not None:
         from vllm_hidrop.calibration.figure import draw
 
@@ -165,8 +170,8 @@ def _print(curves: "Curves", proposal: "Proposal", config: dict[str, Any], notes
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in range(1, len(curves.cross) + 1):
         table.add_row(*_cells(curves, layer), *_schedule_cells(proposal, layer))
-    console = Console()
-    console.print(table)
+    console = Terminal()
+    console.show(table)
     mean = f"Mean vision tokens per layer: {proposal.mean_kept:.2f} of {proposal.shape[1]}"
     console.print("\n".join([mean, *(f"Note: {note}" for note in notes)]), highlight=False, soft_wrap=True)
     console.print(json.dumps(config), highlight=False, soft_wrap=True, markup=False)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from vllm_hidrop.capacity import Capacity, Machine, Request, capacity
 from vllm_hidrop.commands.plan import planned
+from vllm_hidrop.terminal import Terminal
 
 BLOCK_SIZE = 16
 """Tokens of a KV block on a GPU, vLLM's default."""
@@ -56,7 +56,7 @@ def run(
         times = (f"{1000 * seconds:.1f} ms" for seconds in (each.prefill_seconds, each.step_seconds))
         rate, machines = f"{each.requests_per_second:.1f}", str(_machines(each, target))
         table.add_row(name, str(each.sequences), *times, rate, machines)
-    Console().print(table)
+    Terminal().show(table)
 
 
 def _machines(found: Capacity, target: Target) -> int:

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vllm_hidrop.terminal import Terminal
 
 if TYPE_CHECKING:
     from vllm_hidrop.conversion import Conversion
@@ -20,7 +21,8 @@ def run(source: Path, destination: Path, preset: str | None, vision_tower: Path 
         vision_tower: directory of the CLIP tower; None for the one that the source names.
 
     Raises:
-        ValueError: it cannot be converted, files cannot be read or written, or a package is missing.
+        ValueError: it cannot be converted, or a package is missing.
+        OSError: files cannot be read or written.
     """
     try:
         from vllm_hidrop.conversion import prepare
@@ -28,14 +30,11 @@ def run(source: Path, destination: Path, preset: str | None, vision_tower: Path 
         raise ValueError(
             f"convert needs PyTorch, safetensors and transformers ({error}); install the extra cpu"
         ) from error
-    try:
-        _convert(prepare(source, destination, preset, vision_tower))
-    except OSError as error:
-        raise ValueError(f"{error.filename or destination}: {error.strerror or error}") from error
+    _convert(prepare(source, destination, preset, vision_tower))
 
 
 def _convert(conversion: "Conversion") -> None:
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = Terminal(stderr=True, soft_wrap=True, highlight=False)
     for warning in conversion.warnings:
         console.print(f"hidrop: warning: {warning}", markup=False)
     columns = (TextColumn("hash and write"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())

@@ -14,15 +14,18 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from vllm_hidrop.commands.local_server import local_server
+from vllm_hidrop.json_text import read_short_text
+from vllm_hidrop.outputs import write_file
+from vllm_hidrop.terminal import Terminal
 
 QUESTIONS = "questions.jsonl"
 MAX_ANSWER_TOKENS = 16
@@ -68,15 +71,17 @@ def run(examples: Path | None, url: str | None, json_file: Path | None) -> int:
         ValueError: no questions, or no server.
     """
     questions = read_questions(examples or find_examples())
-    console = Console()
+    console = Terminal()
     with _progress(console) as progress, _server(url, progress) as address:
         rows = list(_ask_all(address, questions, progress))
-    console.print(_table(rows))
-    if json_file is not None:
-        json_file.write_text(json.dumps([_as_json(row) for row in rows], indent=2) + "\n", encoding="utf-8")
     failed = [answer.error for row in rows for answer in (row.dense, row.pruned) if answer.error]
-    if failed:
-        console.print(f"{len(failed)} of {2 * len(rows)} requests failed: {failed[0]}", style="red", markup=False)
+    try:
+        console.show(_table(rows))
+        if failed:
+            console.print(f"{len(failed)} of {2 * len(rows)} requests failed: {failed[0]}", style="red", markup=False)
+    finally:  # a reader that left does not cost the file
+        if json_file is not None:
+            write_file(json_file, json.dumps([_as_json(row) for row in rows], indent=2) + "\n")
     return 1 if failed else 0
 
 
@@ -97,16 +102,25 @@ def read_questions(folder: Path) -> list[Question]:
     """Read the questions and their images.
 
     Raises:
-        ValueError: no such file, or a line that is not an object with image, question and answer.
+        ValueError: no such file, no question, or a line that is not an object with image, question and answer.
+        OSError: an image cannot be read.
     """
+    file = folder / QUESTIONS
     try:
-        lines = (folder / QUESTIONS).read_text(encoding="utf-8").splitlines()
-        entries = [json.loads(line) for line in lines if line.strip()]
-        return [Question((folder / e["image"]).read_bytes(), e["question"], e["answer"]) for e in entries]
-    except OSError as error:
-        raise ValueError(f"{error.filename}: {error.strerror}") from None
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder / QUESTIONS}: lines must be objects with image, question, answer: {error}") from None
+        lines = read_short_text(file).split("\n")
+        questions = [_question(folder, json.loads(line)) for line in lines if line.strip()]
+    except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: lines must be objects with texts image, question, answer: {error}") from None
+    if not questions:
+        raise ValueError(f"{file}: no questions")
+    return questions
+
+
+def _question(folder: Path, entry: Any) -> Question:
+    image, question, answer = (entry[key] for key in ("image", "question", "answer"))
+    if not all(isinstance(text, str) for text in (image, question, answer)):
+        raise TypeError(f"got {entry}")
+    return Question((folder / image).read_bytes(), question, answer)
 
 
 def ask(url: str, model: str, question: Question, pruned: bool) -> Answer:
@@ -120,7 +134,7 @@ def ask(url: str, model: str, question: Question, pruned: bool) -> Answer:
         return _read_stream(request)
     except urllib.error.HTTPError as error:
         return Answer(error=f"HTTP {error.code}: {error.read().decode(errors='replace')}")
-    except (OSError, ValueError) as error:
+    except (OSError, HTTPException, LookupError, TypeError, ValueError) as error:
         return Answer(error=str(error) or type(error).__name__)
 
 
@@ -184,14 +198,15 @@ def model_name(url: str) -> str:
     try:
         with urllib.request.urlopen(f"{url}/v1/models", timeout=REQUEST_SECONDS) as response:
             card = json.load(response)["data"][0]
-    except (OSError, LookupError, ValueError) as error:
+            name, is_ours = str(card["id"]), "hidrop" in card
+    except (OSError, HTTPException, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"no model at {url}: {error}") from None
-    if "hidrop" not in card:
+    if not is_ours:
         raise ValueError(f"{url} is not a hidrop server")
-    return str(card["id"])
+    return name
 
 
-def _progress(console: Console) -> Progress:
+def _progress(console: Terminal) -> Progress:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -206,7 +221,7 @@ def _progress(console: Console) -> Progress:
 def _server(url: str | None, progress: Progress) -> Iterator[str]:
     """A running server, or one of our own with a bar that moves until it answers."""
     task = progress.add_task("starting the server", total=None)
-    server = nullcontext(url.rstrip("/")) if url else local_server([], on_wait=progress.refresh)
+    server = nullcontext(url) if url else local_server([], on_wait=progress.refresh)
     with server as address:
         progress.remove_task(task)
         yield address

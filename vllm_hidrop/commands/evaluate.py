@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vllm_hidrop.commands.local_server import local_server
 from vllm_hidrop.evaluation.arms import Arm, embedded_arms
 from vllm_hidrop.evaluation.asking import Endpoint
+from vllm_hidrop.evaluation.journal import check_journal
 from vllm_hidrop.evaluation.plot import draw
 from vllm_hidrop.evaluation.run import Exam, Outcome, provenance, take
 from vllm_hidrop.evaluation.samples import Source
 from vllm_hidrop.evaluation.scoring import compare, mean_tokens, summarise
+from vllm_hidrop.outputs import write_file
+from vllm_hidrop.terminal import Terminal
 
 OFF = {"hidrop": "off"}
 
@@ -61,7 +63,7 @@ def run_url(choice: Choice, endpoint: Endpoint) -> int:
     Raises:
         ValueError: data, settings or endpoint that cannot be used.
     """
-    exam, console = choice.exam(), Console()
+    exam, console = choice.exam(), Terminal()
     with _progress() as progress:
         outcome = _take(exam, endpoint, choice.out, progress, exam.name)
     result = {
@@ -71,9 +73,7 @@ def run_url(choice: Choice, endpoint: Endpoint) -> int:
         **summarise(exam.task, outcome.scored, outcome.answers, exam.source.seed),
         **provenance(),
     }
-    console.print(_table(result))
-    _write(choice.json_file, result)
-    return _report_failures(console, [outcome])
+    return _end(console, _table(result), [outcome], choice.json_file, result)
 
 
 def run_embedded(choice: Choice) -> int:
@@ -82,7 +82,10 @@ def run_embedded(choice: Choice) -> int:
     Raises:
         ValueError: data or settings that cannot be used, or a server that does not start.
     """
-    exam, console, arms = choice.exam(), Console(), embedded_arms()
+    exam, console, arms = choice.exam(), Terminal(), embedded_arms()
+    if choice.out is not None:
+        for arm in arms:
+            check_journal(choice.out / arm.name)
     outcomes: list[Outcome] = []
     with _progress() as progress, ExitStack() as servers:
         urls: dict[tuple[str, ...], str] = {}
@@ -94,9 +97,7 @@ def run_embedded(choice: Choice) -> int:
             endpoint = Endpoint(urls[arm.serve], xargs=arm.xargs)
             outcomes.append(_take(exam, endpoint, directory, progress, arm.name))
     result = _comparison(exam, outcomes)
-    console.print(_comparison_table(result))
-    _write(choice.json_file, result)
-    return _report_failures(console, outcomes)
+    return _end(console, _comparison_table(result), outcomes, choice.json_file, result)
 
 
 def run_plot(results: Sequence[Path], png: Path) -> None:
@@ -106,7 +107,7 @@ def run_plot(results: Sequence[Path], png: Path) -> None:
         ValueError: a file that is no result.
     """
     draw(results, png)
-    Console().print(f"{png}: accuracy against vision tokens of {len(results)} result(s)", markup=False)
+    Terminal().print(f"{png}: accuracy against vision tokens of {len(results)} result(s)", markup=False)
 
 
 @contextmanager
@@ -182,19 +183,21 @@ def _progress() -> Progress:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    return Progress(*columns, console=Terminal(stderr=True), transient=True)
 
 
-def _write(file: Path | None, result: Mapping[str, Any]) -> None:
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-def _report_failures(console: Console, outcomes: Sequence[Outcome]) -> int:
+def _end(
+    console: Terminal, table: Table, outcomes: Sequence[Outcome], file: Path | None, result: Mapping[str, Any]
+) -> int:
+    """Show everything, then write; returns the exit code, 1 if a request failed."""
     failures = [failure for outcome in outcomes for failure in outcome.failures]
-    if failures:
-        num_asked = sum(len(outcome.scored) for outcome in outcomes)
-        text = f"{len(failures)} of {num_asked} requests failed and count as wrong: {failures[0]}"
-        console.print(text, style="red", markup=False)
+    try:
+        console.show(table)
+        if failures:
+            num_asked = sum(len(outcome.scored) for outcome in outcomes)
+            text = f"{len(failures)} of {num_asked} requests failed and count as wrong: {failures[0]}"
+            console.print(text, style="red", markup=False)
+    finally:  # a reader that left does not cost the file
+        if file is not None:
+            write_file(file, json.dumps(result, indent=2) + "\n")
     return 1 if failures else 0

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
 from vllm_hidrop.commands.local_server import local_server
+from vllm_hidrop.outputs import check_file, write_file
+from vllm_hidrop.terminal import Terminal
 
 if TYPE_CHECKING:
     from hidrop_loadtests.judging import Verdict
     from hidrop_loadtests.running import Arm, Keys, Result
     from hidrop_loadtests.scenarios import Scenario
 
-ALONE = "none"
+ALONE, OFF = SAME_SERVER = ("none", "off")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def show_scenarios(file: Path | None) -> None:
     table = Table("scenario", "requests", "seconds", "arrivals", "question")
     for name, scenario in scenarios.load(file or scenarios.SHIPPED).items():
         table.add_row(name, str(scenario.requests), f"{scenario.seconds:g}", scenario.arrivals.kind, scenario.summary)
-    Console().print(table)
+    Terminal().show(table)
 
 
 def choose(name: str, file: Path | None = None, length: int = 1) -> "Scenario":
@@ -73,38 +74,42 @@ def run(name: str, scenario: "Scenario", target: Target, out: Path, pairs: int =
     from hidrop_loadtests.running import check_address
     from hidrop_loadtests.running import run as run_scenario
 
-    for address in (target.url, target.compare if target.compare not in ("off", ALONE) else None):
+    for address in (target.url, target.compare if target.compare not in SAME_SERVER else None):
         if address is not None:
             check_address(address, target.allow_remote)
-    out.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    files = {kind: out / f"{name}.{kind}" for kind in ("html", "json")}
+    for file in files.values():
+        check_file(file)
+    console = Terminal()
     with _server(target.url, console) as url:
         arms = _arms(url, target)
         results = run_scenario(scenario, arms, pairs, lambda arm: console.print(f"{name}: {arm}", markup=False))
     verdicts = [verdict for result in results for verdict in judge(scenario, result)]
     found = report.as_json(name, scenario, results, verdicts)
-    (out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    page = report.as_html(found, [result.times_ms() for result in results])
-    (out / f"{name}.html").write_text(page, encoding="utf-8")
-    _print(console, results, verdicts)
-    console.print(f"report: {out / name}.html, {out / name}.json", markup=False)
+    try:
+        _print(console, results, verdicts)
+    finally:  # a reader that left does not cost the files
+        write_file(files["json"], json.dumps(found, indent=1) + "\n")
+        write_file(files["html"], report.as_html(found, [result.times_ms() for result in results]))
+    console.print(f"report: {files['html']}, {files['json']}", markup=False)
     return 0 if found["passed"] else 1
 
 
 def _arms(url: str, target: Target) -> "list[Arm]":
-    from hidrop_loadtests.running import OFF, Arm, check_address, connect
+    from hidrop_loadtests.running import OFF as KEEP_ALL
+    from hidrop_loadtests.running import Arm, check_address, connect
 
     first = Arm("pruned", connect(check_address(url, target.allow_remote), target.keys), prunes=True)
     if target.compare == ALONE:
         return [first]
-    if target.compare == "off":
-        return [first, Arm("off", connect(first.endpoint.url, target.keys, OFF), prunes=False)]
+    if target.compare == OFF:
+        return [first, Arm(OFF, connect(first.endpoint.url, target.keys, KEEP_ALL), prunes=False)]
     other = check_address(target.compare, target.allow_remote)
     return [first, Arm(other, connect(other, target.keys), prunes=False)]
 
 
 @contextmanager
-def _server(url: str | None, console: Console) -> Iterator[str]:
+def _server(url: str | None, console: Terminal) -> Iterator[str]:
     if url is not None:
         yield url
         return
@@ -113,7 +118,7 @@ def _server(url: str | None, console: Console) -> Iterator[str]:
         yield own
 
 
-def _print(console: Console, results: "Sequence[Result]", verdicts: "Sequence[Verdict]") -> None:
+def _print(console: Terminal, results: "Sequence[Result]", verdicts: "Sequence[Verdict]") -> None:
     times = Table("", "answered", "requests/s", "TTFT p50", "TTFT p99", "ITL p50", "E2E p99", title="client, ms")
     for result in results:
         found = result.client_ms()
@@ -121,9 +126,9 @@ def _print(console: Console, results: "Sequence[Result]", verdicts: "Sequence[Ve
         shown = [f"{found[key][figure]:.1f}" if key in found else "" for key, figure in cells]
         answered = result.count("answered")
         times.add_row(result.arm.name, str(answered), f"{answered / result.seconds:.2f}", *shown)
-    console.print(times)
+    console.show(times)
     judged = Table("at", "threshold", "wanted", "found", "")
     for verdict in verdicts:
         mark = "passed" if verdict.passed else "[red]missed[/red]"
         judged.add_row(verdict.arm, verdict.what, verdict.wanted, verdict.found, mark)
-    console.print(judged)
+    console.show(judged)

@@ -57,9 +57,22 @@ def local_server(
             _wait_until_healthy(url, process, log, on_wait)
             yield url
         finally:
+            with _undisturbed():
+                end_group(process)
             signal.signal(signal.SIGTERM, old_handler)
-            end_group(process)
     Path(log.name).unlink()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A second Ctrl-C does not stop what the first one began: it would leave the server behind."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    old_handlers = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, old_handlers, strict=True):
+            signal.signal(number, handler)
 
 
 def free_port() -> int:

@@ -5,10 +5,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from vllm_hidrop.methods import METHODS, Method
+from vllm_hidrop.terminal import Terminal
 
 
 def run(as_json: bool) -> None:
@@ -17,7 +17,7 @@ def run(as_json: bool) -> None:
     if as_json:
         print(json.dumps(catalogue, indent=2))
     else:
-        Console().print(_table(catalogue))
+        Terminal().show(_table(catalogue))
 
 
 def _describe(method: type[Method]) -> dict[str, Any]:

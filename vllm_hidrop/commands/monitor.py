@@ -13,15 +13,16 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from http.client import HTTPException
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vllm_hidrop.commands import demo
 from vllm_hidrop.commands.local_server import local_server
+from vllm_hidrop.terminal import Terminal
 
 SCRAPE_SECONDS = 1.0
 INTERVAL = "15s"
@@ -52,7 +53,7 @@ def run(url: str | None, traffic: Traffic, png: Path) -> int:
     from vllm_hidrop.monitoring.panels import DASHBOARDS
     from vllm_hidrop.monitoring.prometheus import find_tools, running
 
-    console = Console()
+    console = Terminal()
     questions, tools = demo.read_questions(demo.find_examples()), find_tools()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress, _server(url, progress) as address:
@@ -63,12 +64,12 @@ def run(url: str | None, traffic: Traffic, png: Path) -> int:
             answered, refused = drive(address, *asking, traffic, progress)
             time.sleep(2 * SCRAPE_SECONDS)
             lines = ask_panels(prometheus, DASHBOARDS, start, time.time())
-        draw(DASHBOARDS, lines, png)
     empty = sum(not found for found in lines.values())
-    console.print(
-        f"{answered} requests answered, {refused} refused; {len(lines)} queries, {empty} without data: {png}",
-        highlight=False,
-    )
+    told = f"{answered} requests answered, {refused} refused; {len(lines)} queries, {empty} without data: {png}"
+    try:
+        console.print(told, highlight=False, markup=False)
+    finally:  # a reader that left does not cost the picture
+        draw(DASHBOARDS, lines, png)
     return 0 if answered else 1
 
 
@@ -152,7 +153,7 @@ def _send(url: str, body: dict[str, Any]) -> int:
     except urllib.error.HTTPError as error:
         error.read()
         return error.code
-    except OSError:
+    except (OSError, HTTPException):
         return 0
 
 
@@ -160,6 +161,6 @@ def _send(url: str, body: dict[str, Any]) -> int:
 def _server(url: str | None, progress: Progress) -> Iterator[str]:
     task = progress.add_task("starting the server", total=None)
     on_wait: Callable[[], None] = progress.refresh
-    with nullcontext(url.rstrip("/")) if url else local_server([], on_wait=on_wait) as address:
+    with nullcontext(url) if url else local_server([], on_wait=on_wait) as address:
         progress.remove_task(task)
         yield address

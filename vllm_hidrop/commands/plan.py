@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from vllm_hidrop import costs
 from vllm_hidrop.config import HidropConfig, Resolved, resolve
 from vllm_hidrop.costs import RequestCosts, StageCosts, TextShape, VisionShape
 from vllm_hidrop.methods import Adaptive, ModelShape
+from vllm_hidrop.methods.visipruner import VisiPruner
+from vllm_hidrop.paper_flops import PaperFlops, paper_flops
 from vllm_hidrop.pruning import Span, make_plan
 from vllm_hidrop.shapes import text_shape, vision_shape
+from vllm_hidrop.terminal import Terminal
 
 EMBEDDED = "embedded"
+FIXED_LAYERS = '{"filter_layer": 14, "keep": 10, "exit_layer": 23}'
+"""Of VisiPruner on LLaVA-1.5-7B: what its 1.76 TFLOPs amount to, 10 tokens from the 16th to the 23rd layer."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,12 @@ def run(
     Raises:
         ValueError: the model cannot be read, or the choice does not fit it.
     """
-    _, resolved, workload, found = planned(model, choice, images, text, block_size)
+    known, resolved, workload, found = planned(model, choice, images, text, block_size)
+    paper = paper_flops(known.text, found, resolved.method.name)
     if as_json:
-        print(json.dumps(_as_json(model, resolved, workload, found), indent=2))
+        print(json.dumps(_as_json(model, resolved, workload, found, paper), indent=2))
     else:
-        _print_table(model, resolved, workload, found)
+        _print_table(model, resolved, workload, found, _paper_note(known.text, resolved, paper))
 
 
 def planned(
@@ -125,7 +130,7 @@ def read_model(model: str) -> Model:
     try:
         config = AutoConfig.from_pretrained(source)
         text = text_shape(config.get_text_config())
-    except (OSError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever file, hub or parser complains
         first_line = str(error).strip().partition("\n")[0]
         raise ValueError(f"cannot read the shape of model {model!r}: {first_line}") from error
     vision = vision_shape(config, text) if config.model_type == "llava" else None
@@ -143,7 +148,9 @@ def _embedded_directory() -> str:
     return str(MODEL_DIR)
 
 
-def _as_json(model: str, resolved: Resolved, workload: Workload, found: RequestCosts) -> dict[str, Any]:
+def _as_json(
+    model: str, resolved: Resolved, workload: Workload, found: RequestCosts, paper: PaperFlops
+) -> dict[str, Any]:
     return {
         "model": model,
         "method": resolved.method.name,
@@ -165,12 +172,13 @@ def _as_json(model: str, resolved: Resolved, workload: Workload, found: RequestC
             "dense_flops": found.dense_flops,
             "encoder_flops": found.encoder_flops,
         },
+        "paper": dataclasses.asdict(paper),
         "ideal_speedup": found.ideal_speedup,
         "ideal_speedup_with_encoder": found.ideal_speedup_with_encoder,
     }
 
 
-def _print_table(model: str, resolved: Resolved, workload: Workload, found: RequestCosts) -> None:
+def _print_table(model: str, resolved: Resolved, workload: Workload, found: RequestCosts, paper_note: str) -> None:
     preset = f" {resolved.preset}" if resolved.preset else ""
     images = " + ".join(str(num_tokens) for num_tokens in workload.images)
     table = Table(
@@ -184,15 +192,30 @@ def _print_table(model: str, resolved: Resolved, workload: Workload, found: Requ
         table.add_row(str(index), f"{stage.first_layer}-{stage.end_layer - 1}", *_cells(stage))
     table.add_section()
     table.add_row("all", f"0-{found.num_layers - 1}", *_total_cells(found))
-    console = Console()
-    console.print(table)
-    console.print(_notes(workload, found), highlight=False)
+    console = Terminal()
+    console.show(table)
+    console.print(f"{_notes(workload, found)}\n{paper_note}", highlight=False, markup=False)
     if isinstance(resolved.method, Adaptive):
         console.print(
             f"{resolved.method.name} decides while a prompt runs how many tokens stay: these are upper bounds; "
             "what a request held is in its response.",
             highlight=False,
         )
+
+
+def _paper_note(shape: TextShape, resolved: Resolved, paper: PaperFlops) -> str:
+    """The paper's own count, what it counts, and how to have it where layers are not fixed."""
+    scale, unit = (1e12, "TFLOPs") if paper.dense_flops >= 1e12 else (1e9, "GFLOPs")
+    note = (
+        f"By the papers' formula for vision alone: {paper.flops / scale:.2f} of {paper.dense_flops / scale:.2f} {unit} "
+        f"(multiply-adds, {paper.formula}; n vision tokens, d {shape.hidden_size}, m {shape.intermediate_size}"
+    )
+    if paper.quiet_layers:
+        note += f"; 2 n^2 d not in the first {paper.quiet_layers} layers, as VisiPruner's appendix M"
+    note += ")"
+    if isinstance(resolved.method, VisiPruner) and None in (resolved.method.filter_layer, resolved.method.exit_layer):
+        note += f"; VisiPruner's own figures are for fixed layers: --options '{FIXED_LAYERS}'"
+    return note
 
 
 def _cells(stage: StageCosts) -> tuple[str, ...]:

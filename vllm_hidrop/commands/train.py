@@ -4,17 +4,21 @@ from pathlib import Path
 
 import typer
 
+from vllm_hidrop.outputs import check_folder
+
 
 def run(config_path: Path) -> int:
     """Train as a YAML file says; returns the exit code, 1 when training had to stop.
 
     Raises:
         ValueError: the configuration, the model or the data are not what they should be.
+        OSError: the output cannot be written, or the disk is full.
     """
     from vllm_hidrop.training.run_config import read_train_config
-    from vllm_hidrop.training.unfinished import TrainingStopped, is_disk_full
+    from vllm_hidrop.training.unfinished import TrainingStopped
 
     config = read_train_config(config_path)
+    check_folder(config.output)
     try:
         from vllm_hidrop.training.run import train
     except ModuleNotFoundError as error:
@@ -23,11 +27,6 @@ def run(config_path: Path) -> int:
         directory = train(config)
     except TrainingStopped as stop:
         typer.echo(f"hidrop: {stop}", err=True)
-        return 1
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        typer.echo(f"hidrop: disk full while writing {error.filename or config.output}", err=True)
         return 1
     typer.echo(f"{directory}: serve it with hidrop serve {directory}")
     return 0

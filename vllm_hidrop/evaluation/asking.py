@@ -1,11 +1,13 @@
 """Asks an OpenAI-compatible endpoint, several questions at a time, greedily. Knows no task's rules."""
 
 import base64
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from openai import APIConnectionError, InternalServerError, OpenAI, OpenAIError, RateLimitError
@@ -79,13 +81,33 @@ class Endpoint:
 
 def ask_all(endpoint: Endpoint, samples: Sequence[Sample], max_tokens: int, concurrency: int) -> Iterator[Answer]:
     """Answers as they come; never more than ``concurrency`` requests at once. Leaving early asks no more."""
-    pool = ThreadPoolExecutor(concurrency, thread_name_prefix="hidrop-eval")
+    waiting: SimpleQueue[Sample] = SimpleQueue()
+    answers: SimpleQueue[Answer | BaseException] = SimpleQueue()
+    for sample in samples:
+        waiting.put(sample)
+
+    def work() -> None:
+        try:
+            while True:
+                answers.put(ask(endpoint, waiting.get_nowait(), max_tokens))
+        except Empty:
+            return
+        except BaseException as error:  # raised where it is waited for
+            answers.put(error)
+
+    # Daemons: an answer that nobody waits for any more, after Ctrl-C, does not keep the process.
+    for _ in range(min(concurrency, len(samples))):
+        threading.Thread(target=work, name="hidrop-eval", daemon=True).start()
     try:
-        futures = [pool.submit(ask, endpoint, sample, max_tokens) for sample in samples]
-        for future in as_completed(futures):
-            yield future.result()
+        for _ in samples:
+            answer = answers.get()
+            if isinstance(answer, BaseException):
+                raise answer
+            yield answer
     finally:
-        pool.shutdown(cancel_futures=True)
+        with suppress(Empty):
+            while True:
+                waiting.get_nowait()
 
 
 def ask(endpoint: Endpoint, sample: Sample, max_tokens: int) -> Answer:

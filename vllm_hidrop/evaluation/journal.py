@@ -13,11 +13,21 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from vllm_hidrop.evaluation.asking import Answer
-from vllm_hidrop.evaluation.reading import has_fields
+from vllm_hidrop.evaluation.reading import has_fields, read_text
 from vllm_hidrop.evaluation.samples import Sample
+from vllm_hidrop.outputs import check_file
 
 FILE = "answers.jsonl"
 FIELDS = ("settings", "id", "asked", "text", "vision_tokens", "error")
+
+
+def check_journal(directory: Path) -> None:
+    """See that a run can keep its answers there.
+
+    Raises:
+        OSError: it cannot.
+    """
+    check_file(directory / FILE)
 
 
 class Journal:
@@ -75,14 +85,14 @@ class Journal:
             self._file.flush()
 
     def _read(self, path: Path) -> None:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        text = read_text(path) if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
         if whole != text:  # the run was killed while it wrote its last line
             path.write_text(whole, encoding="utf-8")
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 value = json.loads(line)
-            except json.JSONDecodeError:
+            except (json.JSONDecodeError, RecursionError):
                 raise ValueError(f"{path}, line {number}: expected a JSON object") from None
             if number == 1:
                 self._check_settings(has_fields(value, ("settings",), f"{path}, line 1")["settings"])

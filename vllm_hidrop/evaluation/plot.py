@@ -1,11 +1,14 @@
 """Accuracy against mean vision tokens per layer, from the result files of ``hidrop eval``. Knows only those files."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from vllm_hidrop.evaluation.reading import has_fields, read_json
+from vllm_hidrop.outputs import write_file
 
 ONE = ("accuracy", "interval", "mean_vision_tokens", "task")
 TWO = ("dense", "hidrop", "intervals", "mean_vision_tokens", "mean_vision_tokens_dense")
@@ -30,6 +33,7 @@ def read_points(path: Path) -> list[Point]:
     value = has_fields(read_json(path), (), str(path))
     if "dense" in value:
         has_fields(value, TWO, str(path))
+        has_fields(value["intervals"], ("dense", "hidrop"), f"{path}, intervals")
         tokens = {"dense": value["mean_vision_tokens_dense"], "hidrop": value["mean_vision_tokens"]}
         return [_point(path, f"{path.stem} {arm}", n, value[arm], value["intervals"][arm]) for arm, n in tokens.items()]
     has_fields(value, ONE, str(path))
@@ -39,8 +43,14 @@ def read_points(path: Path) -> list[Point]:
 def _point(path: Path, label: str, vision_tokens: Any, accuracy: float, interval: Sequence[float]) -> Point:
     if vision_tokens is None:
         raise ValueError(f"{path}: expected mean_vision_tokens; only hidrop servers report them")
-    low, high = interval
-    return Point(label, vision_tokens, accuracy, (low, high))
+    try:
+        low, high = interval
+        point = Point(label, float(vision_tokens), float(accuracy), (float(low), float(high)))
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{path}: expected numbers, an interval of two among them") from None
+    if not all(map(math.isfinite, (point.vision_tokens, point.accuracy, *point.interval))):
+        raise ValueError(f"{path}: expected finite numbers, got {point}")
+    return point
 
 
 def draw(results: Sequence[Path], png: Path) -> None:
@@ -70,4 +80,6 @@ def draw(results: Sequence[Path], png: Path) -> None:
     axes.margins(x=0.2)  # room for the labels
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    figure.savefig(png, format="png")
+    whole = BytesIO()
+    figure.savefig(whole, format="png")
+    write_file(png, whole.getvalue())

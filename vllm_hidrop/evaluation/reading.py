@@ -35,6 +35,8 @@ def read_json(path: Path) -> Any:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: expected JSON: {error.msg}") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise ValueError(f"{path}: expected JSON: {error}") from None
 
 
 def read_json_lines(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -47,8 +49,8 @@ def read_json_lines(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, di
         if line.strip():
             try:
                 value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: expected a JSON object: {error.msg}") from None
+            except (RecursionError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: expected a JSON object: {error}") from None
             yield number, has_fields(value, fields, f"{path}, line {number}")
 
 
@@ -73,13 +75,17 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[s
         ValueError: no such file, a missing column, or a row of another length.
     """
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
-    rows = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t")
-    header = next(rows, [])
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t")
+    try:
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+    header = rows.pop(0)[1] if rows else []
     missing = [column for column in columns if column not in header]
     if missing:
         raise ValueError(f"{path}, line 1: expected columns {', '.join(columns)}; no {', '.join(missing)}")
-    for row in rows:
+    for number, row in rows:
         if row:
             if len(row) != len(header):
-                raise ValueError(f"{path}, line {rows.line_num}: expected {len(header)} columns, got {len(row)}")
-            yield rows.line_num, dict(zip(header, row, strict=True))
+                raise ValueError(f"{path}, line {number}: expected {len(header)} columns, got {len(row)}")
+            yield number, dict(zip(header, row, strict=True))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_hidrop.monitoring.panels import Dashboard, Panel, Row, Unit
 from vllm_hidrop.monitoring.prometheus import Series
+from vllm_hidrop.outputs import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,7 +49,7 @@ def draw(dashboards: Sequence[Dashboard], lines: Lines, file: Path) -> None:
                 _draw_panel(cell, panel, lines)
         whole = BytesIO()  # an interrupted run leaves no half a picture
         figure.savefig(whole, dpi=80, format="png")
-    file.write_bytes(whole.getvalue())
+    write_file(file, whole.getvalue())
 
 
 def height_inches(row: Row) -> float:

@@ -3,6 +3,7 @@
 Fetching needs apt, no root, and once: Debian's package is unpacked into a cache folder. Knows no metric.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -55,13 +56,20 @@ def find_programs(package: str, names: Sequence[str], cache: Path | None = None)
     folder = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vllm_hidrop" / package
     programs = [folder / "usr" / "bin" / name for name in names]
     if not all(program.is_file() for program in programs):
-        _fetch(package, folder)
+        _fetch(package, folder, programs)
     return programs
 
 
-def _fetch(package: str, folder: Path) -> None:
-    """Unpack a Debian package into ``folder``; whole or not at all."""
+def _fetch(package: str, folder: Path, programs: Sequence[Path]) -> None:
+    """Unpack a Debian package into ``folder``; whole or not at all, and once where several processes want it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not all(program.is_file() for program in programs):
+            _unpack(package, folder)
+
+
+def _unpack(package: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetching-") as name:
         work = Path(name)
         _run(["apt-get", "-o", "Acquire::Retries=3", "download", package], work, package)
@@ -147,7 +155,7 @@ def running(
     """Start one that scrapes ``targets`` as job "hidrop", and end it; what it stored is deleted.
 
     Args:
-        targets: addresses of servers, http://HOST:PORT.
+        targets: addresses of servers, as `hidrop_loadtests.addresses` gives them.
         rules: a rule file.
         scrape_seconds: between two scrapes, and between two evaluations of the rules.
         on_wait: called a few times a second until it is ready.
@@ -191,12 +199,18 @@ def running(
 
 def _config(targets: Sequence[str], rules: Path | None, scrape_seconds: float) -> dict[str, Any]:
     every = f"{round(scrape_seconds * 1000)}ms"
-    hosts = [target.removeprefix("http://").rstrip("/") for target in targets]
     return {
         "global": {"scrape_interval": every, "evaluation_interval": every, "scrape_timeout": every},
         "rule_files": [str(rules.resolve())] if rules else [],
-        "scrape_configs": [{"job_name": "hidrop", "static_configs": [{"targets": hosts}]}],
+        "scrape_configs": [{"job_name": "hidrop", "static_configs": [_target(each) for each in targets]}],
     }
+
+
+def _target(address: str) -> dict[str, Any]:
+    """A server behind a path is scraped below it."""
+    parts = urllib.parse.urlsplit(address)
+    labels = {"__scheme__": parts.scheme, "__metrics_path__": f"{parts.path}/metrics"}
+    return {"targets": [parts.netloc], "labels": labels}
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, on_wait: Callable[[], None]) -> None:

@@ -38,7 +38,7 @@ def save_hub_checkpoint(model: Any, source: Path, directory: Path, entries: Mapp
         entries: keys to set in ``config.json``, ``hidrop`` above all.
 
     Raises:
-        TrainingStopped: the disk is full.
+        OSError: the disk is full.
     """
     with whole_or_absent(directory) as unfinished:
         unfinished.mkdir()

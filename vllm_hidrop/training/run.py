@@ -31,7 +31,8 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         ValueError: configuration, model or data are not what they should be, or the configuration has changed.
-        TrainingStopped: the loss is not finite, or the disk is full.
+        TrainingStopped: the loss is not finite.
+        OSError: the disk is full.
     """
     run = Run(config)
     for index in range(run.done.stage, len(run.stages)):

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from vllm_hidrop.json_text import read_short_text
 from vllm_hidrop.positions import PositionScheme
 
 StageName = Literal["align", "instruct"]
@@ -166,9 +167,7 @@ def read_train_config(path: Path) -> TrainConfig:
         ValueError: no such file, not YAML, or not a training configuration.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.safe_load(read_short_text(path))
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     return parse_train_config(values)

@@ -36,7 +36,7 @@ def save(directory: Path, progress: Progress, state: Mapping[str, Any]) -> None:
     """Write a checkpoint, whole or not at all, then remove all but the newest two.
 
     Raises:
-        TrainingStopped: the disk is full.
+        OSError: the disk is full.
     """
     content = {"stage": progress.stage, "step": progress.step, **state}
     # A file of Python's, not a path: PyTorch's own writer hides the reason of a failure.

@@ -24,7 +24,7 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
     """Yields a place beside ``path``; what is there afterwards becomes ``path``, after an error it is removed.
 
     Raises:
-        TrainingStopped: the disk is full.
+        OSError: what the system says; of a full disk, also what to do.
     """
     unfinished = path.with_name(f".{path.name}.unfinished")
     _remove(unfinished)
@@ -37,9 +37,10 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
     except BaseException as error:
         _remove(unfinished)
         if is_disk_full(error):
-            raise TrainingStopped(
+            raise OSError(
+                errno.ENOSPC,
                 f"disk full while writing {path}; the unfinished file is removed, earlier checkpoints are intact: "
-                "make room and run the same command again"
+                "make room and run the same command again",
             ) from error
         raise
 
