@@ -48,6 +48,7 @@ class HidropLLM(AsyncLLM):
     processor; the two are extended, nothing else.
     """
 
+    input_processor: InputProcessor
     output_processor: OutputProcessor
     grammars: Grammars
     """Set once the engine has started."""

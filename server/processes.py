@@ -111,5 +111,6 @@ def _serve_one(address: str, sock: socket, args: Namespace, client: dict[str, An
         ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
     args._api_process_rank = client["client_index"]
     vllm_config = engine_config(args)
-    judge = Judge(vllm_config, args.max_grammar_seconds, inherited=(sock,))
+    inherited = [sock, *(each for each in client.values() if isinstance(each, socket))]
+    judge = Judge(vllm_config, args.max_grammar_seconds, inherited)
     sys.exit(uvloop.run(answer(address, sock, args, vllm_config, judge, client)))

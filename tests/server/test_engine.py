@@ -17,6 +17,9 @@ class Counted:
     def ended(self, report: Any, aborted: bool = False, times: Any = None) -> None:
         self.calls.append((report, aborted))
 
+    def refused(self, reason: str) -> None:
+        self.calls.append((reason, False))
+
 
 @pytest.fixture
 def processor(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -38,7 +41,7 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def output(request_id: str, params: dict[str, Any] | None) -> Any:
-    return SimpleNamespace(request_id=request_id, kv_transfer_params=params)
+    return SimpleNamespace(request_id=request_id, kv_transfer_params=params, finish_reason=None)
 
 
 def test_an_early_report_is_handed_on_and_counted_once_when_a_stop_string_ends_the_sequence(processor: Any) -> None:
@@ -63,3 +66,19 @@ def test_a_class_that_vllm_no_longer_builds_is_not_adopted() -> None:
 
     with pytest.raises(TypeError, match="extends another class"):
         adopt(dict, object.__new__(type("Other", (), {})))
+
+
+@pytest.mark.parametrize(("reason", "status"), [(None, 503), (7, 503), ("no way", 400)])
+def test_a_sequence_that_fails_may_be_asked_again_unless_there_is_a_reason(
+    processor: Any, reason: Any, status: int
+) -> None:
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    queue = RequestOutputCollector(RequestOutputKind.DELTA, "r")
+    processor.request_states["r"].queue = queue
+    assert processor._fail(processor.request_states["r"], reason) == []
+    with pytest.raises(Exception) as raised:  # noqa: PT011
+        queue.get_nowait()
+    assert create_error_response(raised.value).error.code == status

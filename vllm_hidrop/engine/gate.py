@@ -193,7 +193,10 @@ CHECKED = (
     ),
     Checked("--stream-interval", "test_settings.py::test_a_stream_interval_loses_no_token_and_no_report"),
     Checked("--logits-processors", "test_settings.py::test_a_logits_processor_sees_the_rows_of_pruned_requests"),
-    Checked("--enable-mm-embeds", "test_settings.py::test_image_embeddings_are_pruned_as_their_image_is"),
+    Checked(
+        "--enable-mm-embeds (from Python; `hidrop serve` refuses it)",
+        "test_settings.py::test_image_embeddings_are_pruned_as_their_image_is",
+    ),
 )
 
 
