@@ -100,6 +100,10 @@ def _of_any_json(base: dict[str, Any]) -> Iterator[tuple[str, Maker]]:
     yield "100,000 numbers of 300 digits", _raw(base, lambda: b"[" + b",".join([b"7" * 300] * 100_000) + b"]")
     yield "as many values as may be", _raw(base, lambda: b"[" + b",".join([b"1"] * 262_000) + b"]")
     yield "8,000 words", _raw(base, lambda: b"[" + b",".join([b'"x"'] * 8_000) + b"]")
+    words = b"[" + b",".join([b'"x"'] * 8_000) + b"]"
+    yield "30 lists of 8,000 words", _raw(base, lambda: b"[" + b",".join([words] * 30) + b"]")
+    pairs = b"{" + b",".join(b'"%d":"x"' % n for n in range(8_000)) + b"}"
+    yield "30 objects of 8,000 words", _raw(base, lambda: b"[" + b",".join([pairs] * 30) + b"]")
     yield "200,000 words", _raw(base, lambda: b"[" + b",".join([b'"x"'] * 200_000) + b"]")
     yield "16,000 objects", _raw(base, lambda: b'{"a":[' + b",".join([b"[{}]"] * 8_000) + b"]}")
     yield "a surrogate", _raw(base, lambda: b'"\\ud800"')

@@ -98,6 +98,11 @@ UNUSABLE: dict[str, tuple[str, Any]] = {
         MESSAGES,
         holding(MESSAGES, [{"type": "image", "source": {"type": "base64", "data": "AAAA"}}], "system"),
     ),
+    "messages of completions": (
+        COMPLETIONS,
+        {"prompt": "x", **holding(CHAT, [{"type": "image_url", "image_url": URL}])},
+    ),
+    "input of a chat": (CHAT, {"messages": [], **holding(RESPONSES, [{"type": "image_url", "image_url": URL}])}),
     "multi_modal_data": (COMPLETIONS, {"prompt": "x", "multi_modal_data": {"image": "AAAA"}}),
     "prompt_embeds": (COMPLETIONS, {"prompt": "x", "prompt_embeds": "AAAA"}),
     "images of a body": (CHAT, {"messages": [], "images": ["AAAA"]}),
