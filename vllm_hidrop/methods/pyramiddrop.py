@@ -15,8 +15,10 @@ class PyramidDrop(Method):
 
     **Source** arXiv 2410.17247 section 3; released defaults: cuts 8, 16, 24 of 32 layers, keeps 0.5, 0.25, 0.125.
 
-    **Differs** the row that scores is the last prompt row, which is the last instruction row at inference. Positions
-    are never renumbered. Each image keeps its own share.
+    **Differs** the released code, in training too, numbers rows anew after every cut, text and generated tokens
+    included; by default positions here are the full prompt's, so the first cut keeps the same tokens and the later ones
+    others. The row that scores is the last prompt row, which is the last instruction row at inference. Each image
+    keeps its own share.
 
     **Options** ``cuts`` (depth of every cut as a fraction of the layers), ``keeps`` (fraction or count per image after
     each cut).
