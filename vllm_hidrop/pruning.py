@@ -237,6 +237,7 @@ class Plan:
     ``carried_from``: the last block boundary within them.
     ``has_run``: the counts are those of the caches once the prompt has run, which may be any.
     ``explains``: the request's report is to list the tokens that every stage kept.
+    ``renumbered``: ids depend on how many tokens a stage drops, and merged tokens come first.
     """
 
     num_prompt_tokens: int
@@ -250,6 +251,7 @@ class Plan:
     prefix_tokens: int = 0
     carried_from: int = 0
     explains: bool = False
+    renumbered: bool = False
 
     def __post_init__(self) -> None:
         if self.has_run:

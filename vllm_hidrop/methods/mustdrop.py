@@ -30,9 +30,10 @@ class MustDrop(Adaptive):
     tokens after merging, 39 after the first filter) is 76 rows in the mean over the layers by our count. By default
     original positions are kept, and the tokens stay in raster order: a merged token has the place of its window's
     bottom-right patch. The code puts merged tokens first, numbers rows anew after every filter, and in decode goes on
-    from each layer's own count; so it keeps other sets than we in 85 to 100 % of requests on equal float32 weights
-    (neither answers better), and the same ones in all of them with original positions patched in. Every image merges
-    by its own threshold and is filtered by its own text rows, those behind it. Scores are float32, the code's float16.
+    from each layer's own count: ``positions`` "renumbered" does all that. So without it the code keeps other sets than
+    we in 85 to 100 % of requests on equal float32 weights (neither answers better), and the same ones in all of them
+    with original positions patched in. Every image merges by its own threshold and is filtered by its own text rows,
+    those behind it. Scores are float32, the code's float16.
 
     **Options** ``global_threshold``, ``individual_threshold``, ``filter_layers`` (zero-based), ``merge_threshold``
     (None: no merging), ``merge_window`` (patches a side), ``key_rate`` (0: no key tokens; with both off, towers without
