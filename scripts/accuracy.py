@@ -1,14 +1,15 @@
 """Serve the checkpoints, ask them, and write docs/accuracy.md, docs/accuracy.png and docs/accuracy.json.
 
 ``python scripts/accuracy.py --ablations DIR --limit N --seed S --out ANSWERS`` does everything and goes on where an
-interrupted run ended; ``--write`` only writes text and figure again from the JSON file.
+interrupted run ended; ``--selection`` only measures how far bfloat16 moves the kept patches, ``--write`` only writes
+text and figure again from the JSON file.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from vllm_hidrop.accuracy.generate import Choice, run, write
+from vllm_hidrop.accuracy.generate import Choice, Questions, measure_selection, run, write
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -25,17 +26,17 @@ def main() -> int:
     parser.add_argument("--no-agreement", action="store_true", help="do not ask the training code")
     parser.add_argument("--docs", type=Path, default=DOCS, help="where to write (default: docs/)")
     parser.add_argument("--write", action="store_true", help="only text and figure, from the JSON file")
+    parser.add_argument("--selection", action="store_true", help="only what bfloat16 does to the kept patches")
     options = parser.parse_args()
-    if not options.write and options.out is None:
+    if not options.write and not options.selection and options.out is None:
         parser.error("--out is needed to keep the answers")
+    questions = options.limit, options.seed, options.concurrency
     try:
-        if not options.write:
+        if options.selection:
+            measure_selection(Questions(*questions), options.docs)
+        elif not options.write:
             run(
-                Choice(options.limit, options.seed, options.concurrency, options.out),
-                options.ablations,
-                options.only,
-                not options.no_agreement,
-                options.docs,
+                Choice(*questions, options.out), options.ablations, options.only, not options.no_agreement, options.docs
             )
         write(options.docs)
     except ValueError as error:

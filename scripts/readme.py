@@ -1,4 +1,4 @@
-"""Fill the generated parts of README.md and docs: the gate's table, the tables of docs/bench.json, the metrics.
+"""Fill the generated parts of README.md and docs: gate, tables of docs/bench.json, metrics, methods' docstrings.
 
 ``python scripts/readme.py`` writes, ``--check`` only compares (exit code 1 when one of them is out of date).
 """
@@ -10,7 +10,9 @@ from pathlib import Path
 from hidrop_server.metrics import METRICS
 from vllm_hidrop.bench.rows import read_rows
 from vllm_hidrop.bench.tables import markdown_sections, markdown_summary
+from vllm_hidrop.commands.methods import about
 from vllm_hidrop.engine.gate import CHECKED, RULES
+from vllm_hidrop.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,6 +43,11 @@ def metrics_table() -> str:
     return "\n".join(["| metric | type | labels of its own | meaning |", "|---|---|---|---|", *rows])
 
 
+def method_sections() -> str:
+    """One section per method: its docstring."""
+    return "\n\n".join(f"## `{name}` ({method.paper})\n\n{about(method)}" for name, method in METHODS.items())
+
+
 def fill(text: str, part: str, content: str) -> str:
     """Put ``content`` between the markers of ``part``."""
     pattern = re.compile(rf"(<!-- {part}:begin[^>]*-->\n).*?(<!-- {part}:end -->)", re.DOTALL)
@@ -54,6 +61,7 @@ def main() -> int:
         ROOT / "README.md": {"gate": gate_table(), "numbers": markdown_summary(rows)},
         ROOT / "docs" / "performance.md": {"numbers": markdown_sections(rows)},
         ROOT / "docs" / "metrics.md": {"metrics": metrics_table()},
+        ROOT / "docs" / "methods.md": {"methods": method_sections()},
     }
     is_current = True
     for file, contents in parts.items():

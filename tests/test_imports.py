@@ -38,7 +38,7 @@ EDGES = ("vllm_hidrop.json_text", "vllm_hidrop.outputs", "vllm_hidrop.terminal")
 POSITIONS = ("vllm_hidrop.positions", *PRUNING)
 SCORING = ("vllm_hidrop.scoring", *PRUNING)
 DECIDING = ("vllm_hidrop.deciding", "vllm_hidrop.edits", "vllm_hidrop.merging", *SCORING)
-METHODS = ("vllm_hidrop.methods", *DECIDING)
+METHODS = ("vllm_hidrop.methods", *DECIDING, *POSITIONS)
 CONFIG = ("vllm_hidrop.config", *METHODS, *POSITIONS)
 ENGINE = ("vllm_hidrop.engine", *DECIDING, *POSITIONS)
 MODELS = ("vllm_hidrop.models", *CONFIG, *ENGINE)
@@ -52,7 +52,7 @@ RULES = {
     "vllm_hidrop.edits": Rule(("torch",)),
     "vllm_hidrop.merging": Rule((*SCORING, "torch")),
     "vllm_hidrop.deciding": Rule(("vllm_hidrop.edits", "vllm_hidrop.merging", *SCORING, "torch")),
-    "vllm_hidrop.methods": Rule((*DECIDING, "torch")),
+    "vllm_hidrop.methods": Rule((*DECIDING, *POSITIONS, "torch")),
     "vllm_hidrop.config": Rule((*METHODS, *POSITIONS, "torch")),
     "vllm_hidrop.engine": Rule(("vllm_hidrop.costs", *DECIDING, *POSITIONS, "torch", "vllm")),
     "vllm_hidrop.models": Rule(("vllm_hidrop.shapes", *CONFIG, *ENGINE, "torch", "vllm")),

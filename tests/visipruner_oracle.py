@@ -281,10 +281,10 @@ class VisiPrunerOracle:
         device = prompt.rows.device
         new_tokens = torch.tensor(generated, dtype=torch.long, device=device)
         hidden = torch.cat([prompt.rows, self._text.embed_tokens(new_tokens)])
-        rope = self._dense._rope(hidden, torch.arange(len(hidden), device=device))
         last = len(prompt.rows) - 1
         for index, layer in enumerate(self._layers):
-            heads = project_heads(layer, hidden, rope)
+            ids = self._ids(index, prompt, len(generated), decisions.kept_in(index), settings)
+            heads = project_heads(layer, hidden, self._dense._rope(hidden, ids))
             weights = layer_weights(index, heads, prompt, decisions.kept_in(index), settings)
             value = heads.value.repeat_interleave(weights.shape[0] // heads.value.shape[0], dim=0)
             output = (weights @ value).transpose(0, 1).flatten(1)
@@ -295,6 +295,26 @@ class VisiPrunerOracle:
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         logits: torch.Tensor = self._dense._model.lm_head(self._text.norm(hidden[-1]))
         return logits
+
+    def _ids(
+        self, layer: int, prompt: _Prompt, num_generated: int, kept: Kept, settings: VisiPrunerSettings
+    ) -> torch.Tensor:
+        """[T]: the ids of all rows in ``layer``, places in the full sequence."""
+        return torch.arange(len(prompt.rows) + num_generated, device=prompt.rows.device)
+
+
+class RenumberedVisiPrunerOracle(VisiPrunerOracle):
+    """The same where each layer numbers the rows it sees 0, 1, 2, ..., and generated ones by its cache's length."""
+
+    def _ids(
+        self, layer: int, prompt: _Prompt, num_generated: int, kept: Kept, settings: VisiPrunerSettings
+    ) -> torch.Tensor:
+        everything = torch.ones(len(prompt.rows), dtype=torch.bool, device=prompt.rows.device)
+        visible = _show(everything, prompt, kept)
+        is_dropped = layer < settings.shallow_layers and settings.drop_shallow_kv
+        cached = _show(everything, prompt, [[] for _ in kept]) if is_dropped else visible
+        generated = torch.arange(num_generated, device=prompt.rows.device) + cached.sum()
+        return torch.cat([visible.cumsum(0) - 1, generated])
 
 
 def layer_weights(layer: int, heads: _Heads, prompt: _Prompt, kept: Kept, settings: VisiPrunerSettings) -> torch.Tensor:

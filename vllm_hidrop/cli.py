@@ -41,11 +41,14 @@ def main() -> None:
 
 
 @app.command()
-def methods(as_json: AsJson = False) -> None:
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method: also what differs from its paper and code.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """List the pruning methods, their options and presets."""
     from vllm_hidrop.commands import methods as command
 
-    command.run(as_json)
+    command.run(name, as_json)
 
 
 @app.command()

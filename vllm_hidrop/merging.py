@@ -73,10 +73,12 @@ class Reduced:
     Attributes:
         alive: bool [V], the patches that still stand for a token.
         keys: bool [V], those of them that no method may drop.
+        merged_first: int64 [V'], the patches alive with the merged ones first, see :class:`Merged`.
     """
 
     alive: npt.NDArray[np.bool_]
     keys: npt.NDArray[np.bool_]
+    merged_first: npt.NDArray[np.int64]
 
 
 def windows(num_patches: int, side: int) -> torch.Tensor:
@@ -108,6 +110,9 @@ class Merged(NamedTuple):
     """bool [V], the patches in whose place a row stands."""
     row_of: npt.NDArray[np.int64]
     """int64 [V], the row that stands for each patch."""
+    merged_first: npt.NDArray[np.int64]
+    """int64 [V'], the patches alive in the order of the released MustDrop: merged windows by falling similarity, the
+    first in raster order of equal ones, then the other patches in raster order."""
 
 
 def merge(patches: torch.Tensor, threshold: float | None, side: int) -> Merged:
@@ -124,15 +129,19 @@ def merge(patches: torch.Tensor, threshold: float | None, side: int) -> Merged:
     alive = np.ones(num_patches, dtype=np.bool_)
     stands_for = np.arange(num_patches)
     if threshold is None:
-        return Merged(patches, alive, stands_for)
+        return Merged(patches, alive, stands_for, stands_for)
     index = windows(num_patches, side).to(patches.device)
-    chosen = index[window_similarity(patches, index) >= threshold]
+    similarity, order = window_similarity(patches, index).sort(descending=True, stable=True)
+    chosen = index[order[similarity >= threshold]]
     host = chosen.cpu().numpy()
     alive[host[:, :-1].ravel()] = False
     stands_for[host] = host[:, -1:]
+    is_merged = np.zeros_like(alive)
+    is_merged[host] = True
+    merged_first = np.concatenate((host[:, -1], np.flatnonzero(~is_merged)))
     merged = patches.index_copy(0, chosen[:, -1], patches[chosen].float().mean(1).to(patches.dtype))
     rows = merged[torch.from_numpy(np.flatnonzero(alive)).to(patches.device)]
-    return Merged(rows, alive, (np.cumsum(alive) - 1)[stands_for])
+    return Merged(rows, alive, (np.cumsum(alive) - 1)[stands_for], merged_first)
 
 
 def key_rows(class_attention: torch.Tensor, key_rate: float) -> torch.Tensor:

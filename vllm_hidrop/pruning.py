@@ -242,6 +242,7 @@ class Plan:
     ``has_run``: the counts are those of the caches once the prompt has run, which may be any.
     ``explains``: the request's report is to list the tokens that every stage kept.
     ``encoding``: how the vision tower makes its images' features, by name; :data:`DENSE` is stock vLLM's way.
+    ``renumbered``: ids depend on how many tokens a stage drops, and merged tokens come first.
     """
 
     num_prompt_tokens: int
@@ -256,6 +257,7 @@ class Plan:
     carried_from: int = 0
     explains: bool = False
     encoding: str = DENSE
+    renumbered: bool = False
 
     def __post_init__(self) -> None:
         if self.has_run:

@@ -99,7 +99,7 @@ def test_an_option_goes_over_the_presets_value() -> None:
         ({"method": "fastv", "options": {"layer": 32}}, r"method 'fastv': a stage starts at layer 32"),
         ({"method": "hidrop", "options": {"keeps": [1, 2, 3, 4]}}, r"method 'hidrop': keep must not rise"),
         ({"methd": "fastv"}, r"methd: .*; known keys: method, preset, options, positions, prefix_state_bytes, force"),
-        ({"positions": "absolute"}, r"positions: .*'persistent', 'compacted' or 'grouped'; known keys: "),
+        ({"positions": "absolute"}, r"positions: .*'persistent', 'compacted', 'grouped' or 'renumbered'; known keys: "),
         ({"force": "perhaps"}, r"force: .*; known keys: "),
     ],
 )

@@ -49,6 +49,12 @@ def configure(model: Path, hidrop: dict[str, Any], **settings: Any) -> Any:
 
 STOCK_SCHEDULER = "vllm.v1.core.sched.scheduler.Scheduler"
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+CUTS_RENUMBERED = {
+    "method": "mustdrop",
+    "preset": "tok64",
+    "options": {"scale": True, "merge_window": 2},
+    "positions": "renumbered",
+}
 REFUSED: dict[str, list[dict[str, Any]]] = {
     "--pipeline-parallel-size > 1": [{"pipeline_parallel_size": 2}],
     "--data-parallel-size > 1": [{"data_parallel_size": 2}],
@@ -68,6 +74,9 @@ REFUSED: dict[str, list[dict[str, Any]]] = {
         {"kv_cache_dtype": "float16", "dtype": "bfloat16"},
         {"kv_cache_dtype": "int8_per_token_head"},
         {"kv_cache_dtype": "turboquant_k8v4"},
+    ],
+    "--kv-cache-dtype other than auto under renumbered positions where a method cuts its cache": [
+        {"kv_cache_dtype": "fp8", "additional_config": {"hidrop": CUTS_RENUMBERED}},
     ],
     "--kv-cache-dtype-skip-layers": [{"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["2"]}],
     "a sliding window (set --disable-sliding-window)": [{"hf_overrides": {"text_config": {"sliding_window": 256}}}],

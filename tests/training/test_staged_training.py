@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from tests.oracle import Oracle, OracleStage, Positions, Rule
+from tests.renumbered_oracle import RenumberedOracle
 from tests.tiny_models import IMAGE_TOKEN, NUM_LAYERS, TOKENS_PER_IMAGE, text_config, vision_config
 from vllm_hidrop.config import make_method
 from vllm_hidrop.methods import ModelShape
@@ -104,6 +105,25 @@ def test_the_staged_forward_equals_the_masked_oracle(
 @pytest.mark.parametrize("case", [1, 4, 5])
 def test_the_staged_forward_equals_the_oracle_under_every_position_scheme(case: int, scheme: Positions) -> None:
     check_against_the_oracle(*CASES[case], Selection.AS_RELEASED, scheme)
+
+
+@pytest.mark.parametrize("selection", list(Selection))
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_the_staged_forward_equals_the_reference_under_renumbered_positions(case: int, selection: str) -> None:
+    text, name, options, rule = CASES[case]
+    llava, method = model(text), make_method(name, None, options)
+    oracle, schedule = RenumberedOracle(llava), method.schedule(SHAPE)
+    expected = []
+    for (tokens, pixels), (_, number, _) in zip(prompts(), LAYOUTS, strict=True):
+        kept = schedule.kept(TOKENS_PER_IMAGE)
+        stages = [
+            OracleStage(stage.first_layer, (keep,) * number) for stage, keep in zip(schedule.stages, kept, strict=True)
+        ]
+        result = oracle.generate(tokens, pixels, stages, rule, 1, seed=options.get("seed", 0))
+        expected.append(result.logits[0])
+    staged = StagedTraining.from_method(llava.model.language_model, method, SHAPE, selection, "renumbered")
+    found = last_logits(llava, staged, *batch(llava))
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=1e-4)
 
 
 def check_against_the_oracle(
@@ -234,6 +254,12 @@ def test_compacted_positions_renumber_the_survivors_only() -> None:
     first, last = positions_after_cut("compacted")
     assert first == list(range(11))
     assert last == [0, 1, 2, 3, 4, 8, 9, 10]
+
+
+def test_renumbered_positions_count_every_row_that_is_left() -> None:
+    first, last = positions_after_cut("renumbered")
+    assert first == list(range(11))
+    assert last == list(range(8))
 
 
 def test_grouped_positions_number_text_without_the_hole() -> None:

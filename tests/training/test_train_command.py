@@ -136,6 +136,7 @@ def test_a_position_scheme_stays_with_the_model_until_another_choice_is_made(set
         (None, "persistent", None),
         (SCHEDULE, None, None),
         (SCHEDULE, "compacted", "compacted"),
+        (SCHEDULE, "renumbered", "renumbered"),
     ]:
         change = {"model": str(grouped), "hidrop": hidrop, "positions": positions}
         config = parse_train_config(settings | change)

@@ -61,6 +61,13 @@ every token from the start, no cache, no vLLM). Goal: at least {same:.0%} the sa
 {points} points.
 """
 
+SELECTION = """\
+The HiDrop checkpoint served in float32 and in {precision}, the same {questions} questions: how often both keep exactly
+the same patches, and how much their sets overlap (Jaccard index, mean). In both, scores are computed in float32 from
+the model's own Q and K, and of equal ones the first patch stays.
+`python scripts/accuracy.py --selection --limit {limit} --seed {seed}`; {machine}, {date}.
+"""
+
 COMMANDS = """\
 ```console
 $ python -m vllm_hidrop.training.embedded all-ablations --recipe small --out TRAINING
@@ -221,6 +228,19 @@ def _meets_goal(one: Figures) -> bool:
     return bool(one["same"] >= SAME_GOAL and abs(100 * one["difference"]) <= POINTS_GOAL + 1e-9)
 
 
+def selection_section(result: Figures) -> str:
+    """How far bfloat16 moves the kept patches."""
+    found = result["selection"]
+    lines = [
+        [f"layer {cut['layer']}", f"{cut['kept']:.0f}", percent(cut["identical"]), f"{cut['jaccard']:.3f}", ""]
+        for cut in found["cuts"]
+    ]
+    total = ["all cuts", "", percent(found["identical"]), f"{found['jaccard']:.3f}", percent(found["same_answers"])]
+    headings = ["cut before", "kept", "requests with identical sets, %", "mean Jaccard", "same answers, %"]
+    text = SELECTION.format(**{**found, "precision": result["precision"]})
+    return f"## What bfloat16 does to the kept patches\n\n{text}\n{table(headings, [*lines, total])}"
+
+
 def limits_section(result: Figures) -> str:
     """Rows that were not asked, requests that failed."""
     lines = [f"- `{one['name']}` was not asked: {one['reason']}." for one in result["left_out"]]
@@ -249,5 +269,7 @@ def document(result: Figures) -> str:
     parts += [write(result) for group, write in sections if of_group(result, group)]
     if result["agreement"]:
         parts.append(agreement_section(result))
+    if result.get("selection"):
+        parts.append(selection_section(result))
     parts += [types_section(result), limits_section(result), "## Commands\n\n" + COMMANDS.format(**result)]
     return "\n".join(parts)

@@ -12,6 +12,7 @@ from vllm_hidrop.accuracy.agreement import PRECISIONS, agreements
 from vllm_hidrop.accuracy.document import document
 from vllm_hidrop.accuracy.figure import draw
 from vllm_hidrop.accuracy.rows import FLAGS, LATE_LAYER, Group, Row, all_rows, choose
+from vllm_hidrop.accuracy.selection import COMPARED, measure
 from vllm_hidrop.accuracy.served import figures_of, serve_rows
 from vllm_hidrop.evaluation.reading import read_json
 from vllm_hidrop.evaluation.run import Exam, Outcome, provenance
@@ -23,17 +24,23 @@ NAME = "accuracy"
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The questions, and the directory that keeps the answers."""
+class Questions:
+    """Which, and how many are asked at once."""
 
     limit: int
     seed: int
     concurrency: int
-    out: Path
 
     def exam(self) -> Exam:
         """The questions; ``ValueError`` when there are none."""
         return Exam.load(TASK, Source(limit=self.limit, seed=self.seed), self.concurrency)
+
+
+@dataclass(frozen=True)
+class Choice(Questions):
+    """The questions, and the directory that keeps the answers."""
+
+    out: Path
 
 
 def run(choice: Choice, ablations: Path | None, only: Sequence[str], asks_training_code: bool, docs: Path) -> None:
@@ -64,8 +71,28 @@ def run(choice: Choice, ablations: Path | None, only: Sequence[str], asks_traini
         "rows": [figures_of(exam, row, outcomes) for row in rows],
         "left_out": left_out,
         "agreement": agreements(exam, rows, outcomes, choice.out) if asks_training_code else [],
+        "selection": _selection(choice) if outcomes.keys() >= COMPARED else None,
     }
     docs.mkdir(parents=True, exist_ok=True)
+    _keep(docs, result)
+
+
+def measure_selection(questions: Questions, docs: Path) -> None:
+    """Measure how far bfloat16 moves the kept patches, and put that into the figures' JSON file.
+
+    Raises:
+        ValueError: no such file, or a server that does not start.
+    """
+    result: dict[str, Any] = read_json(docs / f"{NAME}.json")
+    _keep(docs, result | {"selection": _selection(questions)})
+
+
+def _selection(questions: Questions) -> dict[str, Any]:
+    about = {"limit": questions.limit, "seed": questions.seed, "machine": machine(), **provenance()}
+    return about | measure(questions.exam())
+
+
+def _keep(docs: Path, result: dict[str, Any]) -> None:
     (docs / f"{NAME}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

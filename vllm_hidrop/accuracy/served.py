@@ -23,13 +23,18 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 MAIN_ABLATION = "ablation/hidrop"
 
 
+def offline() -> None:
+    """Set :data:`ENVIRONMENT` for the servers to come, where nothing else is set."""
+    os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
+
+
 def serve_rows(exam: Exam, rows: Sequence[Row], directory: Path) -> Iterator[tuple[Row, Outcome]]:
     """The rows' outcomes in order; a row whose answers are all in the directory needs no server.
 
     Raises:
         ValueError: a server that does not start, or a directory with answers of other settings.
     """
-    os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
+    offline()
     with ExitStack() as servers:
         running: tuple[str, ...] = ()
         url = ""

@@ -1,23 +1,46 @@
-"""``hidrop methods``: the catalogue of pruning methods, read from METHODS."""
+"""``hidrop methods``: the catalogue of pruning methods, read from METHODS and their docstrings."""
 
 import dataclasses
+import inspect
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rich.markdown import Markdown
 from rich.table import Column, Table
+from typer import BadParameter
 
 from vllm_hidrop.methods import METHODS, Method
 from vllm_hidrop.terminal import Terminal
 
 
-def run(as_json: bool) -> None:
-    """Print every method: as a table, or as JSON with the same content."""
-    catalogue = [_describe(method) for method in METHODS.values()]
+def run(name: str | None, as_json: bool) -> None:
+    """Print every method as a table, or one with its idea, source, deviations and options; or the same as JSON.
+
+    Raises:
+        BadParameter: no such method.
+    """
+    if name is not None and name not in METHODS:
+        raise BadParameter(f"unknown pruning method {name!r}; known: {', '.join(METHODS)}")
+    catalogue = [_describe(method) for method in METHODS.values() if name in (None, method.name)]
     if as_json:
         print(json.dumps(catalogue, indent=2))
     else:
-        Terminal().show(_table(catalogue))
+        terminal = Terminal()
+        terminal.show(_table(catalogue))
+        hint = "`hidrop methods NAME` says what differs from its paper and its code."
+        terminal.print(hint if name is None else Markdown(catalogue[0]["about"]))
+
+
+def about(method: type[Method]) -> str:
+    """What a method's docstring says, as Markdown: idea, source, what differs from paper and code, options."""
+    text = re.sub(":[a-z]+:`", "`", inspect.cleandoc(method.__doc__ or "").replace("``", "`"))
+    return "\n\n".join(_one_line(paragraph.splitlines()) for paragraph in text.split("\n\n"))
+
+
+def _one_line(lines: Iterable[str]) -> str:
+    return " ".join(line.strip() for line in lines)
 
 
 def _describe(method: type[Method]) -> dict[str, Any]:
@@ -25,6 +48,7 @@ def _describe(method: type[Method]) -> dict[str, Any]:
         "name": method.name,
         "paper": method.paper,
         "summary": method.summary,
+        "about": about(method),
         "options": {field.name: field.default for field in dataclasses.fields(method)},
         "presets": {name: dict(values) for name, values in method.presets.items()},
         "default_preset": method.default_preset,
@@ -32,7 +56,9 @@ def _describe(method: type[Method]) -> dict[str, Any]:
 
 
 def _table(catalogue: list[dict[str, Any]]) -> Table:
-    options = Column("Options and defaults", min_width=2 + max(len(o) for row in catalogue for o in row["options"]))
+    options = Column(
+        "Options and defaults", min_width=2 + max((len(o) for row in catalogue for o in row["options"]), default=0)
+    )
     table = Table("Method", "What it keeps", options, "Presets", title="Pruning methods")
     for row in catalogue:
         presets = [f"{name} (default)" if name == row["default_preset"] else name for name in row["presets"]]

@@ -64,7 +64,7 @@ class StageBatch:
 ReadKeys = Callable[[Any, int], Any]
 """(attention module, n) -> K of a request's first n slots in that layer's cache, [n, G * D]."""
 Survivors = tuple[tuple[IntArray, ...], ...]
-"""Per stage and image, the vision tokens the stage runs with: int32, ascending, zero-based inside the image."""
+"""Per stage and image, the vision tokens the stage runs with: int32, in row order, zero-based inside the image."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,19 @@ class StagedStep:
                 first[prefill.index] = end
                 end += len(prefill.carried)
         return first
+
+    def renumbered_ids(self, stage: int) -> npt.NDArray[np.int64]:
+        """Ids of a stage's rows, int64 [T], under renumbered positions.
+
+        ::
+
+            slots             0 1 2 3 4 5 | 6         six rows of a prompt of eight, and the first generated token
+            ids               2 3 4 5 6 7 | 8         two more: differences are those of the slots, and what is
+                                                      generated has one id in every stage, that of the full sequence
+        """
+        batch = self.stages[stage]
+        requests, slots = batch.requests_and_slots
+        return slots + (self.full.seq_lens - batch.seq_lens)[requests]
 
     @property
     def is_uniform(self) -> bool:

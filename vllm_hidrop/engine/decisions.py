@@ -12,6 +12,7 @@ import torch
 
 from vllm_hidrop.deciding import Decider, Memory, Verdict
 from vllm_hidrop.engine.batch import PrunedPrefill, StagedStep, Survivors
+from vllm_hidrop.merging import Reduced
 from vllm_hidrop.scoring import Contribution, Signals, TextAttention
 
 Key = tuple[int, int]
@@ -43,7 +44,7 @@ class Decisions:
                 assert isinstance(prefill.chooser, Decider)
                 for number, span in enumerate(prefill.plan.spans):
                     whole = np.arange(span.length, dtype=np.int32)
-                    left = whole[prefill.reduced[number].alive] if prefill.reduced else whole
+                    left = whole[_entering(prefill, prefill.reduced[number])] if prefill.reduced else whole
                     self.images[prefill.index, number] = _Image(prefill, prefill.chooser, number, left, history=[whole])
 
     def enter(self, step: StagedStep, stage: int) -> StagedStep:
@@ -62,7 +63,8 @@ class Decisions:
     def selection(self, key: Key) -> npt.NDArray[np.int64]:
         """Places of an image's survivors among those of the stage before."""
         *_, before, now = self.images[key].history
-        return np.searchsorted(before, now)
+        order = np.argsort(before)
+        return order[np.searchsorted(before, now, sorter=order)]
 
     def pending(self, index: int, layer: int) -> list[int]:
         """Images of the request at ``index`` about which to decide on entry to the stage that starts at ``layer``."""
@@ -114,3 +116,8 @@ class Decisions:
         for image in self.images.values():
             by_request.setdefault(image.prefill.request_id, []).append(image.history[1:])
         return {name: tuple(zip(*histories, strict=True)) for name, histories in by_request.items()}
+
+
+def _entering(prefill: PrunedPrefill, reduced: Reduced) -> npt.NDArray[np.int64]:
+    """The patches of a reduced image in the order in which the language model gets them."""
+    return reduced.merged_first if prefill.plan.renumbered else np.flatnonzero(reduced.alive)

@@ -46,7 +46,7 @@ def _in_stage(step: StagedStep, stage: int, prefill: PrunedPrefill, full: npt.ND
             found.append(list(range(plan.kept[stage][image])))
             continue
         places = full - full_row(step, prefill, image)
-        found.append(places[(places >= 0) & (places < span.length)].tolist())
+        found.append(np.sort(places[(places >= 0) & (places < span.length)]).tolist())
     return found
 
 

@@ -4,11 +4,10 @@ Knows a decoder layer's standard form (norm, attention, norm, MLP on a residual 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -17,6 +16,7 @@ from vllm_hidrop.engine.decisions import Decisions
 from vllm_hidrop.engine.explain import Patches, patches_run
 from vllm_hidrop.engine.layout import ImageRun, Selections, after_injection, gather_index, image_runs
 from vllm_hidrop.engine.norm import add_norm, can_fuse, fused_add_norm
+from vllm_hidrop.engine.rows import Rows, carry_in, keep_states, scatter
 from vllm_hidrop.engine.watch import Edit, Scores, Watch, attention_to, edit_output
 from vllm_hidrop.pruning import Schedule
 from vllm_hidrop.scoring import Signals, select_top
@@ -28,20 +28,46 @@ Enter = Callable[[StagedStep, int], None]
 """(step, stage): called before a stage runs with other rows than were laid out for it."""
 
 
-@dataclass
-class Rows:
-    """The current rows: vLLM's residual pair, and which of the step's full rows they are."""
+@dataclass(frozen=True)
+class Entry:
+    """What happens to the rows on entry to a stage.
 
-    hidden: torch.Tensor
-    residual: torch.Tensor | None
-    full: torch.Tensor
-    """int64 [T], indices into the step's full rows and, after them, the carried ones."""
+    Attributes:
+        step: with the counts known now.
+        stage: its index.
+        runs: the images that change, in the current rows; those that are injected have come in.
+        scores: by the last layer of the stage before.
+        watch: of the stage's layers.
+    """
 
-    def gather(self, index: torch.Tensor) -> None:
-        """Keep the rows at ``index``, int64 [T']."""
-        self.hidden = self.hidden[index]
-        self.residual = None if self.residual is None else self.residual[index]
-        self.full = self.full[index]
+    step: StagedStep
+    stage: int
+    runs: list[ImageRun]
+    scores: Scores
+    watch: Watch
+
+
+class Gathered:
+    """How a cut layer takes the Q and K of the rows that stay: as they are.
+
+    Args:
+        rotary: the layer's rotary embedding.
+    """
+
+    def __init__(self, rotary: nn.Module) -> None:
+        self.rotary = rotary
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def take(
+        self, query: torch.Tensor, key: torch.Tensor, index: torch.Tensor, ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query [T', H * D] and key [T', G * D] of the rows at ``index`` int64 [T'], which have these ids from here."""
+        return query[index], key[index]
 
 
 @dataclass(frozen=True)
@@ -70,14 +96,16 @@ class StagedForward:
 
     At a cut the first layer of the new stage computes Q, K and V of all current rows once, the scorer reads Q and K,
     and the layer goes on with the gathered Q, K, V and residual: nothing is projected twice. An injected row is the
-    projector's output with residual 0. Rows keep the positions they are given throughout. What an adaptive method
-    decides under the last layer of a stage shortens the rows before the next one.
+    projector's output with residual 0. Rows keep the ids they come with, unless a subclass numbers them anew. What an
+    adaptive method decides under the last layer of a stage shortens the rows before the next one.
 
     Args:
         layers: the decoder layers, in order.
         norm: the final norm of (hidden, residual).
         schedule: the server's stages.
     """
+
+    gathering: type[Gathered] = Gathered
 
     def __init__(self, layers: Sequence[nn.Module], norm: nn.Module, schedule: Schedule) -> None:
         self.layers = layers
@@ -94,7 +122,7 @@ class StagedForward:
             positions: int64 [T + T_carried], RoPE positions of the full rows and the carried ones.
             enter: see :data:`Enter`.
         """
-        rows = Rows(embeds, None, torch.arange(embeds.shape[0], device=embeds.device))
+        rows = Rows(embeds, None, torch.arange(embeds.shape[0], device=embeds.device), positions[: embeds.shape[0]])
         decisions = Decisions(step)
         scores: Scores = {}
         states: dict[str, torch.Tensor] = {}
@@ -104,94 +132,95 @@ class StagedForward:
             step = decisions.enter(step, stage)
             if step.stages[stage] is not laid_out:
                 enter(step, stage)
-            carry_in(rows, step, stage)
+            carry_in(rows, step, stage, positions)
             states |= keep_states(rows, step, stage)
             layers = range(self.schedule.stages[stage].first_layer, self.schedule.end_layers[stage])
-            runs = self._inject(rows, image_runs(step, stage), embeds)
+            runs = self._inject(rows, image_runs(step, stage), embeds, positions)
             watch = Watch.of(step, stage, layers, decisions)
+            entry = Entry(step, stage, runs, scores, watch)
             if any(run.cuts_inside for run in runs):
-                self._run_cut_layer(rows, runs, positions, scores, watch)
+                self._run_cut_layer(rows, entry)
                 layers = layers[1:]
             elif runs:
-                self._cut(rows, runs, positions, scores, watch)
+                self._cut(rows, entry)
+            else:
+                self._number(rows, entry)
             assert rows.hidden.shape[0] == step.stages[stage].num_tokens, "rows differ from the plan"
-            here = positions[rows.full]
             for index in layers:
-                self._run_layer(index, rows, here, watch.observe if watch.looks_at(index) else None, watch.edits(index))
+                self._run_layer(index, rows, watch.observe if watch.looks_at(index) else None, watch.edits(index))
             scores = watch.settle()
             seconds += watch.seconds
             ran.append(rows.full)
         hidden, _ = self.add_norm(self.norm, rows.hidden, rows.residual)
-        scattered = _scatter(hidden, rows.full, len(positions))[: embeds.shape[0]]
+        scattered = scatter(hidden, rows.full, len(positions))[: embeds.shape[0]]
         return Outcome(scattered, step, decisions.survivors(), states, patches_run(step, ran), seconds)
 
-    def _inject(self, rows: Rows, runs: list[ImageRun], embeds: torch.Tensor) -> list[ImageRun]:
+    def _inject(
+        self, rows: Rows, runs: list[ImageRun], embeds: torch.Tensor, positions: torch.Tensor
+    ) -> list[ImageRun]:
         """Bring in the images that start here; return the runs that are left, in the new rows."""
         coming = [run for run in runs if run.injects]
         if not coming:
             return runs
         index = gather_index(coming, rows.hidden.shape[0], {}, embeds.device)
         full_rows = torch.arange(embeds.shape[0], device=embeds.device)
-        assert rows.residual is not None, "a layer has run before any injection"
-        rows.hidden = torch.cat((rows.hidden, embeds))[index]
-        rows.residual = torch.cat((rows.residual, torch.zeros_like(embeds)))[index]
-        rows.full = torch.cat((rows.full, full_rows))[index]
+        rows.extend(embeds, full_rows, positions[: embeds.shape[0]])
+        rows.gather(index)
         return after_injection(runs)
 
-    def _run_cut_layer(
-        self, rows: Rows, runs: list[ImageRun], positions: torch.Tensor, scores: Scores, watch: Watch
-    ) -> None:
+    def _run_cut_layer(self, rows: Rows, entry: Entry) -> None:
         """The first layer of a stage, shortened once its Q, K and V are there to score by."""
+        watch = entry.watch
         index = watch.layers[0]
-        inside = [run for run in runs if run.cuts_inside]
+        layer: Any = self.layers[index]
+        inside = [run for run in entry.runs if run.cuts_inside]
 
         def select(attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> AttentionInputs:
             start = perf_counter()
-            found = scores | attention_to(inside, attention, query, key)
+            found = entry.scores | attention_to(inside, attention, query, key)
             watch.seconds += perf_counter() - start
-            kept = self._cut(rows, runs, positions, found, watch)
-            shortened = query[kept], key[kept], value[kept]
+            kept = self._cut(rows, replace(entry, scores=found))
+            shortened = *gathered.take(query, key, kept, rows.ids), value[kept]
             if watch.looks_at(index):
                 watch.observe(attention, *shortened)
             return shortened
 
-        self._run_layer(index, rows, positions[rows.full], select, watch.edits(index))
+        with self.gathering(layer.self_attn.rotary_emb) as gathered:
+            self._run_layer(index, rows, select, watch.edits(index))
 
-    def _cut(
-        self, rows: Rows, runs: list[ImageRun], positions: torch.Tensor, scores: Scores, watch: Watch
-    ) -> torch.Tensor:
+    def _cut(self, rows: Rows, entry: Entry) -> torch.Tensor:
+        """Go on with the rows that the stage runs; return their index in those before, int64 [T']."""
         start = perf_counter()
-        kept = self._select(rows, runs, scores, watch)
-        watch.seconds += perf_counter() - start
-        self._shorten(rows, runs, kept, positions)
+        kept = self._select(rows, entry)
+        rows.gather(kept)
+        entry.watch.seconds += perf_counter() - start
+        self._number(rows, entry)
         return kept
 
-    def _shorten(self, rows: Rows, runs: list[ImageRun], kept: torch.Tensor, positions: torch.Tensor) -> None:
-        """Go on with the rows that a change of stage left."""
-        rows.gather(kept)
+    def _number(self, rows: Rows, entry: Entry) -> None:
+        """Give the rows of a stage their ids: those they have."""
 
-    def _run_layer(
-        self, index: int, rows: Rows, here: torch.Tensor, observer: Observer | None, edits: list[Edit]
-    ) -> None:
+    def _run_layer(self, index: int, rows: Rows, observer: Observer | None, edits: list[Edit]) -> None:
         """One decoder layer in the standard form; ``observer`` may shorten ``rows`` at its attention."""
         layer: Any = self.layers[index]
         normed, rows.residual = self.add_norm(layer.input_layernorm, rows.hidden, rows.residual)
         rows.hidden = normed
         with _Hooked(layer.self_attn.attn, observer, edits):
-            attended = layer.self_attn(positions=here, hidden_states=normed)
+            attended = layer.self_attn(positions=rows.ids, hidden_states=normed)
         normed, rows.residual = self.add_norm(layer.post_attention_layernorm, attended, rows.residual)
         rows.hidden = layer.mlp(normed)
 
-    def _select(self, rows: Rows, runs: list[ImageRun], scores: Scores, watch: Watch) -> torch.Tensor:
+    def _select(self, rows: Rows, entry: Entry) -> torch.Tensor:
         """Choose in every image that must shrink; return the index of the rows that stay."""
+        watch = entry.watch
         selections: Selections = {
             run.key: watch.decisions.selection(run.key)
             if run.prefill.plan.adaptive
-            else self._select_top(rows, run, watch.layers[0], scores.get(run.key))
-            for run in runs
+            else self._select_top(rows, run, watch.layers[0], entry.scores.get(run.key))
+            for run in entry.runs
             if run.selects
         }
-        return gather_index(runs, rows.hidden.shape[0], selections, rows.hidden.device)
+        return gather_index(entry.runs, rows.hidden.shape[0], selections, rows.hidden.device)
 
     def _select_top(self, rows: Rows, run: ImageRun, layer: int, attention: torch.Tensor | None) -> torch.Tensor:
         survivors = rows.full[run.first_row : run.first_row + run.num_rows] - run.full_first_row
@@ -225,54 +254,3 @@ class _Hooked:
 
     def _edit(self, attention: nn.Module, inputs: AttentionInputs, output: torch.Tensor) -> None:
         edit_output(self.edits, attention, inputs, output)
-
-
-def carry_in(rows: Rows, step: StagedStep, stage: int) -> None:
-    """Put the carried states of the prompts whose first cut is ``stage`` before their rows."""
-    carrying = step.carrying(stage)
-    if not carrying:
-        return
-    assert rows.residual is not None, "no layer runs before the first one"
-    pieces, cursor, end = [], 0, len(rows.full)
-    for prefill in carrying:
-        first, num_rows = int(step.stages[stage - 1].row_starts[prefill.index]), len(prefill.carried)
-        pieces += [np.arange(cursor, first), np.arange(end, end + num_rows)]
-        cursor, end = first, end + num_rows
-    pieces.append(np.arange(cursor, len(rows.full)))
-    states = torch.cat([prefill.carried for prefill in carrying])
-    numbers = [np.arange(len(p.carried)) + step.first_carried[p.index] for p in carrying]
-    rows.hidden = torch.cat((rows.hidden, states))
-    rows.residual = torch.cat((rows.residual, torch.zeros_like(states)))
-    rows.full = torch.cat((rows.full, torch.from_numpy(np.concatenate(numbers)).to(rows.full.device)))
-    rows.gather(torch.from_numpy(np.concatenate(pieces)).to(rows.full.device))
-
-
-def keep_states(rows: Rows, step: StagedStep, stage: int) -> dict[str, torch.Tensor]:
-    """The states of prompts whose first cut is ``stage`` and which are to be kept.
-
-    They are those from the last block boundary before the first image to the end of the last. These rows go on as
-    those of a later prompt will: with the sum as hidden state, and residual 0.
-    """
-    keeping = [p for p in step.prefills if p.keeps_state and p.plan.first_cut == stage]
-    if not keeping:
-        return {}
-    assert rows.residual is not None, "no layer runs before the first one"
-    rows.hidden, rows.residual = rows.hidden.clone(), rows.residual.clone()
-    starts = step.entering(stage).row_starts
-    found = {}
-    for prefill in keeping:
-        plan, first = prefill.plan, int(starts[prefill.index])
-        if prefill.carried is None:
-            first += plan.carried_from - prefill.num_computed
-        here = slice(first, first + plan.num_carried(plan.spans[-1].end))
-        rows.hidden[here] += rows.residual[here]
-        rows.residual[here] = 0
-        found[prefill.request_id] = rows.hidden[here].clone()
-    return found
-
-
-def _scatter(hidden: torch.Tensor, full: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Put compact rows back in their places among the full rows."""
-    if hidden.shape[0] == num_rows:
-        return hidden
-    return hidden.new_zeros(num_rows, hidden.shape[1]).index_copy_(0, full, hidden)

@@ -10,6 +10,8 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from vllm_hidrop.engine.planner import Planner
+from vllm_hidrop.positions import PositionScheme
+from vllm_hidrop.pruning import Cached
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,12 @@ def _is_cuda_graph(config: Any) -> bool:
 def _is_foreign(cls: Any, *known: Any) -> bool:
     """Whether a class, named or given, is neither known nor ours."""
     return cls not in known and not str(cls).startswith("vllm_hidrop.")
+
+
+def _turns_rounded_keys(config: Any) -> bool:
+    planner = Planner.from_vllm_config(config)
+    cuts_cache = any(stage.cached is not Cached.KEPT for stage in planner.schedule.stages)
+    return planner.positions is PositionScheme.RENUMBERED and cuts_cache and not planner.cache_is_exact
 
 
 CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2")
@@ -102,6 +110,11 @@ RULES = (
         "--kv-cache-dtype other than auto, the model's own or fp8",
         "vLLM's CPU kernel reads another type's bytes as the model's, and answers with noise; no other is tested",
         lambda c: c.cache_config.cache_dtype not in {*CACHE_DTYPES, str(c.model_config.dtype).removeprefix("torch.")},
+    ),
+    Rule(
+        "--kv-cache-dtype other than auto under renumbered positions where a method cuts its cache",
+        "keys that stay are rotated once more in the cache, and fp8 would round them twice",
+        _turns_rounded_keys,
     ),
     Rule(
         "--kv-cache-dtype-skip-layers",

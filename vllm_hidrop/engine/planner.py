@@ -137,15 +137,14 @@ class Planner:
         schedule = self._wished_keeps(keeps, mode, name, method)
         plan = make_plan(schedule, num_prompt_tokens, spans, mode == "off", method.adaptive)
         prefix = self._prefix_tokens(plan)
-        carried_from = prefix // self.block_size * self.block_size
-        explains = _wished_explanation(wishes)
         plan = replace(
             plan,
             method=name,
             prefix_tokens=prefix,
-            carried_from=carried_from,
-            explains=explains,
+            carried_from=prefix // self.block_size * self.block_size,
+            explains=_wished_explanation(wishes),
             encoding=method.encoding if plan.is_pruned else DENSE,
+            renumbered=self.positions is PositionScheme.RENUMBERED,
         )
         self._check_selections(plan, method)
         if wants_prompt_logprobs and plan.is_pruned:
@@ -162,8 +161,12 @@ class Planner:
         return plan
 
     def _prefix_tokens(self, plan: Plan) -> int:
-        """Scoring reads the prefix's K from the cache; a method that decides the counts needs its rows, too."""
-        return plan.spans[0].offset if plan.is_pruned and not plan.adaptive and self.cache_is_exact else 0
+        """Scoring reads the prefix's K from the cache; a method that decides the counts needs its rows, too.
+
+        Renumbered, the K of a prefix depends on the images behind it.
+        """
+        is_same = not plan.adaptive and self.cache_is_exact and self.positions is not PositionScheme.RENUMBERED
+        return plan.spans[0].offset if plan.is_pruned and is_same else 0
 
     def plan_or_refuse(self, request: Any) -> tuple[Plan, str | None]:
         """Plan vLLM's request, the same in scheduler and worker; a refused one runs dense until it is ended.

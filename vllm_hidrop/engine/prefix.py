@@ -228,9 +228,10 @@ def prefix_keys(request: Any, plan: Plan) -> Iterator[tuple[bytes, int]]:
     """Names of the prefixes of a request that end with an image, and their lengths.
 
     A name covers all that the KV before the first cut depends on: tokens, images, the request's salt, and what every
-    stage before the cut keeps of the images.
+    stage before the cut keeps of the images; renumbered, also how much it drops of those behind the prefix.
     """
-    digest = sha256(repr((plan.first_cut, request.cache_salt)).encode())
+    dropped = plan.dropped[: plan.first_cut] if plan.renumbered else ()
+    digest = sha256(repr((plan.first_cut, request.cache_salt, dropped)).encode())
     tokens = np.asarray(request.prompt_token_ids, dtype=np.int64)
     features = sorted(request.mm_features, key=lambda feature: feature.mm_position.offset)
     start = 0

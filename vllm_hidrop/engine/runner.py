@@ -253,9 +253,12 @@ class StagedRunner(GPUModelRunner):
     def _carried_positions(self, index: int) -> torch.Tensor:
         """RoPE ids of the rows that the request at ``index`` carries into its first cut, int64 [n]."""
         plan = self.tracked[self.input_batch.req_ids[index]].plan
-        places = np.array(plan.places_carried(int(self.input_batch.num_computed_tokens_cpu[index])), dtype=np.int64)
-        is_grouped = self.planner.positions is PositionScheme.GROUPED
-        return torch.from_numpy(grouped_ids(places, plan.spans) if is_grouped else places).to(self.device)
+        ids = np.array(plan.places_carried(int(self.input_batch.num_computed_tokens_cpu[index])), dtype=np.int64)
+        if self.planner.positions is PositionScheme.GROUPED:
+            ids = grouped_ids(ids, plan.spans)
+        elif plan.renumbered:
+            ids = np.arange(len(ids)) + plan.carried_from + plan.dropped[plan.first_cut - 1]
+        return torch.from_numpy(ids).to(self.device)
 
     def _with_reduced(self, step: StagedStep) -> StagedStep:
         """The step with what the vision tower left of its images."""
@@ -309,9 +312,15 @@ class StagedRunner(GPUModelRunner):
             table = self.input_batch.block_table[group_index]
             source = places_cached(tracked.plan, tracked.survivors, stage, self.planner.schedule.stages[stage].cached)
             blocks = table.block_table.np[index]
+            dropped = tracked.cached.dropped[stage] - tracked.plan.dropped[stage]
             for name in group.layer_names:
                 attention = self.compilation_config.static_forward_context[name]
-                self._slot_layout(attention).close_up(attention.kv_cache, blocks, source)
+                layout = self._slot_layout(attention)
+                layout.close_up(attention.kv_cache, blocks, source)
+                if tracked.plan.renumbered:
+                    # Generated tokens count on from what is left, and have the full sequence's ids: keys stand further.
+                    turn = self.model.turned_keys(extract_layer_index(name), dropped)
+                    layout.change_keys(attention.kv_cache, blocks, len(source), turn)
 
     def _slot_layout(self, attention: Any) -> SlotLayout:
         """Learnt once for all layers whose pages are alike."""

@@ -3,6 +3,7 @@
 Knows how a page stores a slot by having watched a page being written; so it works for every cache layout and dtype.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,27 @@ class SlotLayout:
         places = self._at(cache, blocks, np.arange(num_slots), cache.shape[3] // 2)
         return cache[places].flatten(1)
 
+    def change_keys(
+        self,
+        cache: torch.Tensor,
+        blocks: npt.NDArray[np.int32],
+        num_slots: int,
+        change: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Replace K of a request's first slots, [num_slots, G, D], by what ``change`` makes of it.
+
+        Args:
+            cache: [blocks, G, slots, 2 * D], pages of all requests; changed in place.
+            blocks: int32 [B], the request's blocks in order.
+            num_slots: to change.
+            change: K in and out, [num_slots, G, D].
+        """
+        pages = cache.view(cache.shape[0], cache.shape[1], -1)
+        block, elements = self._at(blocks, np.arange(num_slots))
+        heads = torch.arange(pages.shape[1], device=cache.device)[None, :, None]
+        places = block, heads, elements[..., : elements.shape[-1] // 2]
+        pages[places] = change(pages[places])
+
     def close_up(self, cache: torch.Tensor, blocks: npt.NDArray[np.int32], source: npt.NDArray[np.int64]) -> None:
         """Move the slots ``source`` of a request, ascending, to its slots 0, 1, 2, ...
 
@@ -104,10 +126,13 @@ def places_cached(plan: Plan, survivors: Survivors, stage: int, cached: Cached) 
     if cached is Cached.KEPT:
         return np.arange(plan.num_prompt_tokens - plan.dropped[stage])
     stays = np.ones(plan.num_prompt_tokens, dtype=np.bool_)
-    ran = stays.copy()
+    ran = []
+    cursor = 0
     for image, span in enumerate(plan.spans):
-        ran[span.offset : span.end] = stays[span.offset : span.end] = False
-        ran[span.offset + survivors[stage][image]] = True
+        ran += [np.arange(cursor, span.offset), span.offset + survivors[stage][image]]
+        cursor = span.end
+        stays[span.offset : span.end] = False
         if cached is Cached.FINAL:
             stays[span.offset + survivors[-1][image]] = True
-    return np.flatnonzero(stays[ran])
+    ran.append(np.arange(cursor, plan.num_prompt_tokens))
+    return np.flatnonzero(stays[np.concatenate(ran)])

@@ -123,6 +123,17 @@ def ask(endpoint: Endpoint, sample: Sample, max_tokens: int) -> Answer:
 
 
 def _ask_once(endpoint: Endpoint, sample: Sample, max_tokens: int) -> Answer:
+    text, report = reply_to(endpoint, sample, max_tokens)
+    return Answer(sample.id, text, mean_vision_tokens(report))
+
+
+def reply_to(endpoint: Endpoint, sample: Sample, max_tokens: int) -> tuple[str, dict[str, Any] | None]:
+    """The answer to one sample, asked once, and the server's report of it, if there is one.
+
+    Raises:
+        OpenAIError: the request failed.
+        ValueError: the reply has no text.
+    """
     content = [
         {"type": "image_url", "image_url": {"url": data_url(sample.image())}},
         {"type": "text", "text": sample.question},
@@ -138,8 +149,7 @@ def _ask_once(endpoint: Endpoint, sample: Sample, max_tokens: int) -> Answer:
     choices = getattr(reply, "choices", None)
     if not choices or choices[0].message.content is None:
         raise ValueError("the server's reply has no text")
-    report = (reply.model_extra or {}).get("hidrop")
-    return Answer(sample.id, choices[0].message.content.strip(), mean_vision_tokens(report))
+    return choices[0].message.content.strip(), (reply.model_extra or {}).get("hidrop")
 
 
 def mean_vision_tokens(report: Mapping[str, Any] | None) -> float | None:

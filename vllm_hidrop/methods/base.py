@@ -13,6 +13,7 @@ import torch
 from vllm_hidrop.deciding import Memory, Verdict
 from vllm_hidrop.edits import AttentionEdit
 from vllm_hidrop.merging import EncoderReduction
+from vllm_hidrop.positions import PositionScheme
 from vllm_hidrop.pruning import Schedule
 from vllm_hidrop.scoring import Signal, Signals
 
@@ -60,6 +61,8 @@ class Method:
     paper: ClassVar[str]
     summary: ClassVar[str]
     signal: ClassVar[Signal] = Signal.NONE
+    trained_positions: ClassVar[PositionScheme | None] = None
+    """Those that the authors' own checkpoints of this method were trained with, where it is no part of their config."""
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     default_preset: ClassVar[str | None] = None
 

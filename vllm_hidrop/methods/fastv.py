@@ -16,8 +16,10 @@ class FastV(Method):
     **Source** arXiv 2403.06764 section 4; ranking as in the released code: attention of layer ``layer - 1``
     (zero-based), last row, mean over heads.
 
-    **Differs** the paper's text says the average attention received; the code, and we, use the last row. With several
-    images each keeps its own share. Positions are never renumbered.
+    **Differs** the paper's text says the average attention received; the code, and we, use the last row. The authors'
+    first fork of Transformers ranks again for every generated token, by that token's row, so its set moves while it
+    answers; the set here is that of the prompt and stays, as in their version with a KV cache. The prompt's sets are
+    the same on equal float32 weights. With several images each keeps its own share.
 
     **Options** ``layer`` (zero-based first pruned layer, >= 1, default 2), ``keep`` (fraction or count per image,
     default 0.5), ``exit_layer`` (zero-based first layer without vision tokens, default never; an extension).

@@ -26,8 +26,11 @@ class HiDrop(Method):
     paper's one-based ones: ``inject_layer`` 9 is zero-based layer 8, the first with vision; ``filter_layers`` r scores
     after layer r, with zero-based layer r; ``exit_layer`` 25 is zero-based layer 24, the first without.
 
-    **Differs** exactly ``keep`` tokens stay at ties (the code keeps every tied one) and scores are float32. Several
-    images and other token counts than 576, undefined in the paper, keep the counts per image.
+    **Differs** the paper's text (section 3.3) scores against the vision tokens only; the code, and we, take the softmax
+    over the whole row and cut the vision part out of it, which ranks otherwise where heads put weight on text. Exactly
+    ``keep`` tokens stay at ties (the code keeps every tied one) and scores are float32. Several images and other token
+    counts than 576, undefined in the paper, keep the counts per image. Against the released code on equal float32
+    weights every set and answer is the same.
 
     **Options** ``inject_layer`` (one-based, 1 = no late injection), ``filter_layers`` (one-based), ``keeps`` (tokens
     per image after each filter, a count or a fraction), ``exit_layer`` (one-based; None = no early exit), ``shape`` the

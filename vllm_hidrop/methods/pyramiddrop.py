@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_hidrop.methods.base import Method, ModelShape
+from vllm_hidrop.positions import PositionScheme
 from vllm_hidrop.pruning import KeepValue, Schedule
 from vllm_hidrop.scoring import Signal, Signals, attention_score
 
@@ -15,8 +16,10 @@ class PyramidDrop(Method):
 
     **Source** arXiv 2410.17247 section 3; released defaults: cuts 8, 16, 24 of 32 layers, keeps 0.5, 0.25, 0.125.
 
-    **Differs** the row that scores is the last prompt row, which is the last instruction row at inference. Positions
-    are never renumbered. Each image keeps its own share.
+    **Differs** the released code, in training too, numbers rows anew after every cut, text and generated tokens
+    included: ``positions`` "renumbered" does that, and checkpoints trained with PyramidDrop need it. By default
+    positions here are the full prompt's, so the first cut keeps the same tokens and the later ones others. The row that
+    scores is the last prompt row, which is the last instruction row at inference. Each image keeps its own share.
 
     **Options** ``cuts`` (depth of every cut as a fraction of the layers), ``keeps`` (fraction or count per image after
     each cut).
@@ -26,6 +29,7 @@ class PyramidDrop(Method):
     paper = "arXiv 2410.17247"
     summary = "halves the tokens at every quarter of the depth"
     signal = Signal.NEXT_ATTENTION
+    trained_positions = PositionScheme.RENUMBERED
 
     cuts: tuple[float, ...] = (0.25, 0.5, 0.75)
     keeps: tuple[KeepValue, ...] = (0.5, 0.25, 0.125)

@@ -1,6 +1,6 @@
 """LLaVA-1.5 with a CLIP or SigLIP tower and a Llama, Mistral or Qwen2 text model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from vllm.model_executor.models.llava import LlavaForConditionalGeneration, Llav
 from vllm_hidrop.engine.batch import StagedStep
 from vllm_hidrop.engine.encoder_attention import TowerKernel, has_tower_kernel
 from vllm_hidrop.engine.forward import Enter, Outcome
+from vllm_hidrop.engine.renumbering import turned
 from vllm_hidrop.merging import KeyLayer, Reduced
 from vllm_hidrop.models.reducing import ClassAttention, ReducingTower
 from vllm_hidrop.models.staged import choosers, reduction_of, staged_forward
@@ -72,3 +73,7 @@ class HidropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     ) -> Outcome:
         """Run a step that prefills pruned prompts; see ``engine.forward.StagedForward``."""
         return self._staged(step, inputs_embeds, positions, enter)
+
+    def turned_keys(self, layer: int, distance: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What moves a layer's rotated keys by so many ids; see ``engine.renumbering.turned``."""
+        return turned(self.language_model.model.layers[layer].self_attn.rotary_emb, distance)

@@ -91,7 +91,7 @@ class ReducingTower:
         for layer in layers:
             entering, hidden = hidden, layer(hidden)
         ranks = entering if self.reduction.key_layer is KeyLayer.FEATURE else hidden
-        self.found.append(Reduced(merged.alive, self._keys(ranks[0], merged.alive)))
+        self.found.append(Reduced(merged.alive, self._keys(ranks[0], merged.alive), merged.merged_first))
         row_of = torch.from_numpy(merged.row_of).to(hidden.device)
         projected: torch.Tensor = projector(hidden[:, 1:])[0]
         return projected[row_of]

@@ -10,11 +10,11 @@ from vllm.logger import init_logger
 from vllm_hidrop.config import HidropConfig, Resolved, make_method, resolve
 from vllm_hidrop.deciding import Chooser
 from vllm_hidrop.engine.budget import most_tokens
-from vllm_hidrop.engine.compacted import CompactedForward
 from vllm_hidrop.engine.encoder_attention import KERNEL, has_tower_kernel
 from vllm_hidrop.engine.forward import StagedForward
 from vllm_hidrop.engine.gate import check_gate
 from vllm_hidrop.engine.planner import Alternative, Planner
+from vllm_hidrop.engine.renumbering import CompactedForward, RenumberedForward
 from vllm_hidrop.merging import EncoderReduction
 from vllm_hidrop.methods import METHODS, Adaptive, Method, ModelShape
 from vllm_hidrop.models.families import family_of
@@ -43,6 +43,7 @@ def configure(vllm_config: Any) -> None:
     if resolved.positions is not PositionScheme.PERSISTENT:
         check_rope(hf_config.text_config, resolved.positions)
     check_adaptive(resolved, hf_config)
+    _say_how_authors_train(config, resolved, getattr(hf_config, "hidrop", None))
     name = resolved.method.name
     has_kernel = has_tower_kernel(hf_config.vision_config, vllm_config.model_config.dtype)
     vllm_config.additional_config["hidrop"] = {
@@ -65,6 +66,18 @@ def configure(vllm_config: Any) -> None:
     if Planner.from_vllm_config(vllm_config).is_staged:
         _set_limits(vllm_config, resolved.schedule, family.shape(hf_config).tokens_per_image)
         _set_kernels(vllm_config)
+
+
+def _say_how_authors_train(config: HidropConfig, resolved: Resolved, trained: Any) -> None:
+    """Warn where nobody has said which positions a checkpoint has, and the method's own ones have others."""
+    theirs = resolved.method.trained_positions
+    if theirs is not None and not trained and config.positions is None:
+        logger.warning(
+            'Serving %s with %s positions. A checkpoint that its authors\' program trained needs {"positions": "%s"}.',
+            resolved.method.name,
+            resolved.positions,
+            theirs,
+        )
 
 
 def _shapes(hf_config: Any) -> dict[str, Any]:
@@ -210,5 +223,5 @@ def _over_stages(method: Method, stages: Schedule, shape: ModelShape) -> Schedul
 def staged_forward(vllm_config: Any, layers: Sequence[nn.Module], norm: nn.Module) -> StagedForward:
     """The staged layer loop of a model, under the resolved choice."""
     planner = Planner.from_vllm_config(vllm_config)
-    forward = CompactedForward if planner.positions is PositionScheme.COMPACTED else StagedForward
-    return forward(layers, norm, planner.schedule)
+    forwards = {PositionScheme.COMPACTED: CompactedForward, PositionScheme.RENUMBERED: RenumberedForward}
+    return forwards.get(planner.positions, StagedForward)(layers, norm, planner.schedule)

@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
+from vllm_hidrop.positions import PositionScheme
 from vllm_hidrop.training.batches import IGNORED, TextBatch
 from vllm_hidrop.training.staged import Rows, StagedTraining, State
 
@@ -149,7 +150,7 @@ class SharedImage:
         shared = _Pass(self.llm, batch, positions, late)
         is_text = torch.ones(hidden.shape[1], dtype=torch.bool)
         is_text[prefix.num_before : shared.num_prefix] = False
-        blind = _Pass(self.llm, batch, positions[:, is_text], None)
+        blind = _Pass(self.llm, batch, self._text_positions(positions[:, is_text], prefix), None)
         schedule = self.staged.schedule
         sees, text_only = True, hidden[:, :0]
         for index, stage in enumerate(schedule.stages):
@@ -163,6 +164,13 @@ class SharedImage:
             for layer in range(stage.first_layer, schedule.end_layers[index]):
                 hidden = (shared if sees else blind).run(layer, hidden)
         return _norm(self.llm.norm, hidden[:, -batch.ids.shape[1] :])
+
+    def _text_positions(self, positions: Tensor, prefix: Prefix) -> Tensor:
+        """Positions of the text rows [S, T] in layers without vision."""
+        if self.staged.position_scheme is not PositionScheme.RENUMBERED:
+            return positions
+        num_vision = prefix.embeddings.shape[1] - prefix.num_before
+        return torch.cat([positions[:, : prefix.num_before], positions[:, prefix.num_before :] - num_vision], 1)
 
     def _fork(self, stage: int, hidden: Tensor, positions: Tensor, prefix: Prefix, batch: TextBatch) -> Tensor:
         staged = self.staged

@@ -200,7 +200,7 @@ class StagedTraining(nn.Module):
             if self._keep_before(index).is_none and not stage.keep.is_none:
                 state = self._inject(state, embeds, rows)
             if stage.keep.is_none:
-                state = replace(_gather(state, ~state.rows.is_vision), presence=None)
+                state = self._renumbered(replace(_gather(state, ~state.rows.is_vision), presence=None))
             elif self.selects(index) and self.signal is Signal.NEXT_ATTENTION:
                 state = self._cut_layer(first, state, stage.keep, rows)
                 first += 1
@@ -319,9 +319,11 @@ class StagedTraining(nn.Module):
         return gates(scores.clamp_min(torch.finfo(scores.dtype).tiny).log(), num_kept, share, SMOOTH)
 
     def _renumbered(self, state: State) -> State:
-        if self.position_scheme is not PositionScheme.COMPACTED:
-            return state
-        return replace(state, rows=replace(state.rows, positions=_compacted_positions(state.rows)))
+        if self.position_scheme is PositionScheme.COMPACTED:
+            return replace(state, rows=replace(state.rows, positions=_compacted_positions(state.rows)))
+        if self.position_scheme is PositionScheme.RENUMBERED:
+            return replace(state, rows=replace(state.rows, positions=_renumbered_positions(state.rows.positions)))
+        return state
 
 
 def left_aligned(kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -343,6 +345,11 @@ def _at(state: State, order: Tensor, is_valid: Tensor) -> State:
 
 def _at_rows(heads: Tensor, order: Tensor) -> Tensor:
     return heads.gather(2, order[:, None, :, None].expand(-1, heads.shape[1], -1, heads.shape[3]))
+
+
+def _renumbered_positions(positions: Tensor) -> Tensor:
+    """0, 1, 2, ... for left-aligned rows, [B, T']."""
+    return torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
 
 
 def _grouped_positions(rows: Rows) -> Tensor:
