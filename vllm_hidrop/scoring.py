@@ -53,7 +53,7 @@ class Signals:
         layer: first layer of the new stage.
         keep: tokens the new stage keeps, 0 < keep < V; for a method that decides itself, at most so many.
         num_image_tokens: tokens the image had before any cut.
-        survivors: int64 [V], index of every survivor inside its image, ascending.
+        survivors: int64 [V], index of every survivor inside its image, ascending unless merged tokens come first.
         attention: float32 [V], attention of the last prompt row to each survivor: softmax over all the request's
             rows, then mean over heads. None unless the method asks for a signal.
         contribution: None unless the method asks for it.

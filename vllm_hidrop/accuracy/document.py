@@ -62,9 +62,11 @@ every token from the start, no cache, no vLLM). Goal: at least {same:.0%} the sa
 """
 
 SELECTION = """\
-The HiDrop checkpoint served in float32 and in {precision}, the same {questions} questions: how often both keep exactly
-the same patches, and how much their sets overlap (Jaccard index, mean). In both, scores are computed in float32 from
-the model's own Q and K, and of equal ones the first patch stays.
+The HiDrop checkpoint served in float32 and in {precision}, the same {questions} questions: how often both keep
+exactly the same patches, and how much their sets overlap (Jaccard index, mean). In both, scores are computed in
+float32 from the model's own Q and K, and of equal ones the first patch stays. To rotate Q and K in float32 for the
+scores alone, or to project them so too, moves as many sets: what differs is the hidden states that enter the layer,
+and no scoring mends it.
 `python scripts/accuracy.py --selection --limit {limit} --seed {seed}`; {machine}, {date}.
 """
 
