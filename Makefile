@@ -46,7 +46,7 @@ test: $(STAMP)  ## run the tests, except the slow ones, two at a time: make test
 test-slow: $(STAMP)  ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-soak: $(STAMP)  ## 2,000 mixed requests against a pool that is too small; every answer must be the one in isolation
+soak: $(STAMP)  ## 6,000 mixed requests, pools and caches too small for them; every answer must be the one in isolation
 	$(BIN)/python -m tests.soak $(ARGS)
 
 loadtest: $(STAMP)  ## load the embedded model's server, pruned and off: make loadtest ARGS=steady

@@ -166,6 +166,9 @@ def test_a_cache_of_any_strides_is_closed_up_and_read_alike(cache: Cache, stride
         keys = [cache.layout.read_keys(each, table, num_slots) for each in (expected, pages)]
         assert keys[0].shape == (num_slots, expected.shape[1] * expected.shape[3] // 2)
         assert torch.equal(*(each.view(torch.uint8) for each in keys))
+        for each in (expected, pages):
+            cache.layout.change_keys(each, table, num_slots, lambda keys: keys.flip(0))
+        assert torch.equal(pages.contiguous().view(torch.uint8), expected.view(torch.uint8))
 
 
 def test_a_layout_is_learnt_from_a_cache_of_any_strides() -> None:

@@ -78,16 +78,13 @@ class SlotLayout:
         """Replace K of a request's first slots, [num_slots, G, D], by what ``change`` makes of it.
 
         Args:
-            cache: [blocks, G, slots, 2 * D], pages of all requests; changed in place.
+            cache: [blocks, G, slots, 2 * D], pages of all requests, of any strides; changed in place.
             blocks: int32 [B], the request's blocks in order.
             num_slots: to change.
             change: K in and out, [num_slots, G, D].
         """
-        pages = cache.view(cache.shape[0], cache.shape[1], -1)
-        block, elements = self._at(blocks, np.arange(num_slots))
-        heads = torch.arange(pages.shape[1], device=cache.device)[None, :, None]
-        places = block, heads, elements[..., : elements.shape[-1] // 2]
-        pages[places] = change(pages[places])
+        places = self._at(cache, blocks, np.arange(num_slots), cache.shape[3] // 2)
+        cache[places] = change(cache[places])
 
     def close_up(self, cache: torch.Tensor, blocks: npt.NDArray[np.int32], source: npt.NDArray[np.int64]) -> None:
         """Move the slots ``source`` of a request, ascending, to its slots 0, 1, 2, ...
