@@ -39,9 +39,9 @@ monitor: $(STAMP)  ## serve, scrape with a real Prometheus, send traffic, draw d
 screenshots: $(STAMP)  ## draw docs/playground.png in a headless Chromium (scripts/chromium.sh installs one)
 	$(BIN)/python -m scripts.screenshot $(ARGS)
 
-# Tests of one group, a file or the files that share a server, stay together: tests/conftest.py.
+# A file's tests stay in one process; the order of files is that of tests/conftest.py.
 test: $(STAMP)  ## run the tests, except the slow ones, two at a time: make test WORKERS=0 in one process
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(STAMP)  ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS)

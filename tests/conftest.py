@@ -5,7 +5,6 @@ draws new ones. None has a deadline: machines stall.
 """
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,27 +33,14 @@ settings.register_profile("same", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None)
 settings.load_profile("same")
 
-SHARED_SERVERS = ("server", "guarded")
-"""Fixtures that start a server for a whole session; the files that use one run in one process."""
 LONG = ("server", "engine", "cli", "training", "conversion", "bench")
 """Folders whose files take longest; the files of others fill the gaps at the end."""
 
 
-@pytest.hookimpl(wrapper=True)  # before pytest-xdist's own, which reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
-    """Give pytest-xdist groups: whole files, those that share a server together; the longest come first.
-
-    A group's tests run in one process, in order, so that fixtures of files and sessions are made once.
-    """
-    if getattr(config.option, "loadgroup", False):  # set in the processes of --dist loadgroup
-        uses: dict[Path, set[str]] = {}
-        for item in items:
-            uses.setdefault(item.path, set()).update(getattr(item, "fixturenames", ()))
-        for item in items:
-            shared = next((name for name in SHARED_SERVERS if name in uses[item.path]), None)
-            item.add_marker(pytest.mark.xdist_group(shared or item.path.relative_to(config.rootpath).as_posix()))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first where several processes take one after the other."""
+    if IS_ONE_OF_SEVERAL:
         items.sort(key=lambda item: _order(item.path))
-    yield
 
 
 def _order(path: Path) -> int:

@@ -102,7 +102,7 @@ BREAKS: list[tuple[Break, str]] = [
     (write("model/tokenizer.json", "{}"), "cannot read the tokenizer in"),
     (write("out/notes.txt", "mine"), "out is not empty and no conversion of ours"),
     (write("out/hidrop_convert.json", "{}"), "hidrop_convert.json is damaged"),
-    (write("out", "mine"), "out is not a directory"),
+    (write("out", "mine"), "destination .*out: Not a directory"),
 ]
 
 
@@ -158,4 +158,6 @@ def test_a_destination_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     arguments = [checkpoint.directory, tmp_path / "file" / "out", "--vision-tower", checkpoint.tower]
     done = CliRunner().invoke(app, ["convert", *map(str, arguments)])
     assert done.exit_code == 2
-    assert done.stderr.splitlines()[-1] == f"hidrop: {tmp_path / 'file' / 'out'}: Not a directory"
+    assert done.stderr.splitlines()[-1] == (
+        f"hidrop: destination {tmp_path / 'file' / 'out'}: {tmp_path / 'file'}: Not a directory"
+    )

@@ -63,10 +63,13 @@ def find_programs(package: str, names: Sequence[str], cache: Path | None = None)
 def _fetch(package: str, folder: Path, programs: Sequence[Path]) -> None:
     """Unpack a Debian package into ``folder``; whole or not at all, and once where several processes want it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+    lock = os.open(folder.parent, os.O_RDONLY)  # the folder itself: a file of locks would stay
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not all(program.is_file() for program in programs):
             _unpack(package, folder)
+    finally:
+        os.close(lock)
 
 
 def _unpack(package: str, folder: Path) -> None:
