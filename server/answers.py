@@ -31,8 +31,9 @@ OnRefused = Callable[[str], None]
 def error(
     status: HTTPStatus, message: str, headers: Mapping[str, str] | None = None, parameter: str | None = None
 ) -> JSONResponse:
-    """An error response; its type is the status's phrase, as for vLLM's own."""
-    body = create_error_response(message, status.phrase, status, parameter)
+    """An error response; its type is the status's phrase, as for vLLM's own, which has another word for 400."""
+    kind = "BadRequestError" if status is HTTPStatus.BAD_REQUEST else status.phrase
+    body = create_error_response(message, kind, status, parameter)
     return JSONResponse(body.model_dump(), status_code=status, headers=headers)
 
 

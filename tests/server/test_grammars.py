@@ -40,7 +40,7 @@ LARGE = "ab" * 150_000
 LARGE_SCHEMA = {"enum": [LARGE]}
 TOO_LARGE: dict[str, dict[str, Any]] = {
     "choice": structured(choice=[LARGE]),
-    "choices": structured(choice=[f"choice {index}" for index in range(10_000)]),
+    "choices": structured(choice=[f"choice {index} {'x' * 100}" for index in range(1000)]),
     "regex": structured(regex=LARGE),
     "grammar": structured(grammar=f'root ::= "{LARGE}"'),
     "json": structured(json=LARGE_SCHEMA),
@@ -49,7 +49,6 @@ TOO_LARGE: dict[str, dict[str, Any]] = {
         structural_tag=json.dumps({"type": "structural_tag", "format": {"type": "const_string", "value": LARGE}})
     ),
     "schema": json_schema(LARGE_SCHEMA),
-    "tool": strict_tool({"type": "object", "properties": {"a": LARGE_SCHEMA}}),
 }
 SAYS_SIZE = "over 64 KiB (--max-grammar-kb)"
 NOT_SPELT: dict[str, dict[str, Any]] = {
@@ -97,6 +96,13 @@ def reason(response: httpx.Response) -> str:
 @pytest.mark.parametrize("name", TOO_LARGE)
 def test_what_is_too_large_is_refused_by_a_named_limit(guarded: Server, name: str, stream: bool) -> None:
     assert SAYS_SIZE in reason(ask(guarded, TOO_LARGE[name], stream=stream))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_too_large_is_refused_by_what_the_prompt_may_hold(guarded: Server, stream: bool) -> None:
+    """Templates write it into the prompt."""
+    tool = strict_tool({"type": "object", "properties": {"a": LARGE_SCHEMA}})
+    assert "the text of the body" in reason(ask(guarded, tool, stream=stream))
 
 
 @pytest.mark.parametrize("stream", [False, True])
