@@ -102,7 +102,7 @@ def test_what_is_too_large_is_refused_by_a_named_limit(guarded: Server, name: st
 def test_a_tool_too_large_is_refused_by_what_the_prompt_may_hold(guarded: Server, stream: bool) -> None:
     """Templates write it into the prompt."""
     tool = strict_tool({"type": "object", "properties": {"a": LARGE_SCHEMA}})
-    assert "the text of the body" in reason(ask(guarded, tool, stream=stream))
+    assert "characters (32 x --max-model-len)" in reason(ask(guarded, tool, stream=stream))
 
 
 @pytest.mark.parametrize("stream", [False, True])
