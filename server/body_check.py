@@ -19,6 +19,8 @@ MAX_FIELDS = 256
 MAX_MESSAGES = 4096
 """Of a body, all its conversations together."""
 MAX_TOOLS = 512
+CONTENT_FIELDS = ("messages", "prompt", "input", "items", "tools")
+"""Shared by all sequences of a body, or divided among them."""
 ANTHROPIC_PATH = "/v1/messages"
 RESPONSES_PATH = "/v1/responses"
 DECISIONS_PATH = "/v1/systemone"
@@ -108,7 +110,7 @@ class BodyCheck:
 
     def _check_product(self, body: Mapping[str, Any]) -> None:
         """Each sequence takes the sampling fields along."""
-        own = {key: value for key, value in body.items() if key not in ("messages", "prompt", "input", "tools")}
+        own = {key: value for key, value in body.items() if key not in CONTENT_FIELDS}
         sequences = _number(body.get("n")) * max(1, *(len(each) for each in _batches(body)), 1)
         if sequences > 1 and sequences * _num_values(own) > 4 * self.limits.max_values:
             raise BodyRefused(

@@ -10,6 +10,7 @@ from typing import Any
 from hidrop_server.media_parts import MAX_PARTS, MediaParts
 from hidrop_server.refusals import BodyRefused
 
+MAX_INTEGER = (1 << 63) - 1
 MAX_ELEMENTS = 8192
 """Of an array that is not all numbers, or of an object. A wrong one costs vLLM an error for each."""
 MAX_KEY_CHARS = 1024
@@ -115,6 +116,9 @@ class BodyWalk:
                 self._refuse_option(where)
             if isinstance(each, str):
                 self._text(each, where, key, is_media=key in DATA and not is_free)
+            elif isinstance(each, int):
+                if not is_free:
+                    _check_integers((each,), _inside(where, key))
             elif isinstance(each, dict | list):
                 place = _inside(where, key)
                 if key in CONTENTS and isinstance(each, list) and not is_free:
@@ -123,6 +127,7 @@ class BodyWalk:
 
     def _of_array(self, value: list[Any], where: str, is_free: bool) -> Iterator[tuple[Any, str, bool]]:
         if value and set(map(type, value)) <= {int}:
+            _check_integers(value, where)
             return
         self._check_size(value, where)
         for index, each in enumerate(value):
@@ -158,6 +163,12 @@ class BodyWalk:
         has_media = self.parts.check(parts, where, self.anthropic)
         if has_media and self.read_fields is not None and where.partition(".")[0] not in self.read_fields:
             raise BodyRefused(f"{where}: this route reads no media from there", "media")
+
+
+def _check_integers(numbers: Sequence[int], where: str) -> None:
+    """What goes to the engine has 64 bits."""
+    if min(numbers) < -MAX_INTEGER - 1 or max(numbers) > MAX_INTEGER:
+        raise BodyRefused(f"{where}: a whole number of more than 64 bits")
 
 
 def _inside(where: str, key: str) -> str:

@@ -16,6 +16,7 @@ from vllm.multimodal.cache.base import (
 from vllm.multimodal.cache.lru import LruKeyReplicatedSenderCache
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.renderers import BaseRenderer
+from vllm.utils.cache import CacheInfo
 from vllm.utils.mem_constants import GiB_bytes
 
 from hidrop_server.adopt import adopt
@@ -39,6 +40,9 @@ class KnownImages(LruKeyReplicatedSenderCache):
     _unsent: OrderedDict[str, MultiModalProcessorCacheItemMetadata]
     _processing: dict[str, MultiModalProcessorCacheItemMetadata]
     """Known images of the request that is being processed, one at a time: it may find them gone before it is done."""
+    _hits = 0
+    _lookups = 0
+    _told = CacheInfo(0, 0)
     _lock: Lock
     """Images are processed in a thread, and requests sent by the event loop."""
 
@@ -57,7 +61,9 @@ class KnownImages(LruKeyReplicatedSenderCache):
         self, mm_item: MultiModalProcessorCacheInItem, mm_hash: str
     ) -> MultiModalProcessorCacheOutItem:
         """Pixels go on to the engine; without them it is an image that was known when this request's turn came."""
+        self._lookups += 1
         if mm_item is None:
+            self._hits += 1
             return None, self._processing[mm_hash].prompt_updates
         with self._lock:
             self._unsent[mm_hash] = MultiModalProcessorCacheItemMetadata(*mm_item)
@@ -84,6 +90,14 @@ class KnownImages(LruKeyReplicatedSenderCache):
     def _list(self, mm_hash: str, image: MultiModalProcessorCacheItemMetadata | None) -> None:
         if image is not None and not self._cache.put_if_fits(mm_hash, image):
             self._cache.clear()  # of the engine's it may have displaced more than our share leaves room for
+
+    def make_stats(self, *, delta: bool = False) -> CacheInfo:
+        """Of what was processed, as in vLLM."""
+        stats, before = CacheInfo(self._hits, self._lookups), self._told
+        if not delta:
+            return stats
+        self._told = stats
+        return stats - before
 
     def clear_cache(self) -> None:
         """Forget all."""

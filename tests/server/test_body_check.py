@@ -289,3 +289,14 @@ def test_sampling_fields_are_counted_for_every_sequence() -> None:
     check(CHAT, {"messages": [], "n": 4, **wide})
     for body in ({"n": 8}, {"n": "8"}, {"prompt": ["x"] * 8}):
         assert "--max-json-values" in refusal(COMPLETIONS, {**wide, **body}).says
+
+
+@pytest.mark.parametrize("number", [1 << 63, -(1 << 63) - 1, 10**100])
+@pytest.mark.parametrize(
+    "field", ["top_k", "seed", "stream_interval", "vllm_xargs", "stop_token_ids", "a field of tomorrow"]
+)
+def test_a_number_that_the_wire_to_the_engine_cannot_carry_is_refused(field: str, number: int) -> None:
+    value = {"vllm_xargs": {"session_id": number}, "stop_token_ids": [1, number]}.get(field, number)
+    assert "more than 64 bits" in refusal(CHAT, holding(CHAT, "x") | {field: value}).says
+    check(CHAT, holding(CHAT, "x") | {"seed": (1 << 63) - 1})
+    check(CHAT, holding(CHAT, "x") | {"response_format": {"schema": {"maximum": number}}})

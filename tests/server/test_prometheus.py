@@ -23,6 +23,7 @@ NEEDS_OTHER_TRAFFIC = {
     "vllm:num_preemptions_total": "a pool that is too small",
     "vllm:num_requests": "a request at the very moment of a scrape",
     "vllm:kv_cache_usage_perc": "the same",
+    "vllm_hidrop_grammars_waiting": "a grammar that is being tried at the moment of a scrape",
     "vllm_hidrop_kv_blocks_returned_total": "a method that decides the counts itself",
     "vllm_hidrop_prefix_reuse_off_total": "a method, a cache or a setting under which images are not reused",
     "vllm_hidrop_fallback_requests_total": "a prompt that ends with an image, which this model's template never makes",
