@@ -153,7 +153,7 @@ def protect(app: FastAPI, engine: HidropLLM, args: Namespace) -> None:
 
 def body_check(engine: HidropLLM, args: Namespace) -> BodyCheck:
     """What this server's model and flags allow in a body."""
-    limits = BodyLimits.of(args.max_json_values, engine.model_config.max_model_len)
+    limits = BodyLimits.of(args.max_json_values, engine.model_config.max_model_len, args.max_grammar_kb)
     modalities = [name for name, most in engine.allowed_media.items() if most > 0]
     return BodyCheck(limits, MediaParts(modalities))
 

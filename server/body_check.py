@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hidrop_server.body_walk import BodyLimits, BodyWalk
+from hidrop_server.grammar_fields import find_oversized
 from hidrop_server.media_parts import SYSTEM_BLOCKS, MediaParts
 from hidrop_server.options import check_options
 from hidrop_server.refusals import BodyRefused
@@ -63,6 +64,9 @@ class BodyCheck:
             raise BodyRefused("the body must be a JSON object")
         if len(body) > MAX_FIELDS:
             raise BodyRefused(f"the body has more than {MAX_FIELDS} fields")
+        oversized = find_oversized(body, self.limits.max_grammar_kb)
+        if oversized is not None:
+            raise BodyRefused(oversized, "grammar")
         check_options(body.get("vllm_xargs"))
         check_scalars(body)
         read = READ.get(path.removesuffix("/render"))

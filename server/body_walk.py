@@ -14,7 +14,6 @@ MAX_INTEGER = (1 << 63) - 1
 MAX_ELEMENTS = 8192
 """Of an array that is not all numbers, or of an object. A wrong one costs vLLM an error for each."""
 MAX_KEY_CHARS = 1024
-MAX_GRAMMAR_CHARS = 1 << 20
 CHARS_PER_TOKEN = 32
 """A text longer than this many characters for each token of the model's length cannot become a prompt."""
 MIN_TEXT_CHARS = 1 << 16
@@ -60,15 +59,17 @@ class BodyLimits:
     Attributes:
         max_values: of a body; ``--max-json-values``.
         max_text_chars: of one prompt.
+        max_grammar_kb: of a constraint as text; ``--max-grammar-kb``.
     """
 
     max_values: int
     max_text_chars: int
+    max_grammar_kb: int
 
     @classmethod
-    def of(cls, max_values: int, max_model_len: int) -> "BodyLimits":
+    def of(cls, max_values: int, max_model_len: int, max_grammar_kb: int) -> "BodyLimits":
         """For a model's length."""
-        return cls(max_values, max(MIN_TEXT_CHARS, CHARS_PER_TOKEN * max_model_len))
+        return cls(max_values, max(MIN_TEXT_CHARS, CHARS_PER_TOKEN * max_model_len), max_grammar_kb)
 
     def too_long(self, what: str) -> str:
         """Says that a text is."""
@@ -146,11 +147,7 @@ class BodyWalk:
             raise BodyRefused(f"{place}: options of hidrop are read from vllm_xargs", "options")
 
     def _text(self, text: str, where: str, key: str, is_media: bool) -> None:
-        if is_media:
-            return
-        if (where or key).startswith(GRAMMARS):
-            if len(text) > MAX_GRAMMAR_CHARS:
-                raise BodyRefused(f"{_inside(where, key)}: longer than {MAX_GRAMMAR_CHARS} characters")
+        if is_media or (where or key).startswith(GRAMMARS):
             return
         self.num_chars += len(text)
         if len(text) > self.limits.max_text_chars:

@@ -33,7 +33,7 @@ def application(refused: list[str]) -> Bodies:
     async def echo(raw: Request) -> Any:
         return {"length": len(await raw.body()), "body": await raw.json() if await raw.body() else None}
 
-    check = BodyCheck(BodyLimits.of(MAX_VALUES, 4096), MediaParts(["image"]))
+    check = BodyCheck(BodyLimits.of(MAX_VALUES, 4096, 64), MediaParts(["image"]))
     return Bodies(app, check=check, on_refused=refused.append)
 
 

@@ -13,7 +13,7 @@ from hidrop_server.refusals import BodyRefused
 CHAT, BATCH, RESPONSES = "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses"
 MESSAGES, COMPLETIONS, TOKENIZE = "/v1/messages", "/v1/completions", "/tokenize"
 ELSEWHERE = "/a/route/of/tomorrow"
-LIMITS = BodyLimits.of(max_values=1 << 18, max_model_len=4096)
+LIMITS = BodyLimits.of(max_values=1 << 18, max_model_len=4096, max_grammar_kb=64)
 URL = {"url": "http://127.0.0.1:9/x"}
 
 
