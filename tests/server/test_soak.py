@@ -6,7 +6,7 @@ from tests.soak import SERVERS, distinct_requests, soak
 
 pytestmark = pytest.mark.server
 
-NUM_REQUESTS = 150
+NUM_REQUESTS = 100
 
 
 @pytest.mark.parametrize("server", SERVERS)
@@ -21,4 +21,4 @@ def test_a_short_soak_ends_with_every_answer_as_in_isolation_and_nothing_left(se
     ends = {outcome for counts in result.outcomes.values() for outcome in counts}
     assert ends == {"equal", "left"}, "some clients leave, and everybody else has the answer"
     names = distinct_requests([{}] * 4, [])
-    assert len(set(names) & result.outcomes.keys()) > 0.8 * len(names), "most kinds of request came"
+    assert len(set(names) & result.outcomes.keys()) > 0.7 * len(names), "most kinds of request came"
