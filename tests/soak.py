@@ -36,7 +36,7 @@ LIMITS = ("--max-model-len", "1536", "--max-num-batched-tokens", "1536", "--mm-p
 SHARED = json.dumps({"method": "mustdrop", "options": {"cut_cache": False}})
 SERVERS = {
     "its own method": (*LIMITS, "--num-gpu-blocks-override", "600"),
-    "methods that share its stages": (*LIMITS, "--num-gpu-blocks-override", "400", "--hidrop-config", SHARED),
+    "methods that share its stages": (*LIMITS, "--num-gpu-blocks-override", "300", "--hidrop-config", SHARED),
 }
 NUM_PICTURES = 24
 NUM_HOSTILE = 12
@@ -72,8 +72,16 @@ class Result:
     failures: list[str] = field(default_factory=list)
 
 
-def distinct_requests(schedule: list[dict[str, Any]], methods: list[str]) -> dict[str, dict[str, Any]]:
-    """Bodies of chat requests by name; those that begin with "bad" must be refused."""
+def distinct_requests(
+    schedule: list[dict[str, Any]], methods: list[str], keeping: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Bodies of chat requests by name; those that begin with "bad" must be refused.
+
+    Args:
+        schedule: the server's stages.
+        methods: others than its own.
+        keeping: wishes under which it takes keeps.
+    """
     rest = len(schedule) - 2
     long: dict[str, Any] = {"ignore_eos": True, "max_tokens": 120}
     sampled: dict[str, Any] = {"temperature": 1.0, "top_k": 20, "seed": 7, "ignore_eos": True, "max_tokens": 40}
@@ -89,8 +97,8 @@ def distinct_requests(schedule: list[dict[str, Any]], methods: list[str]) -> dic
         "pruned": ask([0], **long),
         "pruned, short": ask([1], max_tokens=3),
         "pruned, two images": ask([1, 2], **long),
-        "pruned, other keeps": ask([0], **long, vllm_xargs={"hidrop_keep": ["all", 0.5, *[9] * rest]}),
-        "pruned, few kept": ask([3], **long, vllm_xargs={"hidrop_keep": [0, "all", *[1] * rest]}),
+        "pruned, other keeps": ask([0], **long) | wish(keep=["all", 0.5, *[9] * rest], **keeping),
+        "pruned, few kept": ask([3], **long) | wish(keep=[0, "all", *[1] * rest], **keeping),
         "pruned, sampled": ask([3], **sampled),
         "pruned, n": ask([2], **sampled | {"n": 3}),
         "pruned, stop": ask([4], **long, stop=["red", "circle", "is", "the"]),
@@ -114,6 +122,11 @@ def distinct_requests(schedule: list[dict[str, Any]], methods: list[str]) -> dic
         found[f"method {method}"] = ask([0], **long) | wish(method=method)
         found[f"method {method}, two pictures"] = ask([1, 10 + number], max_tokens=8) | wish(method=method)
     return found
+
+
+def _keeping(described: dict[str, Any]) -> dict[str, Any]:
+    """A method that decides the counts itself takes no keeps: then one of the others that does."""
+    return {"method": "fastv"} if described["keeps_are_bounds"] else {}
 
 
 def hostile_requests(model: str, rng: random.Random) -> dict[str, tuple[str, bytes]]:
@@ -152,7 +165,8 @@ class Soak:
         model = (await self.http.get("/v1/models")).json()["data"][0]["id"]
         methods = [name for name in described["request_methods"] if name != described["method"]]
         kinds = {
-            name: {"model": model, **body} for name, body in distinct_requests(described["stages"], methods).items()
+            name: {"model": model, **body}
+            for name, body in distinct_requests(described["stages"], methods, _keeping(described)).items()
         }
         alone = {name: await self._send(body, "whole") for name, body in kinds.items()}
         for name, answer in alone.items():

@@ -20,5 +20,5 @@ def test_a_short_soak_ends_with_every_answer_as_in_isolation_and_nothing_left(se
     assert result.integrity["checks"] > 0
     ends = {outcome for counts in result.outcomes.values() for outcome in counts}
     assert ends == {"equal", "left"}, "some clients leave, and everybody else has the answer"
-    names = distinct_requests([{}] * 4, [])
+    names = distinct_requests([{}] * 4, [], {})
     assert len(set(names) & result.outcomes.keys()) > 0.7 * len(names), "most kinds of request came"
