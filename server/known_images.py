@@ -24,6 +24,8 @@ from hidrop_server.adopt import adopt
 SHARE = 0.5
 """Of the engine's cache, what this process counts on: the images used last. The rest is for what may be sent while a
 request that was processed waits its turn."""
+ROOM_IMAGES = 64
+"""So many at least must fit into the rest; of a smaller cache nothing is counted on, and images are sent each time."""
 MOST_UNSENT = 256
 """Processed images whose sending is remembered; one more is sent again another time."""
 
@@ -40,6 +42,8 @@ class KnownImages(LruKeyReplicatedSenderCache):
     _unsent: OrderedDict[str, MultiModalProcessorCacheItemMetadata]
     _processing: dict[str, MultiModalProcessorCacheItemMetadata]
     """Known images of the request that is being processed, one at a time: it may find them gone before it is done."""
+    _largest = 0
+    """Bytes of an image."""
     _hits = 0
     _lookups = 0
     _told = CacheInfo(0, 0)
@@ -49,7 +53,7 @@ class KnownImages(LruKeyReplicatedSenderCache):
     def is_cached_item(self, mm_hash: str) -> bool:
         """Whether the engine has it."""
         with self._lock:
-            known = mm_hash in self._cache
+            known = mm_hash in self._cache and self._cache.capacity >= ROOM_IMAGES * self._largest
             if known:
                 self._processing[mm_hash] = self._cache.cache[mm_hash]  # not as used
             return known
@@ -66,7 +70,8 @@ class KnownImages(LruKeyReplicatedSenderCache):
             self._hits += 1
             return None, self._processing[mm_hash].prompt_updates
         with self._lock:
-            self._unsent[mm_hash] = MultiModalProcessorCacheItemMetadata(*mm_item)
+            self._unsent[mm_hash] = image = MultiModalProcessorCacheItemMetadata(*mm_item)
+            self._largest = max(self._largest, image.item_size)
             if len(self._unsent) > MOST_UNSENT:
                 self._unsent.popitem(last=False)
         return mm_item

@@ -32,7 +32,7 @@ from tests.server.harness import data_url, image_url, user
 from vllm_hidrop.commands.local_server import local_server
 
 LIMITS = ("--max-model-len", "1536", "--max-num-batched-tokens", "1536", "--mm-processor-cache-gb", "0.004")
-"""The engine's cache holds nine pictures, of which the API process counts on four."""
+"""The engine's cache holds nine pictures: too few for the API process to count on any."""
 SHARED = json.dumps({"method": "mustdrop", "options": {"cut_cache": False}})
 SERVERS = {
     "its own method": (*LIMITS, "--num-gpu-blocks-override", "600"),
@@ -287,6 +287,9 @@ def _whole(status: int, data: dict[str, Any]) -> Answer:
 
 
 def _streamed(chunks: list[dict[str, Any]]) -> Answer:
+    errors = [chunk["error"] for chunk in chunks if "error" in chunk]
+    if errors:
+        return {"status": errors[0]["code"], "says": errors[0]["message"]}
     choices: dict[int, list[Any]] = {}
     for chunk in chunks:
         for part in chunk["choices"]:

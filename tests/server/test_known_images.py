@@ -22,6 +22,7 @@ from vllm.multimodal.inputs import (
     PlaceholderRange,
 )
 
+from hidrop_server import known_images
 from hidrop_server.known_images import MOST_UNSENT, KnownImages, know_images
 from tests.server.harness import IMAGE_TOKENS, Server, content, image_url, kept
 
@@ -156,6 +157,20 @@ class Both:
         received = [replace(feature) for feature in request]
         for feature in self.engines.get_and_update_features(received):
             assert feature.identifier in (feature.data or {})
+
+
+@pytest.fixture(autouse=True)
+def small_caches_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the property tests hold a few images, and few are sent while one waits."""
+    monkeypatch.setattr(known_images, "ROOM_IMAGES", 0)
+
+
+def test_a_cache_with_no_room_for_what_others_send_is_not_counted_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known_images, "ROOM_IMAGES", 64)
+    for num_images, is_known in ((127, False), (128, True)):
+        both = Both(num_images * IMAGE_BYTES)
+        both.send(both.process(["a"]))
+        assert both.ours.is_cached(["a"]) == [is_known]
 
 
 IMAGES = st.lists(st.sampled_from("abcd"), min_size=1, max_size=3)
