@@ -60,7 +60,7 @@ def check(answer: Answer, alone: Answer) -> None:
 
 def test_every_pair_of_methods_in_both_orders_answers_as_alone(running: Engine) -> None:
     tokens = prompt(np.random.default_rng(3), "4ii5")
-    asks = {name: Ask(tokens, (1, 2), wish, max_tokens=3) for name, wish in wishes(running).items()}
+    asks = {name: Ask(tokens, (1, 2), wish) for name, wish in wishes(running).items()}
     alone = {}
     for name, ask in asks.items():
         forget(running)
