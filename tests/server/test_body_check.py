@@ -297,6 +297,6 @@ def test_sampling_fields_are_counted_for_every_sequence() -> None:
 )
 def test_a_number_that_the_wire_to_the_engine_cannot_carry_is_refused(field: str, number: int) -> None:
     value = {"vllm_xargs": {"session_id": number}, "stop_token_ids": [1, number]}.get(field, number)
-    assert "more than 64 bits" in refusal(CHAT, holding(CHAT, "x") | {field: value}).says
-    check(CHAT, holding(CHAT, "x") | {"seed": (1 << 63) - 1})
-    check(CHAT, holding(CHAT, "x") | {"response_format": {"schema": {"maximum": number}}})
+    assert "more than 64 bits" in refusal(CHAT, holding(CHAT, [{"type": "text", "text": "x"}]) | {field: value}).says
+    check(CHAT, holding(CHAT, [{"type": "text", "text": "x"}]) | {"seed": (1 << 63) - 1})
+    check(CHAT, holding(CHAT, [{"type": "text", "text": "x"}]) | {"response_format": {"schema": {"maximum": number}}})
