@@ -16,7 +16,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.usage.usage_lib import UsageContext
-from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.input_processor import InputProcessor
@@ -26,7 +26,6 @@ from vllm.v1.metrics.stats import RequestStateStats
 from hidrop_server.adopt import adopt
 from hidrop_server.exchanges import GOING_AWAY, InFlight
 from hidrop_server.grammars import PARAMETER, Grammars
-from hidrop_server.known_images import KnownImages, know_images
 from hidrop_server.metrics import HidropMetrics, Times
 from hidrop_server.options import check_keys, others_are_read
 from hidrop_server.reports import REPORT_KEY
@@ -189,17 +188,9 @@ class HidropLLM(AsyncLLM):
             await self._admit_grammar(params)
         return await super().add_request(request_id, prompt, params, *args, **kwargs)
 
-    async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
-        """Send it to the engine, which from then on has its images."""
-        await super()._add_request(request, *args, **kwargs)
-        known = self.renderer.mm_processor_cache
-        if isinstance(known, KnownImages):
-            known.sent(request.mm_features or ())
-
     def _run_output_handler(self) -> None:
-        """Start vLLM's output loop, which holds on to output processor and image cache; so ours go in before."""
+        """Start vLLM's output loop, which holds on to the output processor; so ours goes in before."""
         if self.output_handler is None:
-            know_images(self.renderer)
             processor = adopt(HidropOutputProcessor, self.output_processor)
             processor.reports, processor.metrics = {}, self.metrics
             self.output_processor = processor

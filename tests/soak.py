@@ -32,7 +32,7 @@ from tests.server.harness import data_url, image_url, user
 from vllm_hidrop.commands.local_server import local_server
 
 LIMITS = ("--max-model-len", "1536", "--max-num-batched-tokens", "1536", "--mm-processor-cache-gb", "0.004")
-"""The engine's cache holds nine pictures: too few for the API process to count on any."""
+"""The cache of processed images holds nine pictures."""
 SHARED = json.dumps({"method": "mustdrop", "options": {"cut_cache": False}})
 SERVERS = {
     "its own method": (*LIMITS, "--num-gpu-blocks-override", "600"),

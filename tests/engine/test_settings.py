@@ -27,6 +27,11 @@ HIDROP = {
         "exit_layer": 7,
     },
 }
+MUSTDROP = {
+    "method": "mustdrop",
+    "preset": "tok64",
+    "options": {"shape": [NUM_LAYERS, TOKENS_PER_IMAGE], "merge_window": 2, "filter_layers": [1, 3, 5]},
+}
 LAYOUTS = {"3i5": 1, "9": 0, "2ii3": 2, "99": 0, "5i2i6": 2}
 OFF = {"hidrop": "off"}
 
@@ -71,12 +76,21 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("settings", [ADMISSION, WHOLE, {"language_model_only": True}], ids=" ".join)
+TEXT_ALONE: list[dict[str, Any]] = [{"language_model_only": True}, {"limit_mm_per_prompt": {"image": 0}}]
+
+
+@pytest.mark.parametrize("settings", [ADMISSION, WHOLE], ids=" ".join)
 def test_settings_that_leave_every_answer_as_it_is(model: Path, settings: dict[str, Any]) -> None:
-    text_only = "language_model_only" in settings
-    every = list(zip(asks(), expected(model), strict=True))
-    compared = [(ask, tokens) for ask, tokens in every if not (ask.images and text_only)]
     with engine(model, HIDROP, **settings) as running:
+        assert tokens_of(running, asks()) == expected(model)
+
+
+@pytest.mark.parametrize("settings", TEXT_ALONE, ids=" ".join)
+@pytest.mark.parametrize("hidrop", [HIDROP, MUSTDROP], ids=lambda hidrop: str(hidrop["method"]))
+def test_a_server_of_text_alone_has_no_tower(model: Path, hidrop: dict[str, Any], settings: dict[str, Any]) -> None:
+    every = zip(asks(), expected(model), strict=True)
+    compared = [(ask, tokens) for ask, tokens in every if not ask.images]
+    with engine(model, hidrop, **settings) as running:
         assert tokens_of(running, [ask for ask, _ in compared]) == [tokens for _, tokens in compared]
 
 

@@ -57,13 +57,14 @@ def start_recording(worker: Any) -> None:
     """Runs in a worker: from now on remember the rows that every cut of every step leaves."""
     staged = worker.model_runner.model._staged
     worker.cuts = []
-    shorten = staged._shorten
+    cut = staged._cut
 
-    def recording(rows: Any, *args: Any) -> None:
-        shorten(rows, *args)
+    def recording(rows: Any, *args: Any) -> torch.Tensor:
+        kept: torch.Tensor = cut(rows, *args)
         worker.cuts.append(rows.full.tolist())
+        return kept
 
-    staged._shorten = recording
+    staged._cut = recording
 
 
 def recorded(worker: Any) -> list[list[int]]:

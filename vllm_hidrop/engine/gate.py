@@ -198,8 +198,11 @@ CHECKED = (
             "--max-num-active-seqs, --max-num-scheduled-tokens",
             "--no-enable-chunked-prefill, --disable-chunked-mm-input",
             "--mm-processor-cache-gb 0, --skip-mm-profiling",
-            "--language-model-only",
         )
+    ),
+    Checked(
+        "--language-model-only, --limit-mm-per-prompt image=0",
+        "test_settings.py::test_a_server_of_text_alone_has_no_tower",
     ),
     Checked(
         "--scheduling-policy priority", "test_settings.py::test_priority_says_who_is_preempted_and_changes_no_answer"

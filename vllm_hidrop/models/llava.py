@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration, LlavaImagePixelInputs
+from vllm.model_executor.models.utils import StageMissingLayer
 
 from vllm_hidrop.engine.batch import StagedStep
 from vllm_hidrop.engine.encoder_attention import TowerKernel, has_tower_kernel
@@ -27,6 +28,11 @@ class HidropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self._staged = staged_forward(vllm_config, text.layers, text.norm)
         self.choosers = choosers(vllm_config)
         self.reducing_tower: ReducingTower | None = None
+        self.tower_kernel: TowerKernel | None = None
+        if not isinstance(self.vision_tower, StageMissingLayer):  # a server of text alone loads no tower
+            self._prepare_tower(vllm_config)
+
+    def _prepare_tower(self, vllm_config: VllmConfig) -> None:
         reduction = reduction_of(self.choosers.values())
         if reduction is not None:
             tower = self.vision_tower.vision_model
@@ -34,8 +40,8 @@ class HidropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             layer = self.config.vision_config.num_hidden_layers if is_last else len(tower.encoder.layers)
             self.class_attention = ClassAttention(self.config.vision_config, layer - 1)
             self.reducing_tower = ReducingTower(tower, reduction, self.class_attention)
-        has_kernel = has_tower_kernel(self.config.vision_config, vllm_config.model_config.dtype)
-        self.tower_kernel = TowerKernel.of(self.vision_tower) if has_kernel else None
+        if has_tower_kernel(self.config.vision_config, vllm_config.model_config.dtype):
+            self.tower_kernel = TowerKernel.of(self.vision_tower)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Stock loading; a tower that reduces also needs a piece of a layer that vLLM does not load."""

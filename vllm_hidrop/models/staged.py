@@ -63,6 +63,7 @@ def configure(vllm_config: Any) -> None:
     }
     check_gate(vllm_config)
     _set_engine_classes(vllm_config)
+    _set_image_cache(vllm_config.model_config.multimodal_config)
     if Planner.from_vllm_config(vllm_config).is_staged:
         _set_limits(vllm_config, resolved.schedule, family.shape(hf_config).tokens_per_image)
         _set_kernels(vllm_config)
@@ -139,6 +140,18 @@ def _set_engine_classes(vllm_config: Any) -> None:
     is_async = vllm_config.scheduler_config.async_scheduling and not current_platform.is_cpu()
     scheduler = "StagedAsyncScheduler" if is_async else "StagedScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"vllm_hidrop.engine.scheduler.{scheduler}"
+
+
+def _set_image_cache(multimodal_config: Any) -> None:
+    """Keep processed images in the process that processes them, and send them to the engine with every request.
+
+    vLLM's other caches leave out what that process takes the engine to have, and a request that is refused after its
+    images were processed, or sent later than another, makes it wrong: the next one fails for want of its pixels.
+    vLLM itself keeps them so wherever an engine has several such processes.
+    """
+    if multimodal_config.mm_processor_cache_type == "shm":
+        logger.info("Processed images are not kept in shared memory: the process that processes them keeps them.")
+    multimodal_config.mm_processor_cache_type = "processor_only"
 
 
 def _set_limits(vllm_config: Any, schedule: Schedule, num_image_tokens: int) -> None:
