@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vllm_hidrop.accuracy.generate import Choice, Questions, measure_selection, run, write
+from vllm_hidrop.lab.accuracy.generate import Choice, Questions, measure_selection, run, write
 
 DOCS = Path(__file__).parents[1] / "docs"
 

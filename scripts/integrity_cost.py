@@ -31,7 +31,7 @@ def idle_scheduler(num_blocks: int) -> Any:
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from hidrop_server.choice import read_choice
+    from hidrop_server.control.choice import read_choice
     from hidrop_server.start import configure
 
     _, config = configure(None, read_choice(None, None, None), ["--distributed-executor-backend", "uni"])

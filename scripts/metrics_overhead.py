@@ -50,10 +50,10 @@ def make_engine(model: str | None, clock: Clock) -> Any:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from hidrop_server.adopt import adopt
-    from hidrop_server.choice import read_choice
+    from hidrop_server.control.choice import read_choice
     from hidrop_server.engine import HidropOutputProcessor, metrics_of
     from hidrop_server.start import configure
-    from vllm_hidrop.engine.planner import Planner
+    from vllm_hidrop.plan.planner import Planner
 
     _, config = configure(model, read_choice(None, None, None), ["--distributed-executor-backend", "uni"])
     engine = LLMEngine.from_vllm_config(config)

@@ -10,7 +10,7 @@ from pathlib import Path
 from hidrop_server.metrics import METRICS
 from vllm_hidrop.bench.rows import read_rows
 from vllm_hidrop.bench.tables import markdown_sections, markdown_summary
-from vllm_hidrop.commands.methods import about
+from vllm_hidrop.cli.methods import about
 from vllm_hidrop.engine.gate import CHECKED, RULES
 from vllm_hidrop.methods import METHODS
 

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from tests.server.browser import ask, chromium, go_to_stage, playground
-from vllm_hidrop.commands.local_server import local_server
+from vllm_hidrop.cli.local_server import local_server
 
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "examples" / "scene_2.png"

@@ -26,26 +26,26 @@ from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.entrypoints.serve.middleware.x_request_id import XRequestIdMiddleware
 from vllm.utils.system_utils import decorate_logs
 
-from hidrop_server.access import Access, drop_stock_authentication
 from hidrop_server.adopt import adopt
-from hidrop_server.bodies import Bodies
-from hidrop_server.body_check import BodyCheck
-from hidrop_server.body_walk import BodyLimits
-from hidrop_server.brief_errors import BriefErrors, validation_refusal
-from hidrop_server.doors import hide_routes
+from hidrop_server.control.doors import hide_routes
+from hidrop_server.control.grammars import Grammars, Judge
+from hidrop_server.control.redaction import hide_in_logs
+from hidrop_server.control.routes import describe, router
+from hidrop_server.control.safety import api_keys, metrics_key
 from hidrop_server.engine import HidropLLM, run_engine
-from hidrop_server.exchanges import Exchanges
-from hidrop_server.grammars import Grammars, Judge
-from hidrop_server.heads import Heads
-from hidrop_server.limits import SizeLimits
-from hidrop_server.listening import refused_in_one_line
-from hidrop_server.media import register_connector
-from hidrop_server.media_parts import MediaParts
-from hidrop_server.playground import PATH
-from hidrop_server.playground import router as playground
-from hidrop_server.redaction import hide_in_logs
-from hidrop_server.routes import describe, router
-from hidrop_server.safety import api_keys, metrics_key
+from hidrop_server.http.access import Access, drop_stock_authentication
+from hidrop_server.http.bodies import Bodies
+from hidrop_server.http.body_check import BodyCheck
+from hidrop_server.http.body_walk import BodyLimits
+from hidrop_server.http.brief_errors import BriefErrors, validation_refusal
+from hidrop_server.http.exchanges import Exchanges
+from hidrop_server.http.heads import Heads
+from hidrop_server.http.limits import SizeLimits
+from hidrop_server.http.listening import refused_in_one_line
+from hidrop_server.media.connector import register_connector
+from hidrop_server.media.parts import MediaParts
+from hidrop_server.playground.page import PATH
+from hidrop_server.playground.page import router as playground
 from hidrop_server.serving import (
     HidropServingChat,
     HidropServingChatBatch,

@@ -24,15 +24,15 @@ from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutp
 from vllm.v1.metrics.stats import RequestStateStats
 
 from hidrop_server.adopt import adopt
-from hidrop_server.exchanges import GOING_AWAY, InFlight
-from hidrop_server.grammars import PARAMETER, Grammars
+from hidrop_server.control.grammars import PARAMETER, Grammars
+from hidrop_server.control.options import check_keys, others_are_read
+from hidrop_server.control.reports import REPORT_KEY
+from hidrop_server.http.exchanges import GOING_AWAY, InFlight
 from hidrop_server.metrics import HidropMetrics, Times
-from hidrop_server.options import check_keys, others_are_read
-from hidrop_server.reports import REPORT_KEY
 from vllm_hidrop import __version__
 from vllm_hidrop.engine.compat import INTEGRITY_CALL
-from vllm_hidrop.engine.planner import Planner
-from vllm_hidrop.pruning import Span
+from vllm_hidrop.plan.plan import Span
+from vllm_hidrop.plan.planner import Planner
 
 ENGINE_ANSWER_SECONDS = 1.0
 """How long readiness waits for the engine, which answers between two steps."""
@@ -216,7 +216,7 @@ class HidropInputProcessor(InputProcessor):
     """``InputProcessor`` that leaves grammars alone: it would parse them in the event loop."""
 
     def _validate_params(self, params: Any, supported_tasks: tuple[Any, ...]) -> bool | None:
-        """Stock validation of all but the grammar, which has been admitted (see ``hidrop_server.grammars``)."""
+        """Stock validation of all but the grammar, which has been admitted (see ``hidrop_server.control.grammars``)."""
         structured = getattr(params, "structured_outputs", None)
         if structured is None:
             return super()._validate_params(params, supported_tasks)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from vllm_hidrop.pruning import FALLBACKS
+from vllm_hidrop.plan.plan import FALLBACKS
 
 PREFIX = "vllm_hidrop_"
 SERVER_LABELS = ("model_name", "engine", "method")

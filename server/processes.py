@@ -22,9 +22,10 @@ from vllm.v1.executor import Executor
 from vllm.v1.metrics.prometheus import setup_multiprocess_prometheus
 from vllm.v1.utils import APIServerProcessManager, wait_for_completion_or_failure
 
-from hidrop_server import app, engine, exchanges
+from hidrop_server import app, engine
 from hidrop_server.app import answer, hide_keys, interrupt, listen
-from hidrop_server.grammars import Judge
+from hidrop_server.control.grammars import Judge
+from hidrop_server.http import exchanges
 from hidrop_server.start import engine_config
 
 TO_END_SECONDS = exchanges.END_SECONDS + app.END_SECONDS

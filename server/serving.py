@@ -25,8 +25,8 @@ from vllm.exceptions import GenerationError, RetryableRequestError, VLLMValidati
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 
+from hidrop_server.control.reports import REPORT_KEY, ReportSeen, in_message_delta, report_in_chunk, with_report
 from hidrop_server.engine import HidropLLM, begun, spans_in
-from hidrop_server.reports import REPORT_KEY, ReportSeen, in_message_delta, report_in_chunk, with_report
 
 WISHES: ContextVar[Mapping[str, Any] | None] = ContextVar("WISHES", default=None)
 """The ``vllm_xargs`` of the request in hand: vLLM does not carry them into a beam search."""

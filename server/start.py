@@ -7,9 +7,9 @@ configuration, and only then processes and weights.
 import sys
 from typing import TYPE_CHECKING, Any
 
-from hidrop_server.choice import read_choice
-from hidrop_server.environment import set_defaults
-from hidrop_server.errors import StartError, one_line
+from hidrop_server.control.choice import read_choice
+from hidrop_server.control.environment import set_defaults
+from hidrop_server.control.errors import StartError, one_line
 from vllm_hidrop.embedded import CHECKPOINTS
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ def configure(model: str | None, choice: "HidropConfig", vllm_args: list[str]) -
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
 
-    from hidrop_server import arguments, listening
+    from hidrop_server.control import arguments
+    from hidrop_server.http import listening
 
     cli_env_setup()
     args = arguments.parse(model, vllm_args, choice.method)
@@ -112,7 +113,7 @@ def run(args: "Namespace", vllm_config: Any) -> int:
     import uvloop
 
     from hidrop_server.app import serve
-    from hidrop_server.grammars import Judge
+    from hidrop_server.control.grammars import Judge
 
     return uvloop.run(serve(args, vllm_config, Judge(vllm_config, args.max_grammar_seconds)))
 

@@ -29,7 +29,7 @@ from rich.table import Table
 
 from tests.server import hostile
 from tests.server.harness import data_url, image_url, user
-from vllm_hidrop.commands.local_server import local_server
+from vllm_hidrop.cli.local_server import local_server
 
 LIMITS = ("--max-model-len", "1536", "--max-num-batched-tokens", "1536", "--mm-processor-cache-gb", "0.004")
 """The cache of processed images holds nine pictures."""

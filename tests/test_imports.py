@@ -32,77 +32,44 @@ class Rule:
     lazily: tuple[str, ...] = ()
 
 
-PRUNING = ("vllm_hidrop.pruning",)
 # Of the command line's edges: no model, no method, nothing of ours.
 EDGES = ("vllm_hidrop.json_text", "vllm_hidrop.outputs", "vllm_hidrop.terminal")
-POSITIONS = ("vllm_hidrop.positions", *PRUNING)
-SCORING = ("vllm_hidrop.scoring", *PRUNING)
-DECIDING = ("vllm_hidrop.deciding", "vllm_hidrop.edits", "vllm_hidrop.merging", *SCORING)
-METHODS = ("vllm_hidrop.methods", *DECIDING, *POSITIONS)
-CONFIG = ("vllm_hidrop.config", *METHODS, *POSITIONS)
-ENGINE = ("vllm_hidrop.engine", *DECIDING, *POSITIONS)
-MODELS = ("vllm_hidrop.models", *CONFIG, *ENGINE)
+PLAN = ("vllm_hidrop.plan",)
+# What the engine knows of methods: their contract, never one of them.
+CONTRACT = ("vllm_hidrop.methods.adaptive", "vllm_hidrop.methods.scoring", *PLAN)
+METHODS = ("vllm_hidrop.methods", *PLAN)
+CONFIG = ("vllm_hidrop.config", *METHODS)
+STAGED = ("vllm_hidrop.staged", *CONTRACT)
+ENGINE = ("vllm_hidrop.engine", *STAGED)
+RUNNERS = ("vllm_hidrop.runners", *ENGINE)
+MODELS = ("vllm_hidrop.models", *CONFIG, *RUNNERS)
 EVERYTHING = (*DIRECTORIES, "torch", "vllm")
 
 # The longest prefix rules a module. A module without a row fails: where it belongs is a decision.
 RULES = {
-    "vllm_hidrop.pruning": Rule(),
-    "vllm_hidrop.positions": Rule(PRUNING),
-    "vllm_hidrop.scoring": Rule((*PRUNING, "torch")),
-    "vllm_hidrop.edits": Rule(("torch",)),
-    "vllm_hidrop.merging": Rule((*SCORING, "torch")),
-    "vllm_hidrop.deciding": Rule(("vllm_hidrop.edits", "vllm_hidrop.merging", *SCORING, "torch")),
-    "vllm_hidrop.methods": Rule((*DECIDING, *POSITIONS, "torch")),
-    "vllm_hidrop.config": Rule((*METHODS, *POSITIONS, "torch")),
-    "vllm_hidrop.engine": Rule(("vllm_hidrop.costs", *DECIDING, *POSITIONS, "torch", "vllm")),
-    "vllm_hidrop.models": Rule(("vllm_hidrop.shapes", *CONFIG, *ENGINE, "torch", "vllm")),
+    "vllm_hidrop.plan": Rule(),
+    "vllm_hidrop.methods": Rule((*PLAN, "torch")),
+    "vllm_hidrop.config": Rule(METHODS),
+    "vllm_hidrop.staged": Rule((*CONTRACT, "torch", "vllm")),
+    "vllm_hidrop.engine": Rule((*STAGED, "torch", "vllm")),
+    "vllm_hidrop.engine.configure": Rule((*CONFIG, *ENGINE, "vllm_hidrop.runners.tower_attention", "vllm")),
+    "vllm_hidrop.runners": Rule((*ENGINE, "torch", "vllm")),
+    "vllm_hidrop.models": Rule((*CONFIG, *RUNNERS, "torch", "vllm")),
     "vllm_hidrop.plugin": Rule(lazily=(*MODELS, "torch", "vllm")),
     "vllm_hidrop.torchvision_compat": Rule(lazily=("torch",)),
-    "vllm_hidrop.costs": Rule(SCORING),
-    "vllm_hidrop.paper_flops": Rule(("vllm_hidrop.costs",)),
-    "vllm_hidrop.shapes": Rule(("vllm_hidrop.costs",)),
-    "vllm_hidrop.capacity": Rule(("vllm_hidrop.costs",)),
-    "vllm_hidrop.commands": Rule(
-        (
-            "vllm_hidrop.capacity",
-            "vllm_hidrop.costs",
-            "vllm_hidrop.paper_flops",
-            "vllm_hidrop.shapes",
-            "vllm_hidrop.bench",
-            "vllm_hidrop.evaluation",
-            *EDGES,
-            *CONFIG,
-        ),
-        lazily=EVERYTHING,
-    ),
-    "vllm_hidrop.cli": Rule(
-        (
-            "vllm_hidrop.cli_bench",
-            "vllm_hidrop.cli_errors",
-            "vllm_hidrop.cli_options",
-            "vllm_hidrop.commands",
-            *EDGES,
-            *CONFIG,
-        ),
-        lazily=EVERYTHING,
-    ),
-    "vllm_hidrop.cli_bench": Rule(("vllm_hidrop.cli_options", *EDGES), lazily=("vllm_hidrop.commands",)),
-    "vllm_hidrop.cli_errors": Rule(),
-    "vllm_hidrop.cli_options": Rule(EDGES, lazily=("hidrop_loadtests.addresses",)),
     "vllm_hidrop.json_text": Rule(),
     "vllm_hidrop.outputs": Rule(),
     "vllm_hidrop.terminal": Rule(),
+    "vllm_hidrop.cli": Rule(("vllm_hidrop.bench", "vllm_hidrop.lab.evaluate", *EDGES, *CONFIG), lazily=EVERYTHING),
     "vllm_hidrop.embedded": Rule((*MODELS, "torch", "vllm")),
-    "vllm_hidrop.training": Rule((*MODELS, *EDGES, "vllm_hidrop.embedded", "torch", "vllm")),
-    "vllm_hidrop.conversion": Rule((*CONFIG, "torch")),
-    "vllm_hidrop.evaluation": Rule(
-        (*EDGES, "vllm_hidrop.embedded", "vllm_hidrop.training.scenes", "vllm_hidrop.training.questions")
+    "vllm_hidrop.lab": Rule((*MODELS, *EDGES, "vllm_hidrop.embedded", "torch", "vllm")),
+    "vllm_hidrop.lab.convert": Rule((*CONFIG, "torch")),
+    "vllm_hidrop.lab.evaluate": Rule(
+        (*EDGES, "vllm_hidrop.embedded", "vllm_hidrop.lab.train.scenes", "vllm_hidrop.lab.train.questions")
     ),
-    "vllm_hidrop.accuracy": Rule(
-        ("vllm_hidrop.evaluation", "vllm_hidrop.training", "vllm_hidrop.embedded", "vllm_hidrop.commands", *CONFIG)
-    ),
-    "vllm_hidrop.calibration": Rule((*EDGES, "torch"), lazily=("vllm_hidrop.training",)),
-    "vllm_hidrop.monitoring": Rule(("vllm_hidrop.commands", *EDGES)),
+    "vllm_hidrop.lab.accuracy": Rule(("vllm_hidrop.lab", "vllm_hidrop.embedded", "vllm_hidrop.cli", *CONFIG)),
+    "vllm_hidrop.lab.calibrate": Rule((*EDGES, "torch"), lazily=("vllm_hidrop.lab.train",)),
+    "vllm_hidrop.monitoring": Rule(("vllm_hidrop.cli", *EDGES)),
     "vllm_hidrop.bench": Rule(
         EDGES, lazily=("vllm_hidrop.engine.compat", "hidrop_loadtests.pictures", "torch", "vllm")
     ),
@@ -194,20 +161,23 @@ def test_every_module_imports_only_what_its_rule_allows() -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("vllm_hidrop.pruning.selection", "from vllm_hidrop.scoring import attention"),
-        ("vllm_hidrop.pruning.selection", "from ..scoring import attention"),
-        ("vllm_hidrop.scoring.attention", "import vllm.config"),
+        ("vllm_hidrop.plan.schedule", "import torch"),
+        ("vllm_hidrop.plan.schedule", "from ..methods.scoring import select_top"),
+        ("vllm_hidrop.methods.scoring", "import vllm.config"),
+        ("vllm_hidrop.staged.loop", "from vllm_hidrop.engine.scheduler import StagedScheduler"),
+        ("vllm_hidrop.engine.scheduler", "from vllm_hidrop.runners.v1 import adopt"),
+        ("vllm_hidrop.runners.v1", "from vllm_hidrop.methods import METHODS"),
         ("vllm_hidrop.methods.fastv", "def late():\n    import vllm"),
         ("vllm_hidrop.methods.fastv", "if TYPE_CHECKING:\n    from vllm.config import VllmConfig"),
         ("vllm_hidrop.config.settings", "from vllm_hidrop import models"),
-        ("vllm_hidrop.engine.stages", "from vllm_hidrop.methods.hidrop import HiDrop"),
-        ("vllm_hidrop.engine.stages", "import vllm_hidrop.models.llava"),
-        ("vllm_hidrop.models.llava", "from vllm_hidrop.training import data"),
+        ("vllm_hidrop.engine.scheduler", "from vllm_hidrop.methods.hidrop import HiDrop"),
+        ("vllm_hidrop.engine.scheduler", "import vllm_hidrop.models.llava"),
+        ("vllm_hidrop.models.llava", "from vllm_hidrop.lab.train import data"),
         ("vllm_hidrop.plugin", "import torch"),
         ("vllm_hidrop.plugin", "try:\n    from vllm import ModelRegistry\nexcept ImportError: ..."),
-        ("vllm_hidrop.cli", "import hidrop_server.app"),
+        ("vllm_hidrop.cli.app", "import hidrop_server.app"),
         ("vllm_hidrop", "import torch"),
-        ("hidrop_server.app", "import vllm_hidrop.training"),
+        ("hidrop_server.app", "import vllm_hidrop.lab.train"),
         ("hidrop_server.app", "import server.routes"),
         ("hidrop_loadtests.run", "import vllm_hidrop"),
         ("hidrop_loadtests.run", "from vllm.benchmarks import serve"),
@@ -222,14 +192,14 @@ def test_a_broken_arrow_is_found(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("vllm_hidrop.pruning.selection", "from .schedule import Stage"),
-        ("vllm_hidrop.methods.fastv", "from vllm_hidrop.scoring.attention import last_row"),
-        ("vllm_hidrop.engine.stages", "import vllm.v1\nfrom ..pruning import schedule"),
-        ("vllm_hidrop.models.llava", "from vllm_hidrop.engine.forward import StagedLayers"),
+        ("vllm_hidrop.plan.plan", "from .schedule import Stage"),
+        ("vllm_hidrop.methods.fastv", "from vllm_hidrop.methods.scoring import attention_score"),
+        ("vllm_hidrop.engine.scheduler", "import vllm.v1\nfrom ..plan import schedule"),
+        ("vllm_hidrop.models.llava", "from vllm_hidrop.staged.loop import StagedLayers"),
         ("vllm_hidrop.plugin", "def register():\n    from vllm import ModelRegistry"),
-        ("vllm_hidrop.cli", "def serve():\n    from hidrop_server.app import run"),
-        ("vllm_hidrop.cli", "from vllm_hidrop import __version__"),
-        ("hidrop_server.app", "import vllm.entrypoints\nfrom hidrop_server.routes import router"),
+        ("vllm_hidrop.cli.app", "def serve():\n    from hidrop_server.app import run"),
+        ("vllm_hidrop.cli.app", "from vllm_hidrop import __version__"),
+        ("hidrop_server.app", "import vllm.entrypoints\nfrom hidrop_server.control.routes import router"),
         ("hidrop_loadtests.run", "import openai\nfrom hidrop_loadtests import report"),
         ("hidrop_loadtests.run", "def late():\n    from vllm.benchmarks import serve"),
     ],

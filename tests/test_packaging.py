@@ -30,7 +30,7 @@ def test_the_entry_points_are_installed() -> None:
     (plugin,) = entry_points(group="vllm.general_plugins", name="hidrop")
     (command,) = entry_points(group="console_scripts", name="hidrop")
     assert plugin.value == "vllm_hidrop.plugin:register"
-    assert command.value == "vllm_hidrop.cli:app"
+    assert command.value == "vllm_hidrop.cli.app:app"
 
 
 def test_the_installed_version_is_the_one_in_the_source() -> None:

@@ -8,12 +8,7 @@ import pytest
 import torch
 
 from vllm_hidrop import torchvision_compat
-from vllm_hidrop.torchvision_compat import (
-    MISSING_SCHEMAS,
-    TorchvisionFinder,
-    checked,
-    declare_missing_schemas,
-)
+from vllm_hidrop.torchvision_compat import MISSING_SCHEMAS, TorchvisionFinder, checked, declare_missing_schemas
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -11,8 +11,8 @@ from typing import Any, Self, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from vllm_hidrop.methods import METHODS, Method, ModelShape
-from vllm_hidrop.positions import PositionScheme
-from vllm_hidrop.pruning import Schedule
+from vllm_hidrop.plan.positions import PositionScheme
+from vllm_hidrop.plan.schedule import Schedule
 
 
 class HidropConfig(BaseModel):

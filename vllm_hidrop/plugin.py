@@ -1,5 +1,7 @@
 """The entry point vLLM loads in every process; the only file that touches vLLM's registries. Imports nothing heavy."""
 
+from typing import Any
+
 
 def register() -> None:
     """Register specs, families and their configuration hook; idempotent, called by vLLM's plug-in loader.
@@ -20,10 +22,11 @@ def register() -> None:
 
     class HidropModelConfig(VerifyAndUpdateConfig):
         @staticmethod
-        def verify_and_update_config(vllm_config: object) -> None:
-            from vllm_hidrop.models.staged import configure
+        def verify_and_update_config(vllm_config: Any) -> None:
+            from vllm_hidrop.engine.configure import configure
+            from vllm_hidrop.models.families import family_of
 
-            configure(vllm_config)
+            configure(vllm_config, family_of(vllm_config.model_config.architecture))
 
     for family in FAMILIES.values():
         if family.staged not in ModelRegistry.get_supported_archs():

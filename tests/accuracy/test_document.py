@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from tests.accuracy import figures
-from vllm_hidrop.accuracy.document import document
-from vllm_hidrop.accuracy.figure import dodged, spaced
-from vllm_hidrop.accuracy.generate import servable, write
-from vllm_hidrop.accuracy.rows import Group, all_rows, choose, described, stages_text
+from vllm_hidrop.lab.accuracy.document import document
+from vllm_hidrop.lab.accuracy.figure import dodged, spaced
+from vllm_hidrop.lab.accuracy.generate import servable, write
+from vllm_hidrop.lab.accuracy.rows import Group, all_rows, choose, described, stages_text
+from vllm_hidrop.lab.train.schedules import SHAPE
 from vllm_hidrop.methods import Adaptive
-from vllm_hidrop.training.schedules import SHAPE
 
 
 def lines_with(text: str, start: str) -> list[str]:

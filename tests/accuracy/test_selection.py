@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from tests.accuracy import figures
-from vllm_hidrop.accuracy import selection
-from vllm_hidrop.accuracy.document import document
-from vllm_hidrop.accuracy.generate import Questions, measure_selection
-from vllm_hidrop.accuracy.rows import Row
-from vllm_hidrop.accuracy.selection import Kept, kept_of, measure, moved
+from vllm_hidrop.lab.accuracy import selection
+from vllm_hidrop.lab.accuracy.document import document
+from vllm_hidrop.lab.accuracy.generate import Questions, measure_selection
+from vllm_hidrop.lab.accuracy.rows import Row
+from vllm_hidrop.lab.accuracy.selection import Kept, kept_of, measure, moved
 
 
 def report(*patches: list[int]) -> dict[str, Any]:

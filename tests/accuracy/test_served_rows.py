@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hidrop.accuracy import served
-from vllm_hidrop.accuracy.agreement import agreement
-from vllm_hidrop.accuracy.rows import all_rows
-from vllm_hidrop.accuracy.served import figures_of, finished, serve_rows
-from vllm_hidrop.evaluation.asking import Answer
-from vllm_hidrop.evaluation.journal import Journal
-from vllm_hidrop.evaluation.run import Exam, Outcome
-from vllm_hidrop.evaluation.samples import Source
-from vllm_hidrop.evaluation.scoring import score_all
+from vllm_hidrop.lab.accuracy import served
+from vllm_hidrop.lab.accuracy.agreement import agreement
+from vllm_hidrop.lab.accuracy.rows import all_rows
+from vllm_hidrop.lab.accuracy.served import figures_of, finished, serve_rows
+from vllm_hidrop.lab.evaluate.asking import Answer
+from vllm_hidrop.lab.evaluate.journal import Journal
+from vllm_hidrop.lab.evaluate.run import Exam, Outcome
+from vllm_hidrop.lab.evaluate.samples import Source
+from vllm_hidrop.lab.evaluate.scoring import score_all
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "accuracy.py"
 DENSE, HIDROP = all_rows(None)[:2]

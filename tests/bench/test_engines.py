@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from vllm_hidrop.bench.goals import goal_of
 from vllm_hidrop.bench.rows import HIGHER_IS_BETTER
-from vllm_hidrop.cli import app
+from vllm_hidrop.cli.app import app
 
 KEYS = {"name", "ours", "stock", "ratio", "ideal_ratio", "unit", "command", "versions"}
 

@@ -11,7 +11,7 @@ from tests.calibration.tiny_qwen import NUM_LAYERS as QWEN_LAYERS
 from tests.calibration.tiny_qwen import make_qwen
 from tests.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 from vllm_hidrop import torchvision_compat
-from vllm_hidrop.cli import app
+from vllm_hidrop.cli.app import app
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.embedded import MODEL_DIR
 from vllm_hidrop.methods import ModelShape

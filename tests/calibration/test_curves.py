@@ -20,11 +20,11 @@ torchvision_compat.install()
 
 from transformers import AutoModelForImageTextToText  # noqa: E402
 
-from vllm_hidrop.calibration.checkpoint import Checkpoint, check_family  # noqa: E402
-from vllm_hidrop.calibration.curves import Curves, Settings, check_settings, measure  # noqa: E402
-from vllm_hidrop.calibration.recording import recorded, states_without_vision  # noqa: E402
-from vllm_hidrop.calibration.samples import Sample, read_samples  # noqa: E402
 from vllm_hidrop.embedded import MODEL_DIR  # noqa: E402
+from vllm_hidrop.lab.calibrate.checkpoint import Checkpoint, check_family  # noqa: E402
+from vllm_hidrop.lab.calibrate.curves import Curves, Settings, check_settings, measure  # noqa: E402
+from vllm_hidrop.lab.calibrate.recording import recorded, states_without_vision  # noqa: E402
+from vllm_hidrop.lab.calibrate.samples import Sample, read_samples  # noqa: E402
 
 SETTINGS = Settings(windows=(2, 3), top_tokens=9, max_answer_tokens=4)
 MODELS: dict[str, Callable[[Path], Path]] = {

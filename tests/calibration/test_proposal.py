@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_hidrop.calibration.proposal import (
+from vllm_hidrop.config import make_method
+from vllm_hidrop.lab.calibrate.proposal import (
     Boundaries,
     Proposal,
     boundaries,
@@ -16,7 +17,6 @@ from vllm_hidrop.calibration.proposal import (
     stage_layers,
     tail_keeps,
 )
-from vllm_hidrop.config import make_method
 from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.methods.hidrop import HiDrop
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vllm_hidrop.calibration.samples import read_samples, stream_list, synthetic_seeds, take
-from vllm_hidrop.training.scenes import FIRST_HELD_OUT_SEED
+from vllm_hidrop.lab.calibrate.samples import read_samples, stream_list, synthetic_seeds, take
+from vllm_hidrop.lab.train.scenes import FIRST_HELD_OUT_SEED
 
 ROUND = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": " a cat "}]
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import typer
 
-from vllm_hidrop.cli import app
+from vllm_hidrop.cli.app import app
 
-COMMAND = (sys.executable, "-c", "from vllm_hidrop.cli import app; app()")
+COMMAND = (sys.executable, "-c", "from vllm_hidrop.cli.app import app; app()")
 
 
 class Option(NamedTuple):

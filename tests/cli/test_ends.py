@@ -17,8 +17,8 @@ from tests.cli.command_line import COMMAND, commands, run, the_line
 from tests.cli.stub_server import Stub, stub_server
 from vllm_hidrop import torchvision_compat
 from vllm_hidrop.bench.rows import read_rows
-from vllm_hidrop.cli import app
-from vllm_hidrop.commands import bench as engines
+from vllm_hidrop.cli import bench as engines
+from vllm_hidrop.cli.app import app
 
 torchvision_compat.install()
 
@@ -232,7 +232,7 @@ def test_every_command_is_in_the_group_whose_errors_are_one_line() -> None:
     """The mechanism is the group's; no command has its own."""
     from typer.main import get_command
 
-    from vllm_hidrop.cli_errors import OneLineErrors
+    from vllm_hidrop.cli.errors import OneLineErrors
 
     assert isinstance(get_command(app), OneLineErrors)
     assert len(list(commands())) > 15

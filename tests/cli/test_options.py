@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from tests.cli.command_line import Option, options
 from tests.evaluation.stub_server import Stub, serving
-from vllm_hidrop.cli import app
+from vllm_hidrop.cli.app import app
 
 READ = {"--examples", "--file", "--data", "--images", "--vision-tower", "source", "results", "config"}
 """Paths that commands read; every other one is written."""

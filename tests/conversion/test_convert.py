@@ -25,9 +25,9 @@ from tests.conversion.originals import (
     tower_weights,
     wide_picture,
 )
-from vllm_hidrop.cli import app
-from vllm_hidrop.conversion import Summary, prepare
-from vllm_hidrop.conversion.tokens import SYSTEM_PROMPT
+from vllm_hidrop.cli.app import app
+from vllm_hidrop.lab.convert import Summary, prepare
+from vllm_hidrop.lab.convert.tokens import SYSTEM_PROMPT
 
 SMALL_SHARDS = 60_000
 

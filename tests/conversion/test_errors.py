@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from tests.conversion.originals import Checkpoint, make_original
-from vllm_hidrop.cli import app
+from vllm_hidrop.cli.app import app
 
 Break = Callable[[Checkpoint], None]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.conversion.originals import Checkpoint, make_original
-from vllm_hidrop.conversion import Conversion, prepare
+from vllm_hidrop.lab.convert import Conversion, prepare
 
 SHARD_BYTES = 60_000
 

@@ -12,7 +12,7 @@ from tests.conversion.originals import IMAGE_TOKEN, Checkpoint, make_original, p
 from tests.engine.harness import Engine, engine
 from tests.oracle import Oracle, OracleStage
 from vllm_hidrop.config import HidropConfig, resolve
-from vllm_hidrop.conversion import prepare
+from vllm_hidrop.lab.convert import prepare
 from vllm_hidrop.methods import ModelShape
 
 pytestmark = pytest.mark.engine

@@ -9,14 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_hidrop.deciding import Decider, Memory, Verdict
-from vllm_hidrop.edits import AttentionEdit, Sight
-from vllm_hidrop.merging import EncoderReduction, KeyLayer
 from vllm_hidrop.methods import METHODS, ModelShape
+from vllm_hidrop.methods.adaptive import AttentionEdit, Decider, EncoderReduction, KeyLayer, Memory, Sight, Verdict
 from vllm_hidrop.methods.mustdrop import MustDrop
+from vllm_hidrop.methods.scoring import Contribution, Signals, TextAttention
 from vllm_hidrop.methods.visipruner import VisiPruner
-from vllm_hidrop.pruning import Cached, KeepValue, Schedule, Stage
-from vllm_hidrop.scoring import Contribution, Signals, TextAttention
+from vllm_hidrop.plan.schedule import Cached, KeepValue, Schedule, Stage
 
 settings.load_profile("ci")  # no deadline on a shared machine, the same examples every time
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vllm_hidrop.cli import app
+from vllm_hidrop.cli.app import app
 from vllm_hidrop.config import make_method
 from vllm_hidrop.methods import METHODS, Adaptive
 from vllm_hidrop.methods.mustdrop import MustDrop
-from vllm_hidrop.scoring import Contribution, Signals
+from vllm_hidrop.methods.scoring import Contribution, Signals
 
 
 def invoke(*arguments: str) -> str:

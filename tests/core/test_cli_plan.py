@@ -10,12 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_hidrop import torchvision_compat
-from vllm_hidrop.cli import app
-from vllm_hidrop.commands.plan import SHAPES, Workload, request_costs
+from vllm_hidrop.cli.app import app
+from vllm_hidrop.cli.plan import SHAPES, Workload, request_costs
 from vllm_hidrop.config import HidropConfig, resolve
-from vllm_hidrop.costs import LLAVA_7B_VISION, TextShape
 from vllm_hidrop.methods import METHODS, ModelShape
-from vllm_hidrop.shapes import text_shape, vision_shape
+from vllm_hidrop.plan.costs import LLAVA_7B_VISION, TextShape
+from vllm_hidrop.plan.shapes import text_shape, vision_shape
 
 # What the package's .pth file does where the package is installed: transformers imports torchvision.
 torchvision_compat.install()
@@ -64,9 +64,8 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_help_and_the_command_line_itself_import_neither_torch_nor_vllm() -> None:
-    code = (
-        "import sys, vllm_hidrop.cli; sys.exit(any(name in sys.modules for name in ('torch', 'vllm', 'transformers')))"
-    )
+    heavy = ("torch", "vllm", "transformers")
+    code = f"import sys, vllm_hidrop.cli.app; sys.exit(any(name in sys.modules for name in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 

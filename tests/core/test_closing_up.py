@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_hidrop.engine.batch import IntArray, Survivors
-from vllm_hidrop.engine.slots import SlotLayout, places_cached
-from vllm_hidrop.pruning import Cached, Plan, Span
+from vllm_hidrop.plan.plan import Plan, Span
+from vllm_hidrop.plan.schedule import Cached
+from vllm_hidrop.runners.cache_moves import SlotLayout, places_cached
+from vllm_hidrop.staged.step import IntArray, Survivors
 
 settings.load_profile("ci")  # no deadline on a shared machine, the same examples every time
 

@@ -7,7 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_hidrop.costs import (
+from vllm_hidrop.methods import METHODS, Method, ModelShape
+from vllm_hidrop.methods.fastv import FastV
+from vllm_hidrop.methods.hidrop import HiDrop
+from vllm_hidrop.methods.none import NoPruning
+from vllm_hidrop.methods.pyramiddrop import PyramidDrop
+from vllm_hidrop.plan.costs import (
     LLAVA_7B,
     LLAVA_7B_VISION,
     LLAVA_13B,
@@ -20,14 +25,10 @@ from vllm_hidrop.costs import (
     num_groups,
     request_costs,
 )
-from vllm_hidrop.methods import METHODS, Method, ModelShape
-from vllm_hidrop.methods.fastv import FastV
-from vllm_hidrop.methods.hidrop import HiDrop
-from vllm_hidrop.methods.none import NoPruning
-from vllm_hidrop.methods.pyramiddrop import PyramidDrop
-from vllm_hidrop.paper_flops import paper_vision_flops
-from vllm_hidrop.pruning import Schedule, Span, make_plan
-from vllm_hidrop.scoring import Signal
+from vllm_hidrop.plan.paper_flops import paper_vision_flops
+from vllm_hidrop.plan.plan import Span, make_plan
+from vllm_hidrop.plan.schedule import Schedule
+from vllm_hidrop.plan.signal import Signal
 
 settings.load_profile("ci")  # no deadline on a shared machine, the same examples every time
 

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_hidrop import edits
-from vllm_hidrop.edits import AttentionEdit, Heads, Images, Sight, edited_rows
+from vllm_hidrop.methods.adaptive import AttentionEdit, Sight
+from vllm_hidrop.staged import attention_edits as edits
+from vllm_hidrop.staged.attention_edits import Heads, Images, edited_rows
 
 settings.load_profile("ci")  # no deadline on a shared machine, the same examples every time
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
-from vllm_hidrop.merging import EncoderReduction, KeyLayer, key_rows, merge, window_similarity, windows
+from vllm_hidrop.methods.adaptive import EncoderReduction, KeyLayer
+from vllm_hidrop.staged.merging import key_rows, merge, window_similarity, windows
 
 settings.load_profile("ci")  # no deadline on a shared machine, the same examples every time
 

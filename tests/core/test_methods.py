@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from vllm_hidrop.config import make_method
 from vllm_hidrop.methods import METHODS, Adaptive, Method, ModelShape
 from vllm_hidrop.methods.hidrop import HiDrop
-from vllm_hidrop.pruning import KeepValue, Schedule, Span, make_plan
-from vllm_hidrop.scoring import Signal, Signals, select_top
+from vllm_hidrop.methods.scoring import Signals, select_top
+from vllm_hidrop.plan.plan import Span, make_plan
+from vllm_hidrop.plan.schedule import KeepValue, Schedule
+from vllm_hidrop.plan.signal import Signal
 
 settings.load_profile("ci")  # no deadline on a shared machine, the same examples every time
 

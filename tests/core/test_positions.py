@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from vllm_hidrop.positions import grouped_ids
-from vllm_hidrop.pruning import Span
+from vllm_hidrop.plan.plan import Span
+from vllm_hidrop.plan.positions import grouped_ids
 
 
 @pytest.mark.parametrize(

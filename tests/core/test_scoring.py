@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_hidrop.scoring import Signals, attention_score, random_score, select_top, uniform_score
+from vllm_hidrop.methods.scoring import Signals, attention_score, random_score, select_top, uniform_score
 
 settings.load_profile("ci")  # no deadline on a shared machine, the same examples every time
 

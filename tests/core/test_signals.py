@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
-from vllm_hidrop.engine import signals
-from vllm_hidrop.engine.signals import contribution, text_attention
+from vllm_hidrop.staged import signals
+from vllm_hidrop.staged.signals import contribution, text_attention
 
 settings.load_profile("ci")  # no deadline on a shared machine, the same examples every time
 

@@ -12,7 +12,7 @@ from tests.deploy.test_containers import DOCKERFILES, last_stage
 from tests.deploy.test_kubernetes import OVERLAYS, container
 from tests.deploy.test_systemd import UNIT, settings
 from tests.deploy.tools import DEPLOY, accepts, files
-from vllm_hidrop.cli import app
+from vllm_hidrop.cli.app import app
 
 YAML_RULES = json.dumps(
     {
@@ -40,7 +40,7 @@ def command_lines() -> Iterator[tuple[str, list[str]]]:
 
 
 def test_hidrop_serve_accepts_every_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hidrop_server import arguments
+    from hidrop_server.control import arguments
 
     parsed = []
 

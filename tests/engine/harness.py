@@ -14,7 +14,8 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from tests.tiny_models import IMAGE_SIZE, IMAGE_TOKEN
-from vllm_hidrop.scoring import Signal, Signals, select_top
+from vllm_hidrop.methods.scoring import Signals, select_top
+from vllm_hidrop.plan.signal import Signal
 
 TOWER_SIZE = (IMAGE_SIZE, IMAGE_SIZE)
 ARCHITECTURE = "HidropLlavaForConditionalGeneration"

@@ -9,9 +9,9 @@ from vllm import SamplingParams
 
 from tests.engine.harness import engine
 from vllm_hidrop.embedded import CHECKPOINTS
-from vllm_hidrop.training.evaluate import COUNT, make_example
-from vllm_hidrop.training.questions import Question
-from vllm_hidrop.training.scenes import Pixels
+from vllm_hidrop.lab.train.evaluate import COUNT, make_example
+from vllm_hidrop.lab.train.questions import Question
+from vllm_hidrop.lab.train.scenes import Pixels
 
 pytestmark = pytest.mark.engine
 

@@ -10,8 +10,8 @@ import torch
 
 from tests.engine.harness import Answer, Ask, Engine, engine, prompt
 from tests.tiny_models import make_llava
-from vllm_hidrop.engine.encoder_attention import KERNEL
-from vllm_hidrop.pruning import DENSE
+from vllm_hidrop.plan.plan import DENSE
+from vllm_hidrop.runners.tower_attention import KERNEL
 
 pytestmark = pytest.mark.engine
 

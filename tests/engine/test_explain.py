@@ -19,9 +19,9 @@ from tests.engine.test_prefix import CHOICES
 from tests.oracle import OracleResult
 from tests.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 from vllm_hidrop.config import HidropConfig, resolve
-from vllm_hidrop.engine.explain import patches_run
 from vllm_hidrop.methods import ModelShape
-from vllm_hidrop.pruning import Schedule
+from vllm_hidrop.plan.schedule import Schedule
+from vllm_hidrop.staged.explain import patches_run
 
 pytestmark = pytest.mark.engine
 

@@ -13,7 +13,7 @@ from tests.oracle import Oracle, OracleResult, OracleStage, Rule
 from tests.tiny_models import IMAGE_TOKEN, NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.methods import METHODS, ModelShape
-from vllm_hidrop.scoring import Signal
+from vllm_hidrop.plan.signal import Signal
 
 pytestmark = pytest.mark.engine
 

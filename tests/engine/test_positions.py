@@ -16,9 +16,9 @@ from tests.engine.test_oracle_parity import OWN, asks, check_equal, reference, s
 from tests.engine.test_start import configure
 from tests.tiny_models import make_llava
 from tests.training.llava_data import make_talking_llava, write_data
-from vllm_hidrop.cli import app
-from vllm_hidrop.models.staged import check_rope
-from vllm_hidrop.positions import PositionScheme
+from vllm_hidrop.cli.app import app
+from vllm_hidrop.engine.configure import check_rope
+from vllm_hidrop.plan.positions import PositionScheme
 
 pytestmark = pytest.mark.engine
 

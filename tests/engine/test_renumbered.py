@@ -288,7 +288,7 @@ def test_a_start_without_positions_tells_how_pyramiddrops_authors_train(
 ) -> None:
     model = make("llama-clip", 1)
     told: list[str] = []
-    monkeypatch.setattr("vllm_hidrop.models.staged.logger.warning", lambda text, *args: told.append(text % args))
+    monkeypatch.setattr("vllm_hidrop.engine.configure.logger.warning", lambda text, *args: told.append(text % args))
     configure(model, PYRAMID | {"positions": "persistent"})
     configure(model, PYRAMID | RENUMBERED)
     configure(model, {"method": "fastv"})

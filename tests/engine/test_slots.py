@@ -14,7 +14,7 @@ import torch
 
 from tests.engine.harness import engine
 from tests.tiny_models import make_llava
-from vllm_hidrop.engine.slots import SlotLayout
+from vllm_hidrop.runners.cache_moves import SlotLayout
 
 pytestmark = pytest.mark.engine
 

@@ -15,10 +15,10 @@ from tests.engine.harness import ARCHITECTURE
 from tests.tiny_models import make_llava
 from vllm_hidrop.engine import compat, gate
 from vllm_hidrop.engine.gate import RULES
-from vllm_hidrop.engine.planner import Planner
 from vllm_hidrop.models.families import family_of
+from vllm_hidrop.plan.plan import Span
+from vllm_hidrop.plan.planner import Planner
 from vllm_hidrop.plugin import register
-from vllm_hidrop.pruning import Span
 
 pytestmark = pytest.mark.engine
 

@@ -10,8 +10,9 @@ import pytest
 from tests.engine.harness import Ask, Engine, engine, prompt
 from tests.engine.test_blocks import HIDROP
 from tests.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
-from vllm_hidrop.engine.budget import StepBudget, mean_over_layers, most_tokens
-from vllm_hidrop.pruning import Schedule, Span, make_plan
+from vllm_hidrop.engine.step_budget import StepBudget, mean_over_layers, most_tokens
+from vllm_hidrop.plan.plan import Span, make_plan
+from vllm_hidrop.plan.schedule import Schedule
 
 KEPT = (0, 64, 20, 3, 0)
 LAYERS = (2, 1, 2, 1, NUM_LAYERS - 6)

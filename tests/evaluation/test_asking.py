@@ -11,9 +11,9 @@ import pytest
 
 from tests.evaluation.benchmark_files import write_pope
 from tests.evaluation.stub_server import MEAN_VISION_TOKENS, Stub, serving
-from vllm_hidrop.evaluation import asking
+from vllm_hidrop.lab.evaluate import asking
 
-COMMAND = (sys.executable, "-c", "from vllm_hidrop.cli import app; app()", "eval")
+COMMAND = (sys.executable, "-c", "from vllm_hidrop.cli.app import app; app()", "eval")
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.server
-COMMAND = (sys.executable, "-c", "from vllm_hidrop.cli import app; app()", "eval", "--embedded", "--limit", "14")
+COMMAND = (sys.executable, "-c", "from vllm_hidrop.cli.app import app; app()", "eval", "--embedded", "--limit", "14")
 
 
 def test_the_figures_agree_with_their_types_and_with_the_answers(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tests.evaluation.benchmark_files import PNG, write_images, write_json, write_lines, write_pope
-from vllm_hidrop.evaluation.answer_form import normalised
-from vllm_hidrop.evaluation.samples import Sample, Scored, Source, choose
-from vllm_hidrop.evaluation.tasks import TASKS, load_task, mmbench, scienceqa
+from vllm_hidrop.lab.evaluate.answer_form import normalised
+from vllm_hidrop.lab.evaluate.samples import Sample, Scored, Source, choose
+from vllm_hidrop.lab.evaluate.tasks import TASKS, load_task, mmbench, scienceqa
 
 
 def scored(name: str, source: Source, texts: list[str]) -> list[Scored]:

@@ -223,7 +223,7 @@ def test_an_interpolated_percentile_lies_in_its_bucket() -> None:
 
 
 def test_the_reader_of_a_report_gets_files(tmp_path: Path, stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
-    from vllm_hidrop.commands import loadtest
+    from vllm_hidrop.cli import loadtest
 
     own = tmp_path / "own.toml"
     own.write_text(

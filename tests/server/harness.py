@@ -15,7 +15,7 @@ from openai import OpenAI
 from PIL import Image, ImageDraw
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_hidrop.pruning import Schedule
+from vllm_hidrop.plan.schedule import Schedule
 
 IMAGE_TOKENS = 576
 QUESTION = "what colour is the circle ?"

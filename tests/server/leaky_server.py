@@ -25,6 +25,6 @@ if __name__ in ("__main__", "__mp_main__"):
 
     vllm_hidrop.engine.scheduler.StagedScheduler = LeakyScheduler  # type: ignore[misc]
 if __name__ == "__main__":
-    from vllm_hidrop.cli import app
+    from vllm_hidrop.cli.app import app
 
     app()

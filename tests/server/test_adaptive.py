@@ -8,7 +8,7 @@ import pytest
 from openai import OpenAI
 
 from tests.server.harness import Server, check_report, image_url, kept
-from vllm_hidrop.commands.local_server import local_server
+from vllm_hidrop.cli.local_server import local_server
 
 pytestmark = pytest.mark.server
 

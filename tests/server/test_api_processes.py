@@ -18,7 +18,7 @@ from openai import OpenAI
 from tests.server.harness import QUESTION, Server, image_url, user
 from tests.server.processes import exit_code, left
 from tests.server.test_metrics import SUMS
-from vllm_hidrop.commands.local_server import local_server
+from vllm_hidrop.cli.local_server import local_server
 
 pytestmark = pytest.mark.server
 

@@ -9,10 +9,10 @@ import pytest
 from fastapi import FastAPI, HTTPException, Request
 from starlette.types import Message, Scope
 
-from hidrop_server.bodies import LARGE_BYTES, Bodies
-from hidrop_server.body_check import BodyCheck
-from hidrop_server.body_walk import BodyLimits
-from hidrop_server.media_parts import MediaParts
+from hidrop_server.http.bodies import LARGE_BYTES, Bodies
+from hidrop_server.http.body_check import BodyCheck
+from hidrop_server.http.body_walk import BodyLimits
+from hidrop_server.media.parts import MediaParts
 
 MAX_VALUES = 1024
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from hidrop_server.body_check import BodyCheck
-from hidrop_server.body_walk import BodyLimits
-from hidrop_server.media_parts import MediaParts
-from hidrop_server.refusals import BodyRefused
+from hidrop_server.http.body_check import BodyCheck
+from hidrop_server.http.body_walk import BodyLimits
+from hidrop_server.http.refusals import BodyRefused
+from hidrop_server.media.parts import MediaParts
 
 CHAT, BATCH, RESPONSES = "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses"
 MESSAGES, COMPLETIONS, TOKENIZE = "/v1/messages", "/v1/completions", "/tokenize"

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from vllm.exceptions import VLLMValidationError
 
-from hidrop_server.brief_errors import BriefErrors, brief, validation_refusal
+from hidrop_server.http.brief_errors import BriefErrors, brief, validation_refusal
 
 SECRET = "aGlkcm9w" * 40
 

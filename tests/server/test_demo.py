@@ -10,7 +10,7 @@ import pytest
 from tests.server.harness import IMAGE_TOKENS, QUESTION, Server, kept, picture
 
 pytestmark = pytest.mark.server
-COMMAND = (sys.executable, "-c", "from vllm_hidrop.cli import app; app()", "demo")
+COMMAND = (sys.executable, "-c", "from vllm_hidrop.cli.app import app; app()", "demo")
 
 
 def write_questions(folder: Path, images: list[bytes]) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import httpx
 import pytest
 
-from hidrop_server.arguments import parse
-from hidrop_server.doors import ADMIN_ROUTES, DOORS
-from hidrop_server.errors import StartError
+from hidrop_server.control.arguments import parse
+from hidrop_server.control.doors import ADMIN_ROUTES, DOORS
+from hidrop_server.control.errors import StartError
 from tests.server.conftest import serving
 from tests.server.harness import Server, content, image_url
 

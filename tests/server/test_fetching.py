@@ -7,9 +7,9 @@ from ipaddress import ip_network
 import pytest
 from vllm import envs
 
-from hidrop_server.addresses import is_public
-from hidrop_server.fetching import CheckedConnection
-from hidrop_server.images import MediaRefused
+from hidrop_server.media.addresses import is_public
+from hidrop_server.media.fetching import CheckedConnection
+from hidrop_server.media.images import MediaRefused
 from tests.server.stranger import MEBIBYTES, PICTURE, Files, stranger
 
 LOOPBACK = (ip_network("127.0.0.0/8"),)

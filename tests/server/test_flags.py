@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from hidrop_server.safety import METRICS_KEY_VARIABLE, SAFER_DEFAULTS, add_flags, metrics_key
+from hidrop_server.control.safety import METRICS_KEY_VARIABLE, SAFER_DEFAULTS, add_flags, metrics_key
 
 
 def parser() -> argparse.ArgumentParser:

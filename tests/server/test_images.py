@@ -11,9 +11,9 @@ from PIL import Image
 from vllm import envs
 from vllm.multimodal.media import ImageMediaIO
 
-from hidrop_server.environment import SAFE_DEFAULTS
-from hidrop_server.images import MediaRefused, limit_decoder
-from hidrop_server.media import Decoder, HidropMediaConnector
+from hidrop_server.control.environment import SAFE_DEFAULTS
+from hidrop_server.media.connector import Decoder, HidropMediaConnector
+from hidrop_server.media.images import MediaRefused, limit_decoder
 from tests.server.files import (
     EPS,
     PDF,

@@ -22,14 +22,14 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 from vllm.entrypoints.serve.middleware.x_request_id import XRequestIdMiddleware
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
-from hidrop_server.access import Access
-from hidrop_server.answers import DRAIN_MIB, DRAIN_SECONDS
 from hidrop_server.app import build_middlewares
-from hidrop_server.exchanges import Exchanges, InFlight
-from hidrop_server.heads import Heads
-from hidrop_server.limits import SizeLimits
-from hidrop_server.playground import PATH as PLAYGROUND
-from hidrop_server.playground import router as playground
+from hidrop_server.http.access import Access
+from hidrop_server.http.answers import DRAIN_MIB, DRAIN_SECONDS
+from hidrop_server.http.exchanges import Exchanges, InFlight
+from hidrop_server.http.heads import Heads
+from hidrop_server.http.limits import SizeLimits
+from hidrop_server.playground.page import PATH as PLAYGROUND
+from hidrop_server.playground.page import router as playground
 from hidrop_server.serving import HidropServingChat
 
 PATIENCE = 30.0

@@ -8,8 +8,8 @@ import pytest
 from hidrop_loadtests import scenarios
 from hidrop_loadtests.running import Arm, Keys, connect, run
 from tests.server.harness import Server
-from vllm_hidrop.commands.loadtest import Target, choose
-from vllm_hidrop.commands.loadtest import run as command
+from vllm_hidrop.cli.loadtest import Target, choose
+from vllm_hidrop.cli.loadtest import run as command
 
 pytestmark = pytest.mark.server
 

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hidrop_server.metrics import METRICS, SERVER_LABELS, HidropMetrics, Times
 from tests.server.harness import Server, image_url
-from vllm_hidrop.pruning import ENDS_WITH_IMAGE
+from vllm_hidrop.plan.plan import ENDS_WITH_IMAGE
 
 SUMS = {
     "vllm_hidrop_vision_tokens_in_total": "vision_tokens",

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.server.harness import Server
 
-COMMAND = (sys.executable, "-c", "from vllm_hidrop.cli import app; app()", "monitor")
+COMMAND = (sys.executable, "-c", "from vllm_hidrop.cli.app import app; app()", "monitor")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

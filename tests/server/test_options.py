@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from hidrop_server import options
-from hidrop_server.options import VLLM_KEYS, check_keys, others_are_read
-from vllm_hidrop.engine.planner import REQUEST_KEYS
+from hidrop_server.control import options
+from hidrop_server.control.options import VLLM_KEYS, check_keys, others_are_read
+from vllm_hidrop.plan.planner import REQUEST_KEYS
 
 
 @pytest.mark.parametrize("are_read", [True, False])

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.harness import Server, image_url, user
 from tests.server.processes import api_process
-from vllm_hidrop.commands.local_server import LOOPBACK, end_group, free_port
+from vllm_hidrop.cli.local_server import LOOPBACK, end_group, free_port
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from playwright.sync_api import Browser, Page, Request, Response, expect
 
-from hidrop_server.playground import PAGE, router
+from hidrop_server.playground.page import PAGE, router
 from tests.server import browser as chrome
 from tests.server.harness import IMAGE_TOKENS, Server, image_url
 

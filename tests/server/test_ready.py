@@ -14,7 +14,7 @@ import pytest
 from tests.server.harness import QUESTION, Server, image_url, user
 from tests.server.leaky_server import LEAK_TOKENS
 from tests.server.processes import api_process, exit_code, left
-from vllm_hidrop.commands.local_server import local_server
+from vllm_hidrop.cli.local_server import local_server
 
 pytestmark = pytest.mark.server
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hidrop_server.redaction import hide_in_logs
+from hidrop_server.control.redaction import hide_in_logs
 
 
 @pytest.fixture(autouse=True)

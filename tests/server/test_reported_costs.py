@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from tests.server.harness import IMAGE_TOKENS, Server, image_url
-from vllm_hidrop.commands.plan import Workload, read_model, request_costs
+from vllm_hidrop.cli.plan import Workload, read_model, request_costs
 from vllm_hidrop.config import HidropConfig, Resolved, resolve
-from vllm_hidrop.costs import RequestCosts
 from vllm_hidrop.methods import ModelShape
+from vllm_hidrop.plan.costs import RequestCosts
 
 pytestmark = pytest.mark.server
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
 
-from hidrop_server.reports import DONE, ReportSeen, in_message_delta, report_in_chunk, with_report
+from hidrop_server.control.reports import DONE, ReportSeen, in_message_delta, report_in_chunk, with_report
 
 REPORT = {"mode": "pruned"}
 

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.harness import image_url, user
 from tests.server.processes import api_process
-from vllm_hidrop.commands.local_server import LOOPBACK, end_group, free_port, local_server
+from vllm_hidrop.cli.local_server import LOOPBACK, end_group, free_port, local_server
 from vllm_hidrop.monitoring.prometheus import Prometheus, running
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]

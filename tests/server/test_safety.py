@@ -14,7 +14,7 @@ from openai import OpenAI
 from tests.server.harness import Server, image_url
 from tests.server.processes import api_process, exit_code, left, log_file
 from tests.server.stranger import stranger
-from vllm_hidrop.commands.local_server import local_server
+from vllm_hidrop.cli.local_server import local_server
 
 pytestmark = pytest.mark.server
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from vllm import envs
 
-from hidrop_server.arguments import parse
-from hidrop_server.environment import SAFE_DEFAULTS
-from hidrop_server.safety import GROUP, METRICS_KEY_VARIABLE, SAFER_DEFAULTS, add_flags
+from hidrop_server.control.arguments import parse
+from hidrop_server.control.environment import SAFE_DEFAULTS
+from hidrop_server.control.safety import GROUP, METRICS_KEY_VARIABLE, SAFER_DEFAULTS, add_flags
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent.parent / "docs" / "security.md"

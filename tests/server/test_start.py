@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import pytest
 
-from hidrop_server.choice import read_choice
-from hidrop_server.errors import StartError
+from hidrop_server.control.choice import read_choice
+from hidrop_server.control.errors import StartError
 from vllm_hidrop.embedded import MODEL_DIR
 
-COMMAND = (sys.executable, "-c", "from vllm_hidrop.cli import app; app()")
+COMMAND = (sys.executable, "-c", "from vllm_hidrop.cli.app import app; app()")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -113,8 +113,8 @@ def taken_port() -> Iterator[int]:
 
 def listening_refusal(*arguments: str) -> str:
     """Why a server would not be started, by the check that comes before the model is looked at."""
-    from hidrop_server.arguments import parse
-    from hidrop_server.listening import check_listening
+    from hidrop_server.control.arguments import parse
+    from hidrop_server.http.listening import check_listening
 
     with pytest.raises(StartError) as refused:
         check_listening(parse(None, list(arguments)))
@@ -158,8 +158,8 @@ def test_certificates_are_read_before_the_engine_starts(tmp_path: Path) -> None:
 
 
 def test_a_socket_that_was_tried_is_there_for_the_server(tmp_path: Path) -> None:
-    from hidrop_server.arguments import parse
-    from hidrop_server.listening import check_listening
+    from hidrop_server.control.arguments import parse
+    from hidrop_server.http.listening import check_listening
 
     for arguments in (["--uds", str(tmp_path / "a.sock")], ["--host", "127.0.0.1", "--port", "0"]):
         check_listening(parse(None, arguments))

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from tests.server.harness import QUESTION, Server, content, image_url, kept, user
-from vllm_hidrop.commands.local_server import local_server
+from vllm_hidrop.cli.local_server import local_server
 from vllm_hidrop.embedded import MODEL_DIR
 
 pytestmark = pytest.mark.server

@@ -16,8 +16,8 @@ from fastapi import FastAPI
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 
 from hidrop_server.app import uvicorn_options
-from hidrop_server.arguments import parse
-from vllm_hidrop.commands.local_server import LOOPBACK, free_port
+from hidrop_server.control.arguments import parse
+from vllm_hidrop.cli.local_server import LOOPBACK, free_port
 
 
 def self_signed(directory: Path) -> tuple[Path, Path]:

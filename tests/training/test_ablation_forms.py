@@ -10,19 +10,19 @@ import torch
 
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.embedded import CHECKPOINTS
+from vllm_hidrop.lab.train import embedded
+from vllm_hidrop.lab.train.batches import IGNORED, pack_questions
+from vllm_hidrop.lab.train.evaluate import Checkpoint, make_example
+from vllm_hidrop.lab.train.initial import initialise_language_model
+from vllm_hidrop.lab.train.language import Vision, answer_logits
+from vllm_hidrop.lab.train.model import build_model
+from vllm_hidrop.lab.train.questions import draw_questions
+from vllm_hidrop.lab.train.scenes import NUM_PATCHES, make_scene
+from vllm_hidrop.lab.train.schedules import FLAT_KEEP, FORMS, HIDROP, SHAPE, Form, trained_entry, with_schedule
+from vllm_hidrop.lab.train.staged import Rows, Selection, StagedTraining
+from vllm_hidrop.lab.train.vocabulary import TOKEN_IDS
 from vllm_hidrop.methods.fastv import FastV
-from vllm_hidrop.positions import PositionScheme
-from vllm_hidrop.training import embedded
-from vllm_hidrop.training.batches import IGNORED, pack_questions
-from vllm_hidrop.training.evaluate import Checkpoint, make_example
-from vllm_hidrop.training.initial import initialise_language_model
-from vllm_hidrop.training.language import Vision, answer_logits
-from vllm_hidrop.training.model import build_model
-from vllm_hidrop.training.questions import draw_questions
-from vllm_hidrop.training.scenes import NUM_PATCHES, make_scene
-from vllm_hidrop.training.schedules import FLAT_KEEP, FORMS, HIDROP, SHAPE, Form, trained_entry, with_schedule
-from vllm_hidrop.training.staged import Rows, Selection, StagedTraining
-from vllm_hidrop.training.vocabulary import TOKEN_IDS
+from vllm_hidrop.plan.positions import PositionScheme
 
 SAME_BUDGET = ("flat", "pyramiddrop", "early_cut", "random", "compacted", "grouped", "hidrop_seed1")
 
@@ -64,7 +64,7 @@ def test_a_method_that_needs_the_layer_before_cannot_be_a_form() -> None:
 def test_the_shared_image_pass_numbers_rows_as_the_staged_forward_does(
     monkeypatch: pytest.MonkeyPatch, scheme: PositionScheme
 ) -> None:
-    monkeypatch.setattr("vllm_hidrop.training.language.SYSTEM_FRACTION", 0.0)
+    monkeypatch.setattr("vllm_hidrop.lab.train.language.SYSTEM_FRACTION", 0.0)
     model, rng = build_model(0), np.random.default_rng(0)
     initialise_language_model(model, 3)
     vision = Vision(torch.randn(1, NUM_PATCHES, 128) * 0.1, torch.arange(NUM_PATCHES)[None])

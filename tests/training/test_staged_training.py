@@ -15,11 +15,11 @@ from tests.oracle import Oracle, OracleStage, Positions, Rule
 from tests.renumbered_oracle import RenumberedOracle
 from tests.tiny_models import IMAGE_TOKEN, NUM_LAYERS, TOKENS_PER_IMAGE, text_config, vision_config
 from vllm_hidrop.config import make_method
+from vllm_hidrop.lab.train.decoder import attend
+from vllm_hidrop.lab.train.dtopk import SMOOTH, gates, hard_rank, soft_mask, soft_rank
+from vllm_hidrop.lab.train.staged import Rows, Selection, StagedTraining, query_attention
 from vllm_hidrop.methods import ModelShape
-from vllm_hidrop.scoring import select_top
-from vllm_hidrop.training.decoder import attend
-from vllm_hidrop.training.dtopk import SMOOTH, gates, hard_rank, soft_mask, soft_rank
-from vllm_hidrop.training.staged import Rows, Selection, StagedTraining, query_attention
+from vllm_hidrop.methods.scoring import select_top
 
 SHAPE = ModelShape(NUM_LAYERS, TOKENS_PER_IMAGE)
 OWN = {"shape": [NUM_LAYERS, TOKENS_PER_IMAGE]}

@@ -7,10 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_hidrop.bench.shapes import SHAPES, random_model
-from vllm_hidrop.cli import app
+from vllm_hidrop.cli.app import app
 from vllm_hidrop.config import make_method
+from vllm_hidrop.lab.train.step_cost import TrainingStep
 from vllm_hidrop.methods.none import NoPruning
-from vllm_hidrop.training.step_cost import TrainingStep
 
 
 def test_a_step_with_a_schedule_holds_less_for_the_backward_pass(tmp_path: Path) -> None:

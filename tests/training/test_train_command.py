@@ -14,11 +14,11 @@ from transformers import LlavaForConditionalGeneration
 from typer.testing import CliRunner, Result
 
 from tests.training.llava_data import SCHEDULE, make_talking_llava, write_data
-from vllm_hidrop.cli import app
-from vllm_hidrop.training import saved_state
-from vllm_hidrop.training.llava_training import LlavaTraining, load_checkpoint
-from vllm_hidrop.training.run_config import parse_train_config
-from vllm_hidrop.training.stage_loop import StageLoop, cosine_with_warm_up
+from vllm_hidrop.cli.app import app
+from vllm_hidrop.lab.train import saved_state
+from vllm_hidrop.lab.train.llava_training import LlavaTraining, load_checkpoint
+from vllm_hidrop.lab.train.run_config import parse_train_config
+from vllm_hidrop.lab.train.stage_loop import StageLoop, cosine_with_warm_up
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 Settings = dict[str, Any]
@@ -162,7 +162,7 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(settings: Settings
 
 
 def test_dense_training_has_the_loss_of_the_plain_model(settings: Settings, tiny: Path) -> None:
-    from vllm_hidrop.training.conversations import open_source
+    from vllm_hidrop.lab.train.conversations import open_source
 
     config = parse_train_config(settings | {"hidrop": {"method": "none"}})
     checkpoint = load_checkpoint(config)
@@ -305,7 +305,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(
 def test_a_device_without_room_is_recognised(tmp_path: Path) -> None:
     from safetensors import SafetensorError
 
-    from vllm_hidrop.training.unfinished import whole_or_absent
+    from vllm_hidrop.lab.train.unfinished import whole_or_absent
 
     if not Path("/dev/full").is_char_device():
         pytest.skip("no /dev/full here")

@@ -11,13 +11,13 @@ from transformers import AutoProcessor
 
 from tests.tiny_models import IMAGE_TOKEN, TOKENS_PER_IMAGE
 from tests.training.llava_data import make_talking_llava, said, write_data
-from vllm_hidrop.training import json_entries
-from vllm_hidrop.training.conversations import LlavaFile, Sample, SyntheticScenes, Turn
-from vllm_hidrop.training.feeding import Share, ShuffledPositions
-from vllm_hidrop.training.prompts import IGNORED, PromptEncoder
-from vllm_hidrop.training.run_config import parse_train_config, read_train_config
-from vllm_hidrop.training.scenes import NUM_PATCHES
-from vllm_hidrop.training.vocabulary import IMAGE, TOKEN_IDS, build_tokenizer
+from vllm_hidrop.lab.train import json_entries
+from vllm_hidrop.lab.train.conversations import LlavaFile, Sample, SyntheticScenes, Turn
+from vllm_hidrop.lab.train.feeding import Share, ShuffledPositions
+from vllm_hidrop.lab.train.prompts import IGNORED, PromptEncoder
+from vllm_hidrop.lab.train.run_config import parse_train_config, read_train_config
+from vllm_hidrop.lab.train.scenes import NUM_PATCHES
+from vllm_hidrop.lab.train.vocabulary import IMAGE, TOKEN_IDS, build_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SYNTHETIC = {"format": "synthetic", "num_samples": 4}

@@ -9,9 +9,9 @@ from typing import Any
 
 from vllm.platforms import current_platform
 
-from vllm_hidrop.engine.planner import Planner
-from vllm_hidrop.positions import PositionScheme
-from vllm_hidrop.pruning import Cached
+from vllm_hidrop.plan.planner import Planner
+from vllm_hidrop.plan.positions import PositionScheme
+from vllm_hidrop.plan.schedule import Cached
 
 
 @dataclass(frozen=True)

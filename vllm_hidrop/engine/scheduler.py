@@ -45,17 +45,15 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_hidrop.engine.budget import StepBudget
 from vllm_hidrop.engine.compat import let_clients_ask
-from vllm_hidrop.engine.costing import Costing
-from vllm_hidrop.engine.explain import Patches
+from vllm_hidrop.engine.image_prefix import Entry, ImagePrefixes
 from vllm_hidrop.engine.integrity import IntegrityLog, find_faults
-from vllm_hidrop.engine.kv_cache import block_size_of
-from vllm_hidrop.engine.planner import Planner
-from vllm_hidrop.engine.prefix import Entry, ImagePrefixes
-from vllm_hidrop.engine.report import Run, tower_images, what_ran, with_blocks
-from vllm_hidrop.engine.room import adopt_cache_manager
-from vllm_hidrop.pruning import DENSE, Plan
+from vllm_hidrop.engine.kv_cache import adopt_cache_manager, block_size_of
+from vllm_hidrop.engine.report import Costing, Run, tower_images, what_ran, with_blocks
+from vllm_hidrop.engine.step_budget import StepBudget
+from vllm_hidrop.plan.plan import DENSE, Plan
+from vllm_hidrop.plan.planner import Planner
+from vllm_hidrop.staged.explain import Patches
 
 logger = init_logger(__name__)
 

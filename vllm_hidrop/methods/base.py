@@ -10,12 +10,11 @@ from typing import ClassVar, Self
 
 import torch
 
-from vllm_hidrop.deciding import Memory, Verdict
-from vllm_hidrop.edits import AttentionEdit
-from vllm_hidrop.merging import EncoderReduction
-from vllm_hidrop.positions import PositionScheme
-from vllm_hidrop.pruning import Schedule
-from vllm_hidrop.scoring import Signal, Signals
+from vllm_hidrop.methods.adaptive import AttentionEdit, EncoderReduction, Memory, Verdict
+from vllm_hidrop.methods.scoring import Signals
+from vllm_hidrop.plan.positions import PositionScheme
+from vllm_hidrop.plan.schedule import Schedule
+from vllm_hidrop.plan.signal import Signal
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Adaptive(Method):
-    """Base of the methods that decide how many tokens stay while a prompt runs; a :class:`deciding.Decider`.
+    """Base of the methods that decide how many tokens stay while a prompt runs; a :class:`adaptive.Decider`.
 
     The keeps of the schedule are upper bounds, and there is no score.
     """

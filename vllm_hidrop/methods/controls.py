@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from vllm_hidrop.methods.base import Method, ModelShape
-from vllm_hidrop.pruning import KeepValue, Schedule
-from vllm_hidrop.scoring import Signals, random_score, uniform_score
+from vllm_hidrop.methods.scoring import Signals, random_score, uniform_score
+from vllm_hidrop.plan.schedule import KeepValue, Schedule
 
 
 @dataclass(frozen=True)

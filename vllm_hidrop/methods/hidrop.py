@@ -6,8 +6,9 @@ from itertools import pairwise
 import torch
 
 from vllm_hidrop.methods.base import Method, ModelShape, depth_ratio
-from vllm_hidrop.pruning import KeepValue, Schedule
-from vllm_hidrop.scoring import Signal, Signals, attention_score
+from vllm_hidrop.methods.scoring import Signals, attention_score
+from vllm_hidrop.plan.schedule import KeepValue, Schedule
+from vllm_hidrop.plan.signal import Signal
 
 _PAPER = ModelShape(num_layers=32, tokens_per_image=576)
 _CONCAVE = {"inject_layer": 9, "exit_layer": 25, "filter_layers": (10, 14, 16, 18)}

@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
-from vllm_hidrop.deciding import Memory, Verdict
-from vllm_hidrop.merging import EncoderReduction, KeyLayer
+from vllm_hidrop.methods.adaptive import EncoderReduction, KeyLayer, Memory, Verdict
 from vllm_hidrop.methods.base import Adaptive, ModelShape, check_shape, depth_ratio
-from vllm_hidrop.pruning import Cached, KeepValue, Schedule
-from vllm_hidrop.scoring import Signal, Signals
+from vllm_hidrop.methods.scoring import Signals
+from vllm_hidrop.plan.schedule import Cached, KeepValue, Schedule
+from vllm_hidrop.plan.signal import Signal
 
 
 @dataclass(frozen=True)

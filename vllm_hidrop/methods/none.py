@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from vllm_hidrop.methods.base import Method, ModelShape
-from vllm_hidrop.pruning import Schedule
+from vllm_hidrop.plan.schedule import Schedule
 
 
 @dataclass(frozen=True)

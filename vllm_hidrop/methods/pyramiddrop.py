@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from vllm_hidrop.methods.base import Method, ModelShape
-from vllm_hidrop.positions import PositionScheme
-from vllm_hidrop.pruning import KeepValue, Schedule
-from vllm_hidrop.scoring import Signal, Signals, attention_score
+from vllm_hidrop.methods.scoring import Signals, attention_score
+from vllm_hidrop.plan.positions import PositionScheme
+from vllm_hidrop.plan.schedule import KeepValue, Schedule
+from vllm_hidrop.plan.signal import Signal
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from typing import Literal
 
 import torch
 
-from vllm_hidrop.deciding import Memory, Verdict
-from vllm_hidrop.edits import AttentionEdit, Sight
+from vllm_hidrop.methods.adaptive import AttentionEdit, Memory, Sight, Verdict
 from vllm_hidrop.methods.base import Adaptive, ModelShape, check_shape, depth_ratio
-from vllm_hidrop.pruning import Cached, KeepValue, Schedule
-from vllm_hidrop.scoring import Signal, Signals, select_top
+from vllm_hidrop.methods.scoring import Signals, select_top
+from vllm_hidrop.plan.schedule import Cached, KeepValue, Schedule
+from vllm_hidrop.plan.signal import Signal
 
 Part = Literal["shallow", "middle", "deep"]
 _SINKS = {"first": Sight.FIRST, "half": Sight.SECOND_HALF}

@@ -9,14 +9,16 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration, LlavaImagePixelInputs
 from vllm.model_executor.models.utils import StageMissingLayer
 
-from vllm_hidrop.engine.batch import StagedStep
-from vllm_hidrop.engine.encoder_attention import TowerKernel, has_tower_kernel
-from vllm_hidrop.engine.forward import Enter, Outcome
-from vllm_hidrop.engine.renumbering import turned
-from vllm_hidrop.merging import KeyLayer, Reduced
-from vllm_hidrop.models.reducing import ClassAttention, ReducingTower
-from vllm_hidrop.models.staged import choosers, reduction_of, staged_forward
-from vllm_hidrop.pruning import DENSE
+from vllm_hidrop.engine.configure import reduction_of
+from vllm_hidrop.methods.adaptive import KeyLayer
+from vllm_hidrop.models.staged import choosers, staged_forward
+from vllm_hidrop.plan.plan import DENSE
+from vllm_hidrop.runners.tower_attention import TowerKernel, has_tower_kernel
+from vllm_hidrop.staged.encoder_selection import ClassAttention, ReducingTower
+from vllm_hidrop.staged.loop import Enter, Outcome
+from vllm_hidrop.staged.merging import Reduced
+from vllm_hidrop.staged.renumbering import turned
+from vllm_hidrop.staged.step import StagedStep
 
 
 class HidropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -77,9 +79,9 @@ class HidropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def forward_staged(
         self, step: StagedStep, inputs_embeds: torch.Tensor, positions: torch.Tensor, enter: Enter
     ) -> Outcome:
-        """Run a step that prefills pruned prompts; see ``engine.forward.StagedForward``."""
+        """Run a step that prefills pruned prompts; see ``staged.loop.StagedForward``."""
         return self._staged(step, inputs_embeds, positions, enter)
 
     def turned_keys(self, layer: int, distance: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What moves a layer's rotated keys by so many ids; see ``engine.renumbering.turned``."""
+        """What moves a layer's rotated keys by so many ids; see ``staged.renumbering.turned``."""
         return turned(self.language_model.model.layers[layer].self_attn.rotary_emb, distance)

@@ -1,189 +1,18 @@
-"""What every family shares: the configuration hook of its architecture, and its staged forward."""
+"""What every family shares: the methods that its requests may use, and its staged layer loop."""
 
-import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from vllm.logger import init_logger
 
-from vllm_hidrop.config import HidropConfig, Resolved, make_method, resolve
-from vllm_hidrop.deciding import Chooser
-from vllm_hidrop.engine.budget import most_tokens
-from vllm_hidrop.engine.encoder_attention import KERNEL, has_tower_kernel
-from vllm_hidrop.engine.forward import StagedForward
-from vllm_hidrop.engine.gate import check_gate
-from vllm_hidrop.engine.planner import Alternative, Planner
-from vllm_hidrop.engine.renumbering import CompactedForward, RenumberedForward
-from vllm_hidrop.merging import EncoderReduction
-from vllm_hidrop.methods import METHODS, Adaptive, Method, ModelShape
+from vllm_hidrop.config import make_method
+from vllm_hidrop.engine.configure import default_method
+from vllm_hidrop.methods.adaptive import Chooser
 from vllm_hidrop.models.families import family_of
-from vllm_hidrop.positions import PositionScheme
-from vllm_hidrop.pruning import Cached, Schedule
-from vllm_hidrop.shapes import text_shape, vision_shape
-
-logger = init_logger(__name__)
-
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Those that rotate a row by its one id and nothing else."""
-
-
-def configure(vllm_config: Any) -> None:
-    """Resolve the user's choice for this model and set the engine up for it; vLLM calls this once per configuration.
-
-    Raises:
-        ValueError: the choice does not fit the model, or a setting cannot be combined with pruning.
-    """
-    chosen = vllm_config.additional_config.get("hidrop", {})
-    hf_config = vllm_config.model_config.hf_config
-    family = family_of(vllm_config.model_config.architecture)
-    family.check(hf_config)
-    config = HidropConfig.parse({k: v for k, v in chosen.items() if k != "resolved"})
-    resolved = resolve(config, family.shape(hf_config), getattr(hf_config, "hidrop", None))
-    if resolved.positions is not PositionScheme.PERSISTENT:
-        check_rope(hf_config.text_config, resolved.positions)
-    check_adaptive(resolved, hf_config)
-    _say_how_authors_train(config, resolved, getattr(hf_config, "hidrop", None))
-    name = resolved.method.name
-    has_kernel = has_tower_kernel(hf_config.vision_config, vllm_config.model_config.dtype)
-    vllm_config.additional_config["hidrop"] = {
-        **config.model_dump(mode="json"),
-        "resolved": {
-            "method": name,
-            "preset": resolved.preset,
-            "options": resolved.options,
-            "methods": {
-                name: each.dump() for name, each in alternatives(resolved, family.shape(hf_config), has_kernel).items()
-            },
-            "positions": str(resolved.positions),
-            "shapes": _shapes(hf_config),
-            # As it was the first time, where vLLM asks again.
-            "step_rows": chosen.get("resolved", {}).get("step_rows") or _step_tokens(vllm_config.scheduler_config),
-        },
-    }
-    check_gate(vllm_config)
-    _set_engine_classes(vllm_config)
-    _set_image_cache(vllm_config.model_config.multimodal_config)
-    if Planner.from_vllm_config(vllm_config).is_staged:
-        _set_limits(vllm_config, resolved.schedule, family.shape(hf_config).tokens_per_image)
-        _set_kernels(vllm_config)
-
-
-def _say_how_authors_train(config: HidropConfig, resolved: Resolved, trained: Any) -> None:
-    """Warn where nobody has said which positions a checkpoint has, and the method's own ones have others."""
-    theirs = resolved.method.trained_positions
-    if theirs is not None and not trained and config.positions is None:
-        logger.warning(
-            'Serving %s with %s positions. A checkpoint that its authors\' program trained needs {"positions": "%s"}.',
-            resolved.method.name,
-            resolved.positions,
-            theirs,
-        )
-
-
-def _shapes(hf_config: Any) -> dict[str, Any]:
-    """The sizes that reports count FLOPs by, as plain data."""
-    text = text_shape(hf_config.text_config)
-    vision = vision_shape(hf_config, text)
-    return {"text": dataclasses.asdict(text), "vision": vision and dataclasses.asdict(vision)}
-
-
-def check_adaptive(resolved: Resolved, hf_config: Any) -> None:
-    """Refuse what a method that decides its own counts cannot run with.
-
-    Raises:
-        ValueError: names it.
-    """
-    if isinstance(resolved.method, Adaptive) and resolved.positions is PositionScheme.COMPACTED:
-        raise ValueError(f"method {resolved.method.name!r} needs persistent positions, not compacted ones")
-    reduction = reduction_of([resolved.method])
-    if reduction is not None:
-        vision = hf_config.vision_config
-        has_class_token = vision.model_type == "clip_vision_model"
-        if has_class_token and not _features_are_patches(hf_config):
-            raise ValueError(f"method {resolved.method.name!r} needs one feature layer, its patches alone")
-        try:
-            reduction.check((vision.image_size // vision.patch_size) ** 2, has_class_token)
-        except ValueError as error:
-            raise ValueError(f"method {resolved.method.name!r}: {error}") from None
-
-
-def _features_are_patches(hf_config: Any) -> bool:
-    return isinstance(hf_config.vision_feature_layer, int) and hf_config.vision_feature_select_strategy == "default"
-
-
-def check_rope(text_config: Any, positions: PositionScheme) -> None:
-    """Refuse ids other than the prompt's where a row's Q and K are not RoPE by its one id.
-
-    Raises:
-        ValueError: names what the text model has.
-    """
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    rope_type = rope.get("rope_type", "default")
-    found = [] if rope_type in ROPE_TYPES else [f"rope type {rope_type!r}"]
-    found += ["partial rotary"] if rope.get("partial_rotary_factor", 1) != 1 else []
-    found += [key for key in ("mrope_section", "xdrope_section", "use_fope", "full_attention") if rope.get(key)]
-    found += [key for key in ("dual_chunk_attention_config", "llama_4_scaling") if getattr(text_config, key, None)]
-    if found:
-        raise ValueError(f"{positions} positions need plain RoPE in every layer, this text model has {found[0]}")
-
-
-def _step_tokens(scheduler_config: Any) -> int:
-    return int(scheduler_config.max_num_scheduled_tokens or scheduler_config.max_num_batched_tokens)
-
-
-def _set_engine_classes(vllm_config: Any) -> None:
-    from vllm.platforms import current_platform
-
-    worker = "StagedCPUWorker" if current_platform.is_cpu() else "StagedGPUWorker"
-    vllm_config.parallel_config.worker_cls = f"vllm_hidrop.engine.worker.{worker}"
-    is_async = vllm_config.scheduler_config.async_scheduling and not current_platform.is_cpu()
-    scheduler = "StagedAsyncScheduler" if is_async else "StagedScheduler"
-    vllm_config.scheduler_config.scheduler_cls = f"vllm_hidrop.engine.scheduler.{scheduler}"
-
-
-def _set_image_cache(multimodal_config: Any) -> None:
-    """Keep processed images in the process that processes them, and send them to the engine with every request.
-
-    vLLM's other caches leave out what that process takes the engine to have, and a request that is refused after its
-    images were processed, or sent later than another, makes it wrong: the next one fails for want of its pixels.
-    vLLM itself keeps them so wherever an engine has several such processes.
-    """
-    if multimodal_config.mm_processor_cache_type == "shm":
-        logger.info("Processed images are not kept in shared memory: the process that processes them keeps them.")
-    multimodal_config.mm_processor_cache_type = "processor_only"
-
-
-def _set_limits(vllm_config: Any, schedule: Schedule, num_image_tokens: int) -> None:
-    """A step takes more tokens than it computes rows, and from its first image on a pruned prompt is one step."""
-    scheduler_config = vllm_config.scheduler_config
-    num_rows = vllm_config.additional_config["hidrop"]["resolved"]["step_rows"]
-    tokens = max(vllm_config.model_config.max_model_len, most_tokens(num_rows, schedule, num_image_tokens))
-    if scheduler_config.max_num_batched_tokens < tokens:
-        logger.info("A step computes %d rows, averaged over the layers, of at most %d tokens.", num_rows, tokens)
-        scheduler_config.max_num_batched_tokens = tokens
-        scheduler_config.max_num_scheduled_tokens = None
-        scheduler_config.max_num_encoder_input_tokens = tokens
-        scheduler_config.encoder_cache_size = tokens
-
-
-def _set_kernels(vllm_config: Any) -> None:
-    """Where vLLM compiles, it leaves RoPE to the compiler; the staged loop runs uncompiled and needs the kernel."""
-    custom_ops = vllm_config.compilation_config.custom_ops
-    if not any(op.endswith("rotary_embedding") for op in custom_ops):
-        custom_ops.append("+rotary_embedding")
-
-
-def alternatives(resolved: Resolved, shape: ModelShape, has_kernel: bool) -> dict[str, Alternative]:
-    """The server's own method, then those at their default preset whose cuts fall on its stages."""
-    own = resolved.method
-    found = {own.name: _alternative(own, resolved.schedule, has_kernel)}
-    for name in METHODS:
-        if own.name not in (name, "none"):
-            schedule = _over_stages(_default(name, shape), resolved.schedule, shape)
-            if schedule is not None:
-                found[name] = _alternative(_default(name, shape), schedule, has_kernel)
-    return found
+from vllm_hidrop.plan.planner import Planner
+from vllm_hidrop.plan.positions import PositionScheme
+from vllm_hidrop.staged.loop import StagedForward
+from vllm_hidrop.staged.renumbering import CompactedForward, RenumberedForward
 
 
 def choosers(vllm_config: Any) -> dict[str, Chooser]:
@@ -192,45 +21,8 @@ def choosers(vllm_config: Any) -> dict[str, Chooser]:
     shape = family_of(vllm_config.model_config.architecture).shape(hf_config)
     chosen = vllm_config.additional_config["hidrop"]["resolved"]
     own = make_method(chosen["method"], chosen["preset"], chosen["options"]).fitted(shape)
-    others = {name: _default(name, shape).fitted(shape) for name in chosen["methods"] if name != own.name}
+    others = {name: default_method(name, shape).fitted(shape) for name in chosen["methods"] if name != own.name}
     return {own.name: own, **others}
-
-
-def reduction_of(methods: Iterable[Chooser]) -> EncoderReduction | None:
-    """What the methods of a server do in the vision tower; at most one of them, the server's own, does anything."""
-    found = (method.reduction for method in methods if isinstance(method, Adaptive))
-    return next((reduction for reduction in found if reduction is not None), None)
-
-
-def _alternative(method: Method, schedule: Schedule, has_kernel: bool) -> Alternative:
-    signal = None if method.name == "none" else method.signal
-    return Alternative(schedule, signal, isinstance(method, Adaptive), _encoding(method, has_kernel))
-
-
-def _encoding(method: Method, has_kernel: bool) -> str:
-    """Everything by which the features of its pruned requests differ from stock vLLM's."""
-    reduction = reduction_of([method])
-    return ", ".join([KERNEL] * has_kernel + ([] if reduction is None else [reduction.name]))
-
-
-def _default(name: str, shape: ModelShape) -> Method:
-    """A method as it is without options, scaled to whatever model where it is written for one."""
-    method = make_method(name, METHODS[name].preset_for(shape))
-    return dataclasses.replace(method, scale=True) if hasattr(method, "scale") else method  # type: ignore[call-arg]
-
-
-def _over_stages(method: Method, stages: Schedule, shape: ModelShape) -> Schedule | None:
-    """A method's keeps over the server's stages, or None: a cut inside a stage, or other caches after prefill."""
-    try:
-        own = method.schedule(shape)
-    except ValueError:
-        return None
-    firsts = {stage.first_layer for stage in stages.stages}
-    plain = all(stage.cached is Cached.KEPT for stage in (*own.stages, *stages.stages))
-    if not plain or reduction_of([method]) is not None or not all(stage.first_layer in firsts for stage in own.stages):
-        return None
-    keeps = {s.first_layer: own.stages[own.stage_of_layer(s.first_layer)].keep.dump() for s in stages.stages}
-    return Schedule.of(keeps, shape.num_layers)
 
 
 def staged_forward(vllm_config: Any, layers: Sequence[nn.Module], norm: nn.Module) -> StagedForward:

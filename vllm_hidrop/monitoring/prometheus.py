@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_hidrop.commands.local_server import LOOPBACK, free_port
+from vllm_hidrop.cli.local_server import LOOPBACK, free_port
 
 READY_SECONDS = 60.0
 STOP_SECONDS = 10.0

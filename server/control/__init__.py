@@ -1,0 +1,1 @@
+"""What users choose and ask: command line, options, safety, grammars, reports."""

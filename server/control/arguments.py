@@ -1,0 +1,160 @@
+"""The rest of the command line, by vLLM's own parser, with our choice put where the engine reads it.
+
+Knows vLLM's argument parser and the families; starts nothing.
+"""
+
+from argparse import Namespace
+from typing import Any, NoReturn
+
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.platforms import current_platform
+from vllm.transformers_utils.config import get_config
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from hidrop_server.control.choice import check_choice
+from hidrop_server.control.doors import find_open_door
+from hidrop_server.control.errors import StartError
+from hidrop_server.control.safety import add_flags, api_keys
+from hidrop_server.metrics import VLLM_BUCKETS
+from vllm_hidrop.config import HidropConfig, resolve
+from vllm_hidrop.embedded import CHECKPOINTS, MODEL_DIR, MODEL_METHOD
+from vllm_hidrop.models.families import FAMILIES, Family
+
+LOOPBACK = "127.0.0.1"
+EMBEDDED_NAME = "hidrop-embedded"
+EMBEDDED_DEFAULTS: dict[str, Any] = {
+    "served_model_name": [EMBEDDED_NAME],
+    "max_model_len": 4096,
+    "block_size": 32,
+    "limit_mm_per_prompt": {"image": 4},
+    "enforce_eager": True,  # compiling takes longer than the whole demo
+}
+
+
+class _Parser(FlexibleArgumentParser):
+    """vLLM's parser, whose mistakes are one line instead of four screens of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise StartError(f"{message} (vLLM's flags: hidrop serve --vllm-help all)")
+
+
+def parse(model: str | None, vllm_args: list[str], method: str | None = None) -> Namespace:
+    """Parse vLLM's flags; without any model, the embedded one with its defaults.
+
+    The embedded checkpoint is the one trained for ``method``, and the dense one for methods that need no training.
+
+    Raises:
+        StartError: what vLLM's parser and its checks refuse, and what opens the engine to requests.
+    """
+    parser = _make_parser(_Parser(prog="hidrop serve", add_json_tip=False))
+    parser.set_defaults(custom_histogram_buckets=VLLM_BUCKETS)
+    argv = [model, *vllm_args] if model else vllm_args
+    args = parser.parse_args(argv)
+    named = args.model_tag or (args.model if _has_model_flag(vllm_args) else None)
+    if named is None:
+        parser.set_defaults(**EMBEDDED_DEFAULTS, **_dtype())
+        args = parser.parse_args(argv)
+        named = str(MODEL_DIR if method in (None, MODEL_METHOD) else CHECKPOINTS["dense"])
+    args.model = named
+    _refuse_doors(args)
+    _listen_on_loopback(args)
+    _count_processes(args)
+    try:
+        validate_parsed_serve_args(args)
+    except (TypeError, ValueError) as error:
+        raise StartError(str(error)) from None
+    return args
+
+
+def print_vllm_help(topic: str) -> None:
+    """Show vLLM's own help: "all", a flag or a group."""
+    parser = _make_parser(FlexibleArgumentParser(prog="hidrop serve"))
+    parser.parse_args(["--help"] if topic == "groups" else [f"--help={topic}"])
+
+
+def apply_choice(args: Namespace, choice: HidropConfig) -> None:
+    """Check the choice against the model's configuration and write it into the arguments.
+
+    Raises:
+        StartError: unreadable model, unsupported family, or a choice that does not fit the model.
+    """
+    choice = _merge_additional_config(args, choice)
+    overrides = args.hf_overrides if isinstance(args.hf_overrides, dict) else {}
+    hf_config = _model_config(args)
+    named = overrides.get("architectures") or getattr(hf_config, "architectures", None) or ["none"]
+    family = _family(named[0])
+    try:
+        family.check(hf_config)
+        trained = getattr(hf_config, "hidrop", None)
+        resolve(choice, family.shape(hf_config), trained)
+    except ValueError as error:
+        raise StartError(str(error)) from None
+    args.hf_overrides = {**overrides, "architectures": [family.staged]}
+    args.additional_config = {**(args.additional_config or {}), "hidrop": choice.model_dump()}
+
+
+def _make_parser(parser: FlexibleArgumentParser) -> FlexibleArgumentParser:
+    """VLLM's flags and ours."""
+    make_arg_parser(parser)
+    add_flags(parser)
+    return parser
+
+
+def _has_model_flag(argv: list[str]) -> bool:
+    return any(arg.split("=")[0] in ("--model", "--config") for arg in argv)
+
+
+def _dtype() -> dict[str, str]:
+    """Float32 is right on every CPU; GPU attention needs what the checkpoint has."""
+    return {"dtype": "float32"} if current_platform.is_cpu() else {}
+
+
+def _refuse_doors(args: Namespace) -> None:
+    door = find_open_door(args)
+    if door is not None:
+        raise StartError(f"{door.setting} is not supported by hidrop serve: {door.reason}")
+
+
+def _listen_on_loopback(args: Namespace) -> None:
+    """Without a key, strangers get no address to ask, unless the user names one; vLLM's default is all addresses."""
+    if args.host is None and args.uds is None and not api_keys(args):
+        args.host = LOOPBACK
+
+
+def _count_processes(args: Namespace) -> None:
+    """Tell the engine's configuration how many processes talk to it; -1 is the one that talks to none itself."""
+    args.api_server_count = 1 if args.api_server_count is None else args.api_server_count
+    if args.api_server_count < 1:
+        raise StartError(f"--api-server-count must be at least 1, got {args.api_server_count}")
+    if args.api_server_count > 1:
+        args._api_process_count, args._api_process_rank = args.api_server_count, -1
+
+
+def _merge_additional_config(args: Namespace, choice: HidropConfig) -> HidropConfig:
+    own = (args.additional_config or {}).get("hidrop")
+    if own is None:
+        return choice
+    if choice != HidropConfig.parse({}):
+        raise StartError('give the pruning choice once: by --method and its like, or by --additional-config "hidrop"')
+    return check_choice(own)
+
+
+def _model_config(args: Namespace) -> Any:
+    try:
+        return get_config(
+            args.hf_config_path or args.model,
+            trust_remote_code=args.trust_remote_code,
+            revision=args.revision,
+            code_revision=args.code_revision,
+            config_format=args.config_format,
+        )
+    except Exception as error:
+        # Whatever file, hub or parser complains: the engine could not read the model either.
+        raise StartError(f"cannot read the configuration of model {args.model!r}: {error}") from None
+
+
+def _family(architecture: str) -> Family:
+    for family in FAMILIES.values():
+        if architecture in (family.stock, family.staged):
+            return family
+    raise StartError(f"{architecture} is not a family that can run staged; supported: {', '.join(FAMILIES)}")

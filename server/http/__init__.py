@@ -1,0 +1,1 @@
+"""Requests before vLLM's models see them: access, bodies, limits, errors."""

@@ -1,0 +1,173 @@
+"""One pass over all of a parsed body: sizes, texts, parts of messages, options in the wrong place.
+
+Knows which keys hold what on vLLM's routes; not routes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hidrop_server.http.refusals import BodyRefused
+from hidrop_server.media.parts import MAX_PARTS, MediaParts
+
+MAX_INTEGER = (1 << 63) - 1
+MAX_ELEMENTS = 8192
+"""Of an array that is not all numbers, or of an object. A wrong one costs vLLM an error for each."""
+MAX_KEY_CHARS = 1024
+CHARS_PER_TOKEN = 32
+"""A text longer than this many characters for each token of the model's length cannot become a prompt."""
+MIN_TEXT_CHARS = 1 << 16
+
+CONTENTS = ("content", "output", "system")
+"""Keys of lists of parts, on whatever route."""
+GRAMMARS = ("response_format", "structured_outputs")
+FREE = frozenset(
+    {
+        *GRAMMARS,
+        "annotations",
+        "arguments",
+        "citations",
+        "criteria",
+        "ec_transfer_params",
+        "format",
+        "input_schema",
+        "json_schema",
+        "kv_transfer_params",
+        "logprobs",
+        "metadata",
+        "output_config",
+        "parameters",
+        "schema",
+        "state",
+        "text",
+        "tool",
+        "tools",
+    }
+)
+"""Keys whose value is the client's own JSON: it has no parts and no options."""
+DATA = ("data", "url", "image_url")
+"""Keys of media outside of the client's own JSON; they are not text, and have a limit of their own."""
+MAX_SHOWN_CHARS = 40
+"""Of a key in an error."""
+MAX_WHERE_CHARS = 200
+
+
+@dataclass(frozen=True)
+class BodyLimits:
+    """Limits of a server.
+
+    Attributes:
+        max_values: of a body; ``--max-json-values``.
+        max_text_chars: of one prompt.
+        max_grammar_kb: of a constraint as text; ``--max-grammar-kb``.
+    """
+
+    max_values: int
+    max_text_chars: int
+    max_grammar_kb: int
+
+    @classmethod
+    def of(cls, max_values: int, max_model_len: int, max_grammar_kb: int) -> "BodyLimits":
+        """For a model's length."""
+        return cls(max_values, max(MIN_TEXT_CHARS, CHARS_PER_TOKEN * max_model_len), max_grammar_kb)
+
+    def too_long(self, what: str) -> str:
+        """Says that a text is."""
+        return f"{what} is longer than {self.max_text_chars} characters ({CHARS_PER_TOKEN} x --max-model-len)"
+
+
+class BodyWalk:
+    """One pass over all of a body.
+
+    Args:
+        limits: of this server.
+        parts: that it takes.
+        anthropic: whether messages are Anthropic's.
+        read: fields whose media the route reads; None for any.
+    """
+
+    def __init__(self, limits: BodyLimits, parts: MediaParts, anthropic: bool, read: Sequence[str] | None) -> None:
+        self.limits = limits
+        self.parts = parts
+        self.anthropic = anthropic
+        self.read_fields = read
+        self.num_chars = 0
+        self.num_parts = 0
+
+    def read(self, body: dict[str, Any]) -> None:
+        """Look at every value.
+
+        Raises:
+            BodyRefused: one that is not taken.
+        """
+        waiting: list[tuple[Any, str, bool]] = [(body, "", False)]
+        while waiting:
+            value, where, is_free = waiting.pop()
+            if isinstance(value, dict):
+                waiting += self._of_object(value, where, is_free)
+            else:
+                waiting += self._of_array(value, where, is_free)
+
+    def _of_object(self, value: dict[str, Any], where: str, is_free: bool) -> Iterator[tuple[Any, str, bool]]:
+        self._check_size(value, where)
+        for key, each in value.items():
+            if len(key) > MAX_KEY_CHARS:
+                raise BodyRefused(f"{where or 'the body'}: a key is longer than {MAX_KEY_CHARS} characters")
+            if not is_free and key.startswith("hidrop"):
+                self._refuse_option(where)
+            if isinstance(each, str):
+                self._text(each, where, key, is_media=key in DATA and not is_free)
+            elif isinstance(each, int):
+                if not is_free:
+                    _check_integers((each,), _inside(where, key))
+            elif isinstance(each, dict | list):
+                place = _inside(where, key)
+                if key in CONTENTS and isinstance(each, list) and not is_free:
+                    self._parts(each, place)
+                yield each, place, is_free or key in FREE or (key == "input" and isinstance(each, dict))
+
+    def _of_array(self, value: list[Any], where: str, is_free: bool) -> Iterator[tuple[Any, str, bool]]:
+        if value and set(map(type, value)) <= {int}:
+            _check_integers(value, where)
+            return
+        self._check_size(value, where)
+        for index, each in enumerate(value):
+            if isinstance(each, str):
+                self._text(each, where, str(index), is_media=where == "images")
+            elif isinstance(each, dict | list):
+                yield each, _inside(where, str(index)), is_free
+
+    def _check_size(self, value: dict[str, Any] | list[Any], where: str) -> None:
+        if len(value) > MAX_ELEMENTS:
+            raise BodyRefused(f"{where or 'the body'}: more than {MAX_ELEMENTS} elements")
+
+    def _refuse_option(self, where: str) -> None:
+        if where != "vllm_xargs":
+            place = f"in {where}" if where else "at the top of the body"
+            raise BodyRefused(f"{place}: options of hidrop are read from vllm_xargs", "options")
+
+    def _text(self, text: str, where: str, key: str, is_media: bool) -> None:
+        if is_media or (where or key).startswith(GRAMMARS):
+            return
+        self.num_chars += len(text)
+        if len(text) > self.limits.max_text_chars:
+            raise BodyRefused(self.limits.too_long(_inside(where, key)))
+
+    def _parts(self, parts: list[Any], where: str) -> None:
+        self.num_parts += len(parts)
+        if self.num_parts > MAX_PARTS:
+            raise BodyRefused(f"{where}: the body has more than {MAX_PARTS} parts")
+        has_media = self.parts.check(parts, where, self.anthropic)
+        if has_media and self.read_fields is not None and where.partition(".")[0] not in self.read_fields:
+            raise BodyRefused(f"{where}: this route reads no media from there", "media")
+
+
+def _check_integers(numbers: Sequence[int], where: str) -> None:
+    """What goes to the engine has 64 bits."""
+    if min(numbers) < -MAX_INTEGER - 1 or max(numbers) > MAX_INTEGER:
+        raise BodyRefused(f"{where}: a whole number of more than 64 bits")
+
+
+def _inside(where: str, key: str) -> str:
+    """The place of a value, which is written for every container: so it is cut."""
+    return f"{where}.{key[:MAX_SHOWN_CHARS]}"[:MAX_WHERE_CHARS] if where else key[:MAX_SHOWN_CHARS]

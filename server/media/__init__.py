@@ -1,0 +1,1 @@
+"""What a client's pictures may be and where they may come from."""

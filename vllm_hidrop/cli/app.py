@@ -1,0 +1,368 @@
+"""The ``hidrop`` command line: names, options and help; the work is in `vllm_hidrop.cli`.
+
+A command imports its file when it runs, so help needs neither PyTorch nor vLLM. How commands end when something is
+wrong: `vllm_hidrop.cli.errors`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vllm_hidrop.cli.bench_app import bench_app
+from vllm_hidrop.cli.errors import OneLineErrors
+from vllm_hidrop.cli.options import output_file, output_folder, parse_address, parse_counts, server_address
+from vllm_hidrop.json_text import parse_object
+
+app = typer.Typer(
+    name="hidrop",
+    cls=OneLineErrors,
+    help="Serve multimodal models with fewer vision tokens per layer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+app.add_typer(bench_app, name="bench")
+
+MOST_TOKENS = 1_000_000
+"""Of an image, a prompt, an answer or a block."""
+MOST_QUESTIONS = 10_000_000
+MOST_SEED = 2**32 - 1
+MOST = 1e9
+"""Of what a machine does in a second or holds, and of a load: no machine does as much, and no product overflows."""
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.callback()
+def main() -> None:
+    """Serve multimodal models with fewer vision tokens per layer."""
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method: also what differs from its paper and code.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the pruning methods, their options and presets."""
+    from vllm_hidrop.cli import methods as command
+
+    command.run(name, as_json)
+
+
+@app.command()
+def plan(  # noqa: PLR0913, PLR0917 (one argument is one option)
+    model: Annotated[
+        str, typer.Argument(help='A directory, a hub name, "embedded", or "7b" or "13b" for LLaVA-1.5.')
+    ] = "embedded",
+    method: Annotated[str | None, typer.Option(help="Pruning method [default: the checkpoint's].")] = None,
+    preset: Annotated[str | None, typer.Option(help="Named schedule of the method.")] = None,
+    options: Annotated[str, typer.Option(help="The method's options, a JSON object.")] = "{}",
+    force: Annotated[bool, typer.Option(help="Allow a schedule the checkpoint was not trained for.")] = False,
+    images: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, max=MOST_TOKENS, help="Vision tokens of an image; repeat for several [default: the model's]."
+        ),
+    ] = None,
+    text: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Text tokens of the prompt.")] = 64,
+    block_size: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens of a KV block.")] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a schedule would cost one request: rows, KV blocks and prefill FLOPs by stage."""
+    from vllm_hidrop.cli import plan as command
+
+    choice: dict[str, Any] = {"options": parse_object(options, "--options"), "force": force}
+    choice |= {key: value for key, value in (("method", method), ("preset", preset)) if value}
+    command.run(model, choice, images or [], text, block_size, as_json)
+
+
+@app.command()
+def capacity(  # noqa: PLR0913, PLR0917 (one argument is one option)
+    tflops: Annotated[float, typer.Option(min=0.001, max=MOST, help="TFLOP/s your machine reaches in a prefill.")],
+    bandwidth: Annotated[float, typer.Option(min=0.001, max=MOST, help="GB/s it reads in a decode step.")],
+    kv_gib: Annotated[
+        float,
+        typer.Option(min=0.001, max=MOST, help="GiB of its KV pool, as vLLM prints it at start."),
+    ],
+    model: Annotated[
+        str, typer.Argument(help='A directory, a hub name, "embedded", or "7b" or "13b" for LLaVA-1.5.')
+    ] = "7b",
+    method: Annotated[str | None, typer.Option(help="Pruning method [default: the checkpoint's].")] = None,
+    preset: Annotated[str | None, typer.Option(help="Named schedule of the method.")] = None,
+    options: Annotated[str, typer.Option(help="The method's options, a JSON object.")] = "{}",
+    images: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, max=MOST_TOKENS, help="Vision tokens of an image; repeat for several [default: the model's]."
+        ),
+    ] = None,
+    text: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Text tokens of the prompt.")] = 64,
+    output_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens of an answer.")] = 128,
+    requests_per_second: Annotated[float, typer.Option(min=0.001, max=MOST, help="The load to be held.")] = 10.0,
+    max_num_seqs: Annotated[
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Sequences a server runs at once, as its flag.")
+    ] = 256,
+    headroom: Annotated[float, typer.Option(min=0, max=0.95, help="Share of every machine left free.")] = 0.3,
+    as_json: AsJson = False,
+) -> None:
+    """Print how many machines a load needs at least, pruned and dense, from `plan` and three numbers of a machine."""
+    from vllm_hidrop.cli import capacity as command
+    from vllm_hidrop.plan.capacity import Machine
+
+    choice: dict[str, Any] = {"options": parse_object(options, "--options"), "force": True}
+    choice |= {key: value for key, value in (("method", method), ("preset", preset)) if value}
+    machine = Machine(tflops * 1e12, bandwidth * 1e9, kv_gib * 2**30, max_num_seqs)
+    target = command.Target(requests_per_second, headroom, output_tokens)
+    command.run(model, choice, images or [], text, machine, target, as_json)
+
+
+SERVE_EPILOG = (
+    "Limits and keys: hidrop serve --vllm-help hidrop-safety. Every other flag goes to vLLM: hidrop serve --vllm-help "
+    "all, or --vllm-help FLAG."
+)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog=SERVE_EPILOG,
+    options_metavar="[MODEL] [OPTIONS] [VLLM FLAGS]",
+)
+def serve(
+    context: typer.Context,
+    method: Annotated[str | None, typer.Option(help="Pruning method (default: the checkpoint's, else none).")] = None,
+    preset: Annotated[str | None, typer.Option(help="Named schedule of the method.")] = None,
+    hidrop_config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON|FILE",
+            help="Keys: method, preset, options, positions, prefix_state_bytes, force; the two options above win.",
+        ),
+    ] = None,
+    vllm_help: Annotated[
+        str | None, typer.Option(metavar="all|FLAG|GROUP", help="Print vLLM's own help and exit.")
+    ] = None,
+) -> None:
+    """Serve MODEL, a directory or hub name, or the embedded one, by vLLM's OpenAI-compatible server."""
+    from vllm_hidrop.cli import serve as command
+
+    if vllm_help is not None:
+        command.vllm_help(vllm_help)
+    else:
+        raise typer.Exit(command.run(method, preset, hidrop_config, context.args))
+
+
+@app.command("train")
+def train_model(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to train; see docs/train.md.")],
+) -> None:
+    """Train a LLaVA with a pruning schedule on; the same command again resumes an interrupted run."""
+    from vllm_hidrop.cli import train as command
+
+    raise typer.Exit(command.run(config))
+
+
+@app.command()
+def demo(
+    examples: Annotated[
+        Path | None, typer.Option(help="Folder with questions.jsonl (default: examples/ of the repository).")
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(callback=server_address, help="A running server (default: start one with the embedded model)."),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", callback=output_file, help="Also write the results to this file.")
+    ] = None,
+) -> None:
+    """Ask questions about pictures with and without pruning, and compare answers, tokens, blocks and times."""
+    from vllm_hidrop.cli import demo as command
+
+    raise typer.Exit(command.run(examples, url, json_file))
+
+
+@app.command()
+def monitor(
+    png: Annotated[Path, typer.Option(callback=output_file, help="The picture to write.")] = Path("dashboard.png"),
+    url: Annotated[
+        str | None,
+        typer.Option(callback=server_address, help="A running server (default: start one with the embedded model)."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=5, max=86_400, help="How long to send requests.")] = 60,
+    clients: Annotated[int, typer.Option(min=1, max=64, help="Requests at once.")] = 3,
+) -> None:
+    """Send traffic to a server that a real Prometheus scrapes, and draw what the dashboards show (docs/metrics.md)."""
+    from vllm_hidrop.cli import monitor as command
+
+    raise typer.Exit(command.run(url, command.Traffic(seconds, clients), png))
+
+
+@app.command()
+def loadtest(  # noqa: PLR0913, PLR0917 (one argument is one option)
+    scenario: Annotated[str | None, typer.Argument(help="Name of a scenario; without one they are listed.")] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(callback=server_address, help="A running server (default: start one with the embedded model)."),
+    ] = None,
+    compare: Annotated[
+        str, typer.Option(metavar="off|none|URL", help="Ask the same server to keep every token, or another server.")
+    ] = "off",
+    pairs: Annotated[int, typer.Option(min=1, max=100, help="Times each is run, in alternating order.")] = 1,
+    length: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Times as many requests and seconds as the scenario says.")
+    ] = 1,
+    file: Annotated[Path | None, typer.Option(help="Scenarios of your own (TOML).")] = None,
+    out: Annotated[Path, typer.Option(callback=output_folder, help="Folder for the report, HTML and JSON.")] = Path(
+        "runs/loadtest"
+    ),
+    api_key: Annotated[str | None, typer.Option(help="Key of the servers.", envvar="OPENAI_API_KEY")] = None,
+    metrics_api_key: Annotated[
+        str | None, typer.Option(help="Key of /metrics, where it has one.", envvar="HIDROP_METRICS_API_KEY")
+    ] = None,
+    allow_remote: Annotated[
+        bool, typer.Option("--allow-remote", help="Let an address be another machine's, whose owner agrees.")
+    ] = False,
+) -> None:
+    """Load a server by vLLM's benchmark client, with and without pruning, and write one HTML report."""
+    from hidrop_loadtests.running import Keys
+    from vllm_hidrop.cli import loadtest as command
+
+    if scenario is None:
+        command.show_scenarios(file)
+    else:
+        compare = compare if compare in command.SAME_SERVER else parse_address(compare, "--compare")
+        target = command.Target(url, compare, Keys(api_key, metrics_api_key), allow_remote)
+        chosen = command.choose(scenario, file, length)
+        raise typer.Exit(command.run(scenario, chosen, target, out, pairs))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Directory of an original LLaVA-1.5 or HiDrop.")],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DST", callback=output_folder, help="New directory, or one of an interrupted run.")
+    ],
+    preset: Annotated[
+        str | None, typer.Option(help="Schedule it was trained with: tok48, tok64, tok80, tok48-c1 (C1) or none.")
+    ] = None,
+    vision_tower: Annotated[
+        Path | None, typer.Option(help="Directory of the CLIP tower (default: mm_vision_tower, if it is one).")
+    ] = None,
+) -> None:
+    """Turn an original LLaVA-1.5 or HiDrop checkpoint into the Hugging Face format that vLLM loads."""
+    from vllm_hidrop.cli import convert as command
+
+    command.run(source, destination, preset, vision_tower)
+
+
+eval_app = typer.Typer(
+    help="Accuracy of a server over HTTP, on synthetic scenes or a benchmark you have.", invoke_without_command=True
+)
+app.add_typer(eval_app, name="eval")
+
+
+@eval_app.callback()
+def evaluate(  # noqa: PLR0913, PLR0917 (one argument is one option)
+    context: typer.Context,
+    url: Annotated[
+        str | None,
+        typer.Option(callback=server_address, help="An OpenAI-compatible server, for example http://HOST:8000."),
+    ] = None,
+    embedded: Annotated[
+        bool, typer.Option("--embedded", help="Serve the embedded model, and compare dense with HiDrop.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="Name of the model (default: the first served).")] = None,
+    task: Annotated[str, typer.Option(help="synthetic, pope, scienceqa, gqa, textvqa, mme or mmbench.")] = "synthetic",
+    data: Annotated[Path | None, typer.Option(help="The benchmark's file or folder; see docs/eval.md.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the benchmark's images.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=MOST_QUESTIONS, help="Questions to ask (default: all; synthetic: 140).")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="Picks scenes, the questions of a limit, and resamples.")
+    ] = 0,
+    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Requests at once.")] = 4,
+    off: Annotated[bool, typer.Option("--off", help="Ask a HiDrop server to keep every vision token.")] = False,
+    xargs: Annotated[str, typer.Option(help="vllm_xargs of every request, a JSON object.")] = "{}",
+    api_key: Annotated[str, typer.Option(help="Key of the server.", envvar="OPENAI_API_KEY")] = "none",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", callback=output_file, help="Write the figures to this file.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(callback=output_folder, help="Keep answers here; a second run asks only what is missing."),
+    ] = None,
+) -> None:
+    """Accuracy of a server over HTTP: give --url or --embedded, or plot results with `hidrop eval plot`."""
+    if context.invoked_subcommand is not None:
+        return
+    if embedded and (url or model or off or xargs != "{}"):
+        raise ValueError("--embedded chooses server, model and vllm_xargs itself")
+    if not embedded and url is None:
+        raise ValueError("give --url or --embedded")
+    from vllm_hidrop.cli import evaluate as command
+    from vllm_hidrop.lab.evaluate.asking import Endpoint
+    from vllm_hidrop.lab.evaluate.samples import Source
+
+    choice = command.Choice(task, Source(data, images, limit, seed), concurrency, json_file, out)
+    if url is None:
+        raise typer.Exit(command.run_embedded(choice))
+    extra = command.xargs(off, parse_object(xargs, "--xargs"))
+    raise typer.Exit(command.run_url(choice, Endpoint(url, api_key, model, extra)))
+
+
+@eval_app.command("plot")
+def eval_plot(
+    results: Annotated[list[Path], typer.Argument(metavar="RESULT.json...", help="What --json wrote.")],
+    png: Annotated[Path, typer.Option(callback=output_file, help="File of the plot.")],
+) -> None:
+    """Draw accuracy against mean vision tokens per layer, with intervals, from one or several results."""
+    from vllm_hidrop.cli import evaluate as command
+
+    command.run_plot(results, png)
+
+
+@app.command()
+def calibrate(  # noqa: PLR0913, PLR0917 (one argument is one option)
+    model: Annotated[str, typer.Argument(help='A directory, a hub name, or "embedded".')],
+    data: Annotated[str, typer.Option(help='A file in LLaVA\'s JSON form, or "synthetic".')],
+    images: Annotated[Path | None, typer.Option(help="Folder of the file's images [default: the file's own].")] = None,
+    samples: Annotated[int, typer.Option(min=2, max=MOST_QUESTIONS, help="Samples to measure.")] = 64,
+    budget: Annotated[
+        float,
+        typer.Option(min=0, max=MOST_TOKENS, help="Vision tokens per layer, mean over all layers."),
+    ] = 64,
+    filters: Annotated[int, typer.Option(min=1, max=1024, help="Filters at most.")] = 4,
+    exit_tolerance: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of answer tokens an early exit may change.")
+    ] = 0.01,
+    windows: Annotated[str, typer.Option(help="ILVAS windows in layers; the first one decides.")] = "2,4",
+    top_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST_TOKENS, help="ILVAS: most attended vision tokens compared.")
+    ] = 32,
+    answer_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens of an answer used at most.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Which synthetic scenes.")] = 0,
+    device: Annotated[str, typer.Option(help="PyTorch device.")] = "cpu",
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", callback=output_file, help="Write the schedule for serve --hidrop-config, the curves beside it."
+        ),
+    ] = None,
+    png_file: Annotated[
+        Path | None, typer.Option("--png", callback=output_file, help="Draw the curves and the schedule.")
+    ] = None,
+) -> None:
+    """Measure what a model's layers do with vision, and propose a HiDrop schedule for it (docs/calibrate.md)."""
+    from vllm_hidrop.cli import calibrate as command
+    from vllm_hidrop.lab.calibrate.curves import Settings
+
+    command.run(
+        model,
+        command.Data(data, images, samples, seed),
+        command.Wish(budget, filters, exit_tolerance),
+        command.Output(json_file, png_file),
+        Settings(parse_counts(windows, "--windows", 1, 1024), top_tokens, answer_tokens),
+        device,
+    )

@@ -1,0 +1,203 @@
+"""``hidrop eval``: ask, score, show.
+
+Knows the terminal and the result files; the work is in `vllm_hidrop.lab.evaluate`.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vllm_hidrop.cli.local_server import local_server
+from vllm_hidrop.lab.evaluate.arms import Arm, embedded_arms
+from vllm_hidrop.lab.evaluate.asking import Endpoint
+from vllm_hidrop.lab.evaluate.journal import check_journal
+from vllm_hidrop.lab.evaluate.plot import draw
+from vllm_hidrop.lab.evaluate.run import Exam, Outcome, provenance, take
+from vllm_hidrop.lab.evaluate.samples import Source
+from vllm_hidrop.lab.evaluate.scoring import compare, mean_tokens, summarise
+from vllm_hidrop.outputs import write_file
+from vllm_hidrop.terminal import Terminal
+
+OFF = {"hidrop": "off"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the command line says about the questions and the files, the same for both ways to run."""
+
+    task: str
+    source: Source
+    concurrency: int
+    json_file: Path | None
+    out: Path | None
+
+    def exam(self) -> Exam:
+        """The questions.
+
+        Raises:
+            ValueError: unknown task or unreadable data.
+        """
+        return Exam.load(self.task, self.source, self.concurrency)
+
+
+def xargs(off: bool, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``--off`` and ``--xargs`` ask for together.
+
+    Raises:
+        ValueError: both name ``hidrop``.
+    """
+    if off and "hidrop" in given:
+        raise ValueError('give --off or "hidrop" in --xargs, not both')
+    return {**given, **(OFF if off else {})}
+
+
+def run_url(choice: Choice, endpoint: Endpoint) -> int:
+    """Evaluate one endpoint; returns the exit code, 1 if a request failed.
+
+    Raises:
+        ValueError: data, settings or endpoint that cannot be used.
+    """
+    exam, console = choice.exam(), Terminal()
+    with _progress() as progress:
+        outcome = _take(exam, endpoint, choice.out, progress, exam.name)
+    result = {
+        **exam.settings(endpoint),
+        "url": endpoint.url,
+        "limit": exam.source.limit,
+        **summarise(exam.task, outcome.scored, outcome.answers, exam.source.seed),
+        **provenance(),
+    }
+    return _end(console, _table(result), [outcome], choice.json_file, result)
+
+
+def run_embedded(choice: Choice) -> int:
+    """Serve the arms' checkpoints and compare them on the same questions; returns the exit code.
+
+    Raises:
+        ValueError: data or settings that cannot be used, or a server that does not start.
+    """
+    exam, console, arms = choice.exam(), Terminal(), embedded_arms()
+    if choice.out is not None:
+        for arm in arms:
+            check_journal(choice.out / arm.name)
+    outcomes: list[Outcome] = []
+    with _progress() as progress, ExitStack() as servers:
+        urls: dict[tuple[str, ...], str] = {}
+        for arm in arms:
+            if arm.serve not in urls:
+                servers.close()  # one server at a time
+                urls = {arm.serve: servers.enter_context(_serving(arm, progress))}
+            directory = choice.out / arm.name if choice.out else None
+            endpoint = Endpoint(urls[arm.serve], xargs=arm.xargs)
+            outcomes.append(_take(exam, endpoint, directory, progress, arm.name))
+    result = _comparison(exam, outcomes)
+    return _end(console, _comparison_table(result), outcomes, choice.json_file, result)
+
+
+def run_plot(results: Sequence[Path], png: Path) -> None:
+    """Plot result files.
+
+    Raises:
+        ValueError: a file that is no result.
+    """
+    draw(results, png)
+    Terminal().print(f"{png}: accuracy against vision tokens of {len(results)} result(s)", markup=False)
+
+
+@contextmanager
+def _serving(arm: Arm, progress: Progress) -> Iterator[str]:
+    waiting = progress.add_task("starting the server", total=None)
+    with local_server(arm.serve, on_wait=progress.refresh) as url:
+        progress.remove_task(waiting)
+        yield url
+
+
+def _take(exam: Exam, endpoint: Endpoint, directory: Path | None, progress: Progress, title: str) -> Outcome:
+    bar = progress.add_task(title, total=len(exam.samples))
+    return take(
+        exam,
+        endpoint,
+        directory,
+        on_start=lambda num_answered: progress.update(bar, completed=num_answered),
+        on_answer=lambda: progress.advance(bar),
+    )
+
+
+def _comparison(exam: Exam, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    dense, pruned = outcomes
+    return {
+        "task": exam.name,
+        **compare(dense.scored, pruned.scored, exam.source.seed),
+        "mean_vision_tokens": mean_tokens(pruned.answers.values()),
+        "mean_vision_tokens_dense": mean_tokens(dense.answers.values()),
+        "questions": len(exam.samples),
+        "failed": {"dense": len(dense.failures), "hidrop": len(pruned.failures)},
+        "seed": exam.source.seed,
+        **provenance(),
+    }
+
+
+def _table(result: Mapping[str, Any]) -> Table:
+    table = Table("Type", "Questions", "Accuracy", "95 % interval", title=f"{result['task']}: {result['model']}")
+    for name, figures in (*result["by_type"].items(), ("all", result)):
+        table.add_row(name, str(figures["questions"]), _percent(figures["accuracy"]), _between(figures["interval"]))
+    tokens = result["mean_vision_tokens"]
+    told = [f"vision tokens per layer: {'not reported' if tokens is None else f'{tokens:.1f}'}"]
+    told += [f"{name} {value:.4g}" for name, value in result["figures"].items()]
+    table.caption = ", ".join(told)
+    return table
+
+
+def _comparison_table(result: Mapping[str, Any]) -> Table:
+    headings = ("Type", "Questions", "Dense", "HiDrop", "Retention", "95 % interval of retention")
+    table = Table(*headings, title=f"{result['task']}: all vision tokens against the schedule's")
+    for name, figures in (*result["by_type"].items(), ("all", result)):
+        retention, interval = figures["retention"], figures["intervals"]["retention"]
+        cells = (_percent(figures["dense"]), _percent(figures["hidrop"]), _percent(retention), _between(interval))
+        table.add_row(name, str(figures["questions"]), *cells)
+    tokens = (result["mean_vision_tokens_dense"], result["mean_vision_tokens"])
+    shown = ["not reported" if one is None else f"{one:.1f}" for one in tokens]
+    table.caption = f"vision tokens per layer: dense {shown[0]}, hidrop {shown[1]}"
+    return table
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _between(interval: Sequence[float] | None) -> str:
+    return "-" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f} %"
+
+
+def _progress() -> Progress:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Terminal(stderr=True), transient=True)
+
+
+def _end(
+    console: Terminal, table: Table, outcomes: Sequence[Outcome], file: Path | None, result: Mapping[str, Any]
+) -> int:
+    """Show everything, then write; returns the exit code, 1 if a request failed."""
+    failures = [failure for outcome in outcomes for failure in outcome.failures]
+    try:
+        console.show(table)
+        if failures:
+            num_asked = sum(len(outcome.scored) for outcome in outcomes)
+            text = f"{len(failures)} of {num_asked} requests failed and count as wrong: {failures[0]}"
+            console.print(text, style="red", markup=False)
+    finally:  # a reader that left does not cost the file
+        if file is not None:
+            write_file(file, json.dumps(result, indent=2) + "\n")
+    return 1 if failures else 0

@@ -1,0 +1,243 @@
+"""Prompts that begin as an earlier one did, images included: which of their KV is still there, and is exact.
+
+::
+
+    prompt            t t t t t v v v v v v t t t      t text, v vision
+    before the first  |---------- reused -|     |      its rows depend on what precedes them only
+    cut               0                   h     end
+    from the first    |- reused |-- carried ----|      what stays depends on the whole prompt, so every row runs again,
+    cut on            0         c               end    those before h from the hidden states that enter the first cut
+
+h is the end of an image, c the last block boundary within the text before the first image. Blocks are the pool's and
+are evicted as any cached block is; the carried hidden states are the worker's, kept and dropped by order of the
+scheduler. Knows plans, blocks and bytes; not tensors.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import count
+from typing import Any
+
+import numpy as np
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
+
+from vllm_hidrop.engine.kv_cache import StageManager
+from vllm_hidrop.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """What a request that starts behind an image carries into its first cut: the first rows of a kept state."""
+
+    state: int
+    num_rows: int
+
+
+@dataclass
+class Orders:
+    """What a step tells the worker about carried hidden states; the same on every rank."""
+
+    reuse: dict[str, Reuse] = field(default_factory=dict)
+    """By request id, of the requests that start behind an image and whose plan cuts."""
+    keep: dict[str, int] = field(default_factory=dict)
+    """Request id -> number of the state to keep of its prompt."""
+    drop: list[int] = field(default_factory=list)
+    """States that are not needed after this step's reuse."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A prefix that ends with an image.
+
+    Attributes:
+        num_tokens: h, its length.
+        blocks: per KV group, the blocks of its slots and the hashes by which they were this prefix's.
+        state: number of the worker's state; None where no stage cuts.
+    """
+
+    num_tokens: int
+    blocks: tuple[tuple[tuple[KVCacheBlock, Any], ...], ...]
+    state: int | None
+
+
+@dataclass
+class _State:
+    num_bytes: int
+    keys: set[bytes] = field(default_factory=set)
+
+
+class ImagePrefixes:
+    """The scheduler's book of reusable prefixes.
+
+    Args:
+        managers: of all KV groups.
+        block_pool: theirs.
+        row_bytes: of one hidden state.
+        capacity_bytes: most that states may take; 0 keeps none.
+    """
+
+    def __init__(self, managers: Sequence[Any], block_pool: Any, row_bytes: int, capacity_bytes: int) -> None:
+        self.managers = [manager for manager in managers if isinstance(manager, StageManager)]
+        self.block_pool = block_pool
+        self.row_bytes = row_bytes
+        self.capacity_bytes = capacity_bytes
+        self.entries: OrderedDict[bytes, Entry] = OrderedDict()
+        self.states: OrderedDict[int, _State] = OrderedDict()
+        self.storing: dict[str, int] = {}
+        """Request id -> state that is being kept of its prompt, until its prefixes are remembered."""
+        self.hits: dict[str, Entry] = {}
+        self.keys: dict[str, list[tuple[bytes, int]]] = {}
+        self.orders = Orders()
+        self.numbers = count(1)
+
+    @property
+    def num_bytes(self) -> int:
+        """That the states take."""
+        return sum(state.num_bytes for state in self.states.values())
+
+    def find(self, request: Any, plan: Plan) -> Entry | None:
+        """The longest prefix of a request that is still there."""
+        for key, _ in reversed(self._keys(request, plan)):
+            entry = self.entries.get(key)
+            if entry is None:
+                continue
+            if self._is_there(entry):
+                self.entries.move_to_end(key)
+                if entry.state is not None:
+                    self.states.move_to_end(entry.state)
+                self.hits[request.request_id] = entry
+                return entry
+            self._forget(key)
+        return None
+
+    def _keys(self, request: Any, plan: Plan) -> list[tuple[bytes, int]]:
+        if request.request_id not in self.keys:
+            self.keys[request.request_id] = list(prefix_keys(request, plan))
+        return self.keys[request.request_id]
+
+    def _is_there(self, entry: Entry) -> bool:
+        """Whether every block still holds what it held, and was written before this step."""
+        return all(
+            block.block_hash == block_hash and block.block_id not in manager.fresh
+            for manager, blocks in zip(self.managers, entry.blocks, strict=True)
+            for block, block_hash in blocks
+        )
+
+    def blocks_of(self, entry: Entry) -> KVCacheBlocks:
+        """As vLLM hands on the blocks of a hit."""
+        return KVCacheBlocks(tuple([block for block, _ in blocks] for blocks in entry.blocks))
+
+    def start(self, prompts: Iterable[tuple[Any, Plan, int]]) -> None:
+        """Give the orders for the (request, plan, first token) whose prompts' ends run in this step."""
+        cutting = [(request, plan, first) for request, plan, first in prompts if plan.first_cut < len(plan.kept)]
+        for request, plan, first in cutting:
+            if first > plan.prefix_tokens:
+                entry = self.hits[request.request_id]
+                assert entry.num_tokens == first
+                assert entry.state is not None
+                self.orders.reuse[request.request_id] = Reuse(entry.state, plan.num_carried(first))
+        for request, plan, first in cutting:
+            has_rows = first <= plan.carried_from or first > plan.prefix_tokens
+            if has_rows and any(key not in self.entries for key, _ in self._keys(request, plan)):
+                self._keep(request.request_id, plan.num_carried(plan.spans[-1].end) * self.row_bytes)
+
+    def _keep(self, name: str, num_bytes: int) -> None:
+        if num_bytes > self.capacity_bytes:
+            return
+        while self.num_bytes + num_bytes > self.capacity_bytes:
+            self._drop(next(iter(self.states)))
+        state = next(self.numbers)
+        self.states[state] = _State(num_bytes)
+        self.storing[name] = self.orders.keep[name] = state
+
+    def ran(self, request: Any, plan: Plan) -> None:
+        """A prompt has run: remember the prefixes that end with its images."""
+        state = self.storing.pop(request.request_id, None)
+        if state is None and plan.first_cut < len(plan.kept):
+            return
+        if request.num_computed_tokens >= plan.num_prompt_tokens:  # else preempted since
+            for key, num_tokens in self._keys(request, plan):
+                if key not in self.entries or not self._is_there(self.entries[key]):
+                    self._forget(key)
+                    self._remember(key, Entry(num_tokens, self._hold(request.request_id, plan, num_tokens), state))
+        if state is not None and not self.states[state].keys:
+            self._drop(state)
+        while len(self.entries) > len(self.block_pool.blocks):
+            self._forget(next(iter(self.entries)))
+
+    def _remember(self, key: bytes, entry: Entry) -> None:
+        self.entries[key] = entry
+        if entry.state is not None:
+            self.states[entry.state].keys.add(key)
+
+    def _hold(self, name: str, plan: Plan, num_tokens: int) -> tuple[tuple[tuple[KVCacheBlock, Any], ...], ...]:
+        """The blocks of a request's first tokens, each under a hash of its own if it has none, so that it is kept."""
+        held = []
+        for manager in self.managers:
+            num_slots = plan.stage_tokens(manager.kv_cache_spec.stage, num_tokens)
+            blocks = manager.req_to_blocks[name][: cdiv(num_slots, manager.block_size)]
+            for block in blocks:
+                if block.block_hash is None:
+                    number = BlockHash(next(self.numbers).to_bytes(24, "big"))
+                    name_of_block = make_block_hash_with_group_id(number, manager.kv_cache_group_id)
+                    self.block_pool._insert_block_hash(name_of_block, block, num_tokens=manager.block_size)
+            held.append(tuple((block, block.block_hash) for block in blocks))
+        return tuple(held)
+
+    def _forget(self, key: bytes) -> None:
+        entry = self.entries.pop(key, None)
+        if entry is not None and entry.state is not None:
+            keys = self.states[entry.state].keys
+            keys.discard(key)
+            if not keys:
+                self._drop(entry.state)
+
+    def _drop(self, state: int) -> None:
+        for key in self.states.pop(state).keys:
+            del self.entries[key]
+        for name in [name for name, number in self.storing.items() if number == state]:
+            del self.storing[name]
+            if self.orders.keep.pop(name, None) is not None:
+                return  # the worker has not heard of it
+        self.orders.drop.append(state)
+
+    def gone(self, name: str) -> None:
+        """A request is freed or preempted; what it was about to keep is not needed."""
+        self.hits.pop(name, None)
+        self.keys.pop(name, None)
+        if name in self.storing:
+            self._drop(self.storing[name])
+
+    def clear(self) -> None:
+        """Forget all prefixes."""
+        self.entries = OrderedDict((key, entry) for key, entry in self.entries.items() if entry.state is not None)
+        for state in list(self.states):
+            self._drop(state)
+
+    def take_orders(self) -> Orders:
+        """The orders since the last step."""
+        orders, self.orders = self.orders, Orders()
+        return orders
+
+
+def prefix_keys(request: Any, plan: Plan) -> Iterator[tuple[bytes, int]]:
+    """Names of the prefixes of a request that end with an image, and their lengths.
+
+    A name covers all that the KV before the first cut depends on: tokens, images, the request's salt, and what every
+    stage before the cut keeps of the images; renumbered, also how much it drops of those behind the prefix.
+    """
+    dropped = plan.dropped[: plan.first_cut] if plan.renumbered else ()
+    digest = sha256(repr((plan.first_cut, request.cache_salt, dropped)).encode())
+    tokens = np.asarray(request.prompt_token_ids, dtype=np.int64)
+    features = sorted(request.mm_features, key=lambda feature: feature.mm_position.offset)
+    start = 0
+    for image, (span, feature) in enumerate(zip(plan.spans, features, strict=True)):
+        digest.update(tokens[start : span.end].tobytes())
+        kept = tuple(stage[image] for stage in plan.kept[: plan.first_cut])
+        digest.update(repr((feature.identifier, span.offset, span.length, kept)).encode())
+        start = span.end
+        yield digest.digest(), span.end

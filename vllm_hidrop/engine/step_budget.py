@@ -1,0 +1,85 @@
+"""The step budget: rows that a step really computes, averaged over the layers, instead of prompt tokens.
+
+``--max-num-batched-tokens`` bounds what one step computes. A pruned prompt computes fewer rows than it has tokens, so
+more of them share a step; vLLM's own limit, which sizes its buffers, is set higher by :func:`most_tokens`.
+"""
+
+from collections.abc import Sequence
+
+from vllm_hidrop.plan.plan import Plan
+from vllm_hidrop.plan.schedule import Schedule
+
+MOST_TOKENS_PER_ROW = 4
+"""Bounds vLLM's input buffers and, where pruned prompts keep every token in some layer, a step's peak memory."""
+
+
+def most_tokens(num_rows: int, schedule: Schedule, num_image_tokens: int) -> int:
+    """Prompt tokens of images that make ``num_rows`` rows under a schedule, at most a few per row."""
+    kept = [stage.keep.resolve(num_image_tokens) for stage in schedule.stages]
+    rows = mean_over_layers(kept, schedule)
+    return int(num_rows * min(MOST_TOKENS_PER_ROW, num_image_tokens / max(rows, 1)))
+
+
+def mean_over_layers(of_stages: Sequence[int], schedule: Schedule) -> float:
+    """The mean of a number per stage, by the layers of each."""
+    firsts = (stage.first_layer for stage in schedule.stages)
+    layers = (end - first for first, end in zip(firsts, schedule.end_layers, strict=True))
+    return sum(number * count for number, count in zip(of_stages, layers, strict=True)) / schedule.num_layers
+
+
+class StepBudget:
+    """Rows left in the step that is being scheduled.
+
+    Args:
+        num_rows: of a step, averaged over the layers.
+        schedule: the server's stages.
+    """
+
+    def __init__(self, num_rows: int, schedule: Schedule) -> None:
+        self.num_rows = num_rows
+        self.schedule = schedule
+        self.start()
+
+    def start(self) -> None:
+        """A new step."""
+        self.left: float = self.num_rows
+        self.num_prefills = 0
+        self.spent: dict[str, float] = {}
+
+    def fit(self, plan: Plan, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """Of so many tokens of a request, those that fit.
+
+        The pruned part of a prompt fits or not. One that alone exceeds a step's rows fits where no other prefill is.
+        """
+        rows = self._rows(plan, num_computed_tokens, num_new_tokens)
+        is_whole = _ends_prompt(plan, num_computed_tokens, num_new_tokens)
+        is_too_large = is_whole and rows > self.num_rows
+        if rows <= self.left or (is_too_large and not self.num_prefills):
+            return num_new_tokens
+        return max(0, min(num_new_tokens - is_whole, int(self.left)))
+
+    def spend(self, request_id: str, plan: Plan, num_computed_tokens: int, num_new_tokens: int) -> None:
+        """Give a request so many tokens in this step."""
+        rows = self._rows(plan, num_computed_tokens, num_new_tokens)
+        self.spent[request_id] = rows
+        self.left -= rows
+        self.num_prefills += rows > 1
+
+    def take_back(self, request_id: str) -> None:
+        """What a request was given in this step, if anything."""
+        rows = self.spent.pop(request_id, 0)
+        self.left += rows
+        self.num_prefills -= rows > 1
+
+    def _rows(self, plan: Plan, num_computed_tokens: int, num_new_tokens: int) -> float:
+        """What so many tokens compute."""
+        if not _ends_prompt(plan, num_computed_tokens, num_new_tokens):
+            return num_new_tokens
+        places = num_computed_tokens, num_computed_tokens + num_new_tokens
+        held, holds = ([plan.stage_tokens(stage, place) for stage in range(len(plan.kept))] for place in places)
+        return mean_over_layers([n - m for m, n in zip(held, holds, strict=True)], self.schedule)
+
+
+def _ends_prompt(plan: Plan, num_computed_tokens: int, num_new_tokens: int) -> bool:
+    """Whether so many tokens are the part of a pruned prompt that runs in one step."""
+    return plan.is_pruned and num_computed_tokens < plan.num_prompt_tokens <= num_computed_tokens + num_new_tokens

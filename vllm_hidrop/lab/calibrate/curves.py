@@ -1,0 +1,190 @@
+"""The four curves of HiDrop's schedule search (paper sections 2 and 3), averaged over samples.
+
+Every sample weighs the same. Entry 0 of a curve belongs to the paper's layer 1.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, median_low
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from vllm_hidrop.lab.calibrate.checkpoint import Checkpoint, Encoded
+from vllm_hidrop.lab.calibrate.recording import Recording, recorded, states_without_vision
+from vllm_hidrop.lab.calibrate.samples import Sample
+
+DECIMALS = 6
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the paper leaves open.
+
+    Attributes:
+        windows: layers between the two ends of ILVAS; the first one decides.
+        top_tokens: ILVAS's K, the most attended vision tokens.
+        max_answer_tokens: answers are cut here.
+    """
+
+    windows: tuple[int, ...] = (2, 4)
+    top_tokens: int = 32
+    max_answer_tokens: int = 16
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Means over samples, by layer.
+
+    Attributes:
+        num_samples: samples measured.
+        vision_tokens: fewest, median and most vision tokens of an image.
+        vision_intra, text_intra: cosine between a layer's input and output, per modality.
+        cross: cosine between instruction states after a layer with another and with the own image.
+        ilvas: by window n, agreement of the attention at layer l and l + n; shorter than the others by n.
+        agreement: entry x - 1: share of answer tokens unchanged when layer x and later see no vision.
+        accuracy: as agreement, share of samples whose whole answer is the data's; None when the data has none.
+        full_accuracy: the same with nothing dropped.
+    """
+
+    num_samples: int
+    vision_tokens: tuple[int, int, int]
+    vision_intra: list[float]
+    text_intra: list[float]
+    cross: list[float]
+    ilvas: dict[int, list[float]]
+    agreement: list[float]
+    accuracy: list[float] | None
+    full_accuracy: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self) | {"ilvas": {str(window): curve for window, curve in self.ilvas.items()}}
+
+
+@dataclass(frozen=True)
+class _One:
+    """The curves of one sample."""
+
+    num_vision: int
+    vision_intra: list[float]
+    text_intra: list[float]
+    cross: list[float] | None
+    ilvas: dict[int, list[float]]
+    agreement: list[float]
+    accuracy: list[float] | None  # one more entry than layers: the last one without any exit
+
+
+def check_settings(settings: Settings, num_layers: int) -> None:
+    """Refuse windows the model is too shallow for.
+
+    Raises:
+        ValueError: names the window.
+    """
+    for window in settings.windows:
+        if not 1 <= window < num_layers:
+            raise ValueError(f"a window must be in [1, {num_layers - 1}] for {num_layers} layers, got {window}")
+
+
+def measure(checkpoint: Checkpoint, samples: Iterable[Sample], settings: Settings) -> Curves:
+    """Measure all curves, one sample at a time.
+
+    Raises:
+        ValueError: all images are the same, so that none is mismatched.
+    """
+    check_settings(settings, checkpoint.num_layers)
+    found: list[_One] = []
+    seen: list[Image.Image] = []  # at most two: the last image, and the last one that differs from it
+    for sample in samples:
+        other = next((image for image in reversed(seen) if not _same(image, sample.image)), None)
+        found.append(_measure_one(checkpoint, sample, other, settings))
+        seen = [*([other] if other else seen[:1]), sample.image]
+    if all(one.cross is None for one in found):
+        raise ValueError("every sample shows the same image; cross-image similarity needs different ones")
+    return _average(found)
+
+
+def _measure_one(checkpoint: Checkpoint, sample: Sample, other: Image.Image | None, settings: Settings) -> _One:
+    encoded = checkpoint.encode(sample.image, sample.question, sample.answer, settings.max_answer_tokens)
+    own = _record(checkpoint, encoded)
+    cross = None
+    if other is not None:
+        # The same size, so that a model of variable resolution has the same rows at the same positions.
+        fitted = other.resize(sample.image.size)
+        cross = cross_similarity(own, _record(checkpoint, checkpoint.encode(fitted, sample.question, "", 0)))
+    agreement, accuracy = exit_sweep(checkpoint, own, encoded)
+    ilvas = {window: ilvas_curve(own.attention, window, settings.top_tokens) for window in settings.windows}
+    return _One(len(own.rows.vision), own.vision_intra, own.text_intra, cross, ilvas, agreement, accuracy)
+
+
+def _same(one: Image.Image, other: Image.Image) -> bool:
+    return one.size == other.size and one.tobytes() == other.tobytes()
+
+
+def _record(checkpoint: Checkpoint, encoded: Encoded) -> Recording:
+    with recorded(checkpoint.llm.layers, encoded.rows) as recording:
+        checkpoint.forward(encoded.inputs)
+    return recording
+
+
+def cross_similarity(own: Recording, other: Recording) -> list[float]:
+    """Mean cosine of the instruction rows after every layer, between two passes that differ in the image."""
+    return [
+        float(cosine_similarity(a.float(), b.float(), dim=-1).mean())
+        for a, b in zip(own.instruction, other.instruction, strict=True)
+    ]
+
+
+def ilvas_curve(attention: Sequence[Tensor], window: int, top_tokens: int) -> list[float]:
+    """ILVAS(l, l + window, K) for every l that has a layer l + window.
+
+    Args:
+        attention: by layer, what the last prompt row pays to vision, [H, V].
+        window: n, in layers.
+        top_tokens: K; all vision tokens where there are fewer.
+    """
+    curve = []
+    for now, later in zip(attention, attention[window:], strict=False):
+        top = now.mean(0).topk(min(top_tokens, now.shape[1])).indices
+        curve.append(float(cosine_similarity(now[:, top], later[:, top], dim=0).mean()))
+    return curve
+
+
+def exit_sweep(checkpoint: Checkpoint, own: Recording, encoded: Encoded) -> tuple[list[float], list[float] | None]:
+    """Drop vision at every layer in turn and predict the answer token by token, the right ones before it given.
+
+    Returns:
+        ``agreement`` by layer, and ``accuracy`` by layer and without any exit (None where the data has no answer).
+    """
+    layers = checkpoint.llm.layers
+    end = slice(-encoded.rows.num_answer - 1, -1)
+    full = checkpoint.predict(own.last_states[end])
+    tokens = [checkpoint.predict(states_without_vision(layers, own, first)[end]) for first in range(len(layers))]
+    agreement = [float((guess == full).float().mean()) for guess in tokens]
+    if not encoded.has_answer:
+        return agreement, None
+    return agreement, [float(torch.equal(guess, encoded.answer)) for guess in (*tokens, full)]
+
+
+def _average(found: Sequence[_One]) -> Curves:
+    counts = [one.num_vision for one in found]
+    accuracy = [one.accuracy for one in found if one.accuracy is not None]
+    by_layer = _mean(accuracy) if accuracy else None
+    return Curves(
+        num_samples=len(found),
+        vision_tokens=(min(counts), median_low(counts), max(counts)),
+        vision_intra=_mean([one.vision_intra for one in found]),
+        text_intra=_mean([one.text_intra for one in found]),
+        cross=_mean([one.cross for one in found if one.cross is not None]),
+        ilvas={window: _mean([one.ilvas[window] for one in found]) for window in found[0].ilvas},
+        agreement=_mean([one.agreement for one in found]),
+        accuracy=by_layer[:-1] if by_layer else None,
+        full_accuracy=by_layer[-1] if by_layer else None,
+    )
+
+
+def _mean(curves: Sequence[Sequence[float]]) -> list[float]:
+    return [round(fmean(values), DECIMALS) for values in zip(*curves, strict=True)]

@@ -1,0 +1,147 @@
+"""The configuration of the converted model, from those of its parts. Reads and writes no file."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_hidrop.config import HidropConfig, resolve
+from vllm_hidrop.lab.convert.original import Original, Tower
+from vllm_hidrop.lab.convert.tokens import Tokens
+from vllm_hidrop.methods import METHODS, ModelShape
+
+NO_PRESET = "none"
+PRESETS = (*(name for name in METHODS["hidrop"].presets if name != "embedded"), NO_PRESET)
+ALIASES = {"c1": "tok48-c1"}
+ROWS_MULTIPLE = 64
+"""Embedding rows are rounded up to it, as in the hub's llava-1.5: 32000 + 2 tokens are 32064 rows."""
+TEXT_KEYS = (
+    "attention_bias",
+    "bos_token_id",
+    "eos_token_id",
+    "head_dim",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "mlp_bias",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "rms_norm_eps",
+)
+VISION_KEYS = (
+    "attention_dropout",
+    "hidden_act",
+    "hidden_size",
+    "image_size",
+    "intermediate_size",
+    "layer_norm_eps",
+    "num_attention_heads",
+    "num_channels",
+    "num_hidden_layers",
+    "patch_size",
+    "projection_dim",
+)
+DEFAULT_ROPE_THETA = 10000.0
+
+
+def choose_preset(preset: str | None, original: Original) -> str:
+    """The name of HiDrop's preset, or "none".
+
+    Args:
+        preset: the user's choice, in any case; None for no choice.
+        original: what it is for.
+
+    Raises:
+        ValueError: unknown, or not chosen for a checkpoint trained with one, which does not say which.
+    """
+    if preset is None:
+        if original.is_pruned:
+            raise ValueError(
+                "this checkpoint was trained with a HiDrop schedule, but no file of it says which; "
+                f"name it with --preset: {', '.join(PRESETS)}"
+            )
+        return NO_PRESET
+    name = preset.lower()
+    name = ALIASES.get(name, name)
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+    return name
+
+
+def preset_warnings(preset: str, original: Original) -> list[str]:
+    """What to tell the user about a preset that the checkpoint was not trained for."""
+    if preset == NO_PRESET and original.is_pruned:
+        return ["this checkpoint was trained with a HiDrop schedule; without a preset it will be served dense"]
+    if preset != NO_PRESET and not original.is_pruned:
+        return [f"plain LLaVA was not trained for HiDrop preset {preset}; expect worse answers than dense"]
+    return []
+
+
+def build_config(original: Original, tower: Tower, tokens: Tokens, preset: str) -> Any:
+    """A transformers LlavaConfig with the preset, and the original's ``image_aspect_ratio``, in it.
+
+    Raises:
+        ValueError: the parts do not fit each other, or the preset does not fit the model.
+    """
+    from transformers import CLIPVisionConfig, LlavaConfig
+
+    source = original.config
+    vision = CLIPVisionConfig(**{key: tower.config[key] for key in VISION_KEYS if key in tower.config})
+    expected = source.get("mm_hidden_size", vision.hidden_size)
+    if expected != vision.hidden_size:
+        raise ValueError(
+            f"the projector reads {expected} features (mm_hidden_size), the tower has {vision.hidden_size}"
+        )
+    num_patches = (vision.image_size // vision.patch_size) ** 2
+    keeps_class_token = source.get("mm_vision_select_feature") == "cls_patch"
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=_text_config(source, tokens),
+        image_token_index=tokens.image_id,
+        image_seq_length=num_patches + keeps_class_token,
+        vision_feature_layer=source.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy="full" if keeps_class_token else "default",
+        projector_hidden_act="gelu",
+        tie_word_embeddings=False,
+        pad_token_id=tokens.pad_id,
+        image_aspect_ratio=source.get("image_aspect_ratio"),
+    )
+    config.architectures = ["LlavaForConditionalGeneration"]
+    if preset != NO_PRESET:
+        config.hidrop = {"method": "hidrop", "preset": preset}
+        shape = ModelShape(config.text_config.num_hidden_layers, config.image_seq_length)
+        resolve(HidropConfig.parse({}), shape, config.hidrop)
+    return config
+
+
+def config_json(config: Any, dtype: str) -> dict[str, Any]:
+    """What ``config.json`` holds; ``dtype`` is torch's name. ``rope_theta`` is also where vLLM looks for it."""
+    content = config.to_dict()
+    content["dtype"] = dtype
+    content["text_config"]["rope_theta"] = content["text_config"]["rope_parameters"]["rope_theta"]
+    return content
+
+
+def num_rows(vocab_size: int, tokens: Tokens) -> int:
+    """Embedding rows of the converted model."""
+    needed = max(vocab_size, tokens.image_id + 1, tokens.pad_id + 1)
+    return -(-needed // ROWS_MULTIPLE) * ROWS_MULTIPLE
+
+
+def _text_config(source: Mapping[str, Any], tokens: Tokens) -> Any:
+    from transformers import LlamaConfig
+
+    for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
+        if not isinstance(source.get(key), int):
+            raise ValueError(f"config.json has no {key}")
+    scaling = dict(source.get("rope_scaling") or {})
+    kind = scaling.pop("type", None) or "default"
+    rope = {"rope_type": kind, "rope_theta": source.get("rope_theta") or DEFAULT_ROPE_THETA} | scaling
+    return LlamaConfig(
+        **{key: source[key] for key in TEXT_KEYS if source.get(key) is not None},
+        vocab_size=num_rows(source["vocab_size"], tokens),
+        pad_token_id=tokens.pad_id,
+        rope_parameters=rope,
+        tie_word_embeddings=False,
+    )

@@ -1,0 +1,128 @@
+"""Answers on disk, so that a run that was cut off goes on where it ended.
+
+One JSON-lines file: its first line holds the settings, every other an answer with the sample's id and the settings'
+hash. A failed answer is kept as a record and asked again by the next run. Knows neither servers nor scores.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from vllm_hidrop.lab.evaluate.asking import Answer
+from vllm_hidrop.lab.evaluate.reading import has_fields, read_text
+from vllm_hidrop.lab.evaluate.samples import Sample
+from vllm_hidrop.outputs import check_file
+
+FILE = "answers.jsonl"
+FIELDS = ("settings", "id", "asked", "text", "vision_tokens", "error")
+
+
+def check_journal(directory: Path) -> None:
+    """See that a run can keep its answers there.
+
+    Raises:
+        OSError: it cannot.
+    """
+    check_file(directory / FILE)
+
+
+class Journal:
+    """The answers of one run; without a directory they are only held in memory.
+
+    Raises:
+        ValueError: the file holds answers under other settings or to other questions, or is no such file.
+    """
+
+    def __init__(self, directory: Path | None, settings: Mapping[str, Any]) -> None:
+        self.answers: dict[str, Answer] = {}
+        self._asked: dict[str, str] = {}
+        self._settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self._hash = digest(self._settings)
+        self._path = directory / FILE if directory else None
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._read(self._path)
+            self._file = self._path.open("a", encoding="utf-8")
+            if self._path.stat().st_size == 0:
+                self._write({"settings": self._settings})
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def missing(self, samples: list[Sample]) -> list[Sample]:
+        """Samples without an answer, failed ones included.
+
+        Raises:
+            ValueError: a sample's question or expected answer is not the one that was asked.
+        """
+        for sample in samples:
+            if self._asked.get(sample.id, _fingerprint(sample)) != _fingerprint(sample):
+                raise ValueError(
+                    f"{self._path}: the data changed since sample {sample.id} was asked; take another --out"
+                )
+        return [sample for sample in samples if sample.id not in self.answers or self.answers[sample.id].error]
+
+    def add(self, sample: Sample, answer: Answer) -> None:
+        """Keep an answer, on disk before this returns."""
+        self.answers[sample.id] = answer
+        self._asked[sample.id] = _fingerprint(sample)
+        self._write({"settings": self._hash, "asked": self._asked[sample.id], **dataclasses.asdict(answer)})
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+    def _read(self, path: Path) -> None:
+        text = read_text(path) if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # the run was killed while it wrote its last line
+            path.write_text(whole, encoding="utf-8")
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                value = json.loads(line)
+            except (json.JSONDecodeError, RecursionError):
+                raise ValueError(f"{path}, line {number}: expected a JSON object") from None
+            if number == 1:
+                self._check_settings(has_fields(value, ("settings",), f"{path}, line 1")["settings"])
+            else:
+                self._take(has_fields(value, FIELDS, f"{path}, line {number}"), number)
+
+    def _check_settings(self, found: Any) -> None:
+        if found != self._settings:
+            found = found if isinstance(found, dict) else {}
+            names = sorted(found.keys() | self._settings.keys())
+            changed = [
+                f"{name} was {json.dumps(found.get(name))}, is {json.dumps(self._settings.get(name))}"
+                for name in names
+                if found.get(name) != self._settings.get(name)
+            ]
+            raise ValueError(
+                f"{self._path} holds answers under other settings: {'; '.join(changed)}; take another --out"
+            )
+
+    def _take(self, line: dict[str, Any], number: int) -> None:
+        if line["settings"] != self._hash:
+            raise ValueError(f"{self._path}, line {number}: expected settings {self._hash}, got {line['settings']}")
+        self.answers[line["id"]] = Answer(line["id"], line["text"], line["vision_tokens"], line["error"])
+        self._asked[line["id"]] = line["asked"]
+
+
+def digest(value: Any) -> str:
+    """A short hash of plain data."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _fingerprint(sample: Sample) -> str:
+    return digest([sample.question, sample.expected])

@@ -1,0 +1,38 @@
+"""GQA, compositional questions about scenes: exact match.
+
+**Source**: Hudson and Manning 2019, arXiv 1902.09506; answers as LLaVA's ``convert_gqa_for_eval.py`` hands them over:
+lower case, no full stop at the end.
+**Format**: ``testdev_balanced_questions.json`` ``{"201307251": {"imageId": "n161313", "question": "..", "answer": "..",
+"types": {"structural": "query"}}}``; images ``IMAGEID.jpg`` in ``--images``.
+"""
+
+from vllm_hidrop.lab.evaluate.reading import has_fields, read_json
+from vllm_hidrop.lab.evaluate.samples import SHORT_ANSWER, Sample, Source, Task, checked_images, choose, file_image
+
+FIELDS = ("imageId", "question", "answer")
+
+
+def load(source: Source) -> list[Sample]:
+    """All questions of the file; types are the official structural ones.
+
+    Raises:
+        ValueError: wrong format or a missing file.
+    """
+    file = source.data_path()
+    rows = has_fields(read_json(file), (), str(file))
+    samples = []
+    for name, row in rows.items():
+        has_fields(row, FIELDS, f"{file}, question {name}")
+        image = file_image(source.image_path(f"{row['imageId']}.jpg"))
+        kind = (row.get("types") or {}).get("structural") or "all"
+        samples.append(Sample(name, f"{row['question']}{SHORT_ANSWER}", image, (str(row["answer"]),), kind))
+    checked_images(source.image_path(f"{row['imageId']}.jpg") for row in rows.values())
+    return choose(samples, source.limit, source.seed)
+
+
+def score(sample: Sample, text: str) -> float:
+    """Exact match after LLaVA's conversion."""
+    return float(text.strip().rstrip(".").lower() == sample.expected[0])
+
+
+TASK = Task(load, score, max_tokens=16)

@@ -1,0 +1,132 @@
+"""A Hugging Face LLaVA with the staged forward between its embeddings and its loss. Knows no data and no optimiser."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vllm_hidrop.config import HidropConfig, Resolved, resolve
+from vllm_hidrop.lab.train.prompts import IGNORED, Batch, PromptEncoder
+from vllm_hidrop.lab.train.ratio import Ratio, make_ratio
+from vllm_hidrop.lab.train.run_config import StageName, TrainConfig
+from vllm_hidrop.lab.train.staged import StagedTraining, check_trainable
+from vllm_hidrop.methods import ModelShape
+from vllm_hidrop.models.families import FAMILIES
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model to train: its directory, its parts, the schedule it is trained with and what learns its keeps, if any."""
+
+    directory: Path
+    llava: Any
+    encoder: PromptEncoder
+    resolved: Resolved
+    shape: ModelShape
+    ratio: Ratio | None
+
+
+def model_directory(model: str) -> Path:
+    """The directory of ``model``, which may be "embedded".
+
+    Raises:
+        ValueError: there is no such checkpoint directory.
+    """
+    if model == "embedded":
+        from vllm_hidrop.embedded import MODEL_DIR
+
+        model = str(MODEL_DIR)
+    if not (Path(model) / "config.json").is_file():
+        raise ValueError(f"model: no checkpoint directory {model}")
+    return Path(model)
+
+
+def load_checkpoint(config: TrainConfig) -> Checkpoint:
+    """Load weights in float32, tokenizer and processor, and resolve the schedule for them.
+
+    Raises:
+        ValueError: the directory holds no LLaVA that can run staged, the schedule does not fit it or cannot be learnt.
+    """
+    from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+
+    directory = model_directory(config.model)
+    architectures = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("architectures") or ["none"]
+    if architectures[0] not in FAMILIES:
+        raise ValueError(f"model: cannot train architecture {architectures[0]}; known: {', '.join(FAMILIES)}")
+    family = FAMILIES[architectures[0]]
+    model_config = AutoConfig.from_pretrained(directory)
+    family.check(model_config)
+    shape = family.shape(model_config)
+    choice = None if config.hidrop is None else config.hidrop.model_dump()
+    resolved = resolve(
+        HidropConfig.parse(choice or {}), shape, None if choice else getattr(model_config, "hidrop", None)
+    )
+    check_trainable(resolved.method)
+    resolved = replace(resolved, positions=config.positions or resolved.positions)
+    ratio = make_ratio(resolved, shape, config.ratio_weight) if config.ratio == "learnable" else None
+    processor = AutoProcessor.from_pretrained(directory)
+    encoder = PromptEncoder(processor, model_config.image_token_index, shape.tokens_per_image, config.max_length)
+    llava = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
+    return Checkpoint(directory, llava, encoder, resolved, shape, ratio)
+
+
+def freeze_for(llava: Any, stage: StageName) -> None:
+    """Leave only what a stage trains with gradients: the projector, and in ``instruct`` the language model too."""
+    llava.requires_grad_(False)
+    llava.model.multi_modal_projector.requires_grad_(True)
+    if stage == "instruct":
+        llava.model.language_model.requires_grad_(True)
+        llava.lm_head.requires_grad_(True)
+
+
+class LlavaTraining(nn.Module):
+    """Batch in, summed cross entropy of the targets out; the logits of no other row are computed.
+
+    With a learnable ratio its penalty is in every target's loss, so the mean over a step's targets holds it once.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: TrainConfig) -> None:
+        super().__init__()
+        self.llava = checkpoint.llava
+        self.tokens_per_image = checkpoint.shape.tokens_per_image
+        self.ratio = checkpoint.ratio
+        self.staged = StagedTraining.from_method(
+            self.llava.model.language_model,
+            checkpoint.resolved.method,
+            checkpoint.shape,
+            config.selection,
+            checkpoint.resolved.positions,
+            config.gradient_checkpointing,
+            self.ratio,
+        )
+
+    @property
+    def mean_vision_tokens(self) -> float:
+        """Tokens of an image in the last step, mean over the layers."""
+        return self.staged.schedule.mean_kept(self.tokens_per_image)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Token embeddings [B, T, C] with projector outputs at the vision rows."""
+        embeds: Tensor = self.llava.get_input_embeddings()(batch.input_ids.clamp_min(0))
+        if batch.pixel_values is None:
+            return embeds
+        found = self.llava.model.get_image_features(
+            pixel_values=batch.pixel_values,
+            vision_feature_layer=self.llava.config.vision_feature_layer,
+            vision_feature_select_strategy=self.llava.config.vision_feature_select_strategy,
+        )
+        features = torch.cat(list(found.pooler_output)).to(embeds.dtype)
+        return embeds.masked_scatter((batch.images >= 0)[..., None], features)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Sum of the losses of all targets, float32; targets behind vision rows that are pruned away do not count."""
+        output = self.staged(self.embed(batch), batch.rows())
+        targets = batch.targets.gather(1, output.columns)
+        is_target = (targets != IGNORED) & output.is_valid
+        logits = self.llava.lm_head(output.hidden[is_target])
+        loss = functional.cross_entropy(logits.float(), targets[is_target], reduction="sum")
+        return loss if self.ratio is None else loss + self.ratio.penalty() * (batch.targets != IGNORED).sum()

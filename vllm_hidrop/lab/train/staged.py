@@ -1,0 +1,371 @@
+"""The staged forward in training: every stage on physically shorter sequences, with gradients.
+
+The arithmetic is the served one (``staged/loop.py``), on batches of right-padded sequences. Knows no data and no
+optimiser. Axes: B samples, T rows of the full prompts, T' rows left, C hidden size.
+"""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vllm_hidrop.lab.train.decoder import Decoder, Rotary, attend, rotate
+from vllm_hidrop.lab.train.dtopk import SMOOTH, gates
+from vllm_hidrop.lab.train.ratio import Ratio
+from vllm_hidrop.methods import Adaptive, Method, ModelShape
+from vllm_hidrop.methods.scoring import Scorer, Signals, select_top
+from vllm_hidrop.plan.positions import PositionScheme
+from vllm_hidrop.plan.schedule import ALL, Keep, Schedule
+from vllm_hidrop.plan.signal import Signal
+
+
+class Selection(StrEnum):
+    """What the backward pass knows of a cut."""
+
+    DIFFERENTIABLE = "differentiable"
+    """Straight through a soft mask that all survivors learn from (``dtopk.SMOOTH``, log-scores), which stands for how
+    present a token is to the others: it multiplies the token's terms in the sums of every later softmax."""
+    AS_WRITTEN = "as_written"
+    """Straight through the paper's soft mask, which multiplies the token's state and its values."""
+    AS_RELEASED = "as_released"
+    """Nothing: the choice is a constant, as in the released code."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the rows of right-padded prompts are; every tensor [B, T].
+
+    Attributes:
+        positions: int64, ids of the full prompt.
+        images: int64, the row's image in its sample, -1 for text.
+        is_valid: bool, false on padding.
+        is_query: bool, the last instruction token of every dialogue round: a target follows, none precedes.
+    """
+
+    positions: Tensor
+    images: Tensor
+    is_valid: Tensor
+    is_query: Tensor
+
+    @property
+    def is_vision(self) -> Tensor:
+        """Rows of images, bool [B, T]."""
+        return (self.images >= 0) & self.is_valid
+
+    def take(self, columns: Tensor, is_valid: Tensor) -> "Rows":
+        """The rows at ``columns`` [B, T']."""
+        is_query = self.is_query.gather(1, columns) & is_valid
+        return Rows(self.positions.gather(1, columns), self.images.gather(1, columns), is_valid, is_query)
+
+
+@dataclass(frozen=True)
+class StagedOutput:
+    """Final-norm states of the rows the last stage holds, [B, T', C], and their columns in the input, [B, T']."""
+
+    hidden: Tensor
+    columns: Tensor
+    is_valid: Tensor
+
+
+@dataclass(frozen=True)
+class State:
+    """The current rows of every sample, left-aligned: hidden [B, T', C], columns [B, T'] among the full rows.
+
+    ``presence`` [B, T'] is 1 and carries the gradient of the cuts behind.
+    """
+
+    hidden: Tensor
+    columns: Tensor
+    rows: Rows
+    presence: Tensor | None = None
+
+
+def query_attention(query: Tensor, key: Tensor, rows: Rows) -> Tensor:
+    """Head-mean attention of the query rows to every row, mean over a sample's query rows.
+
+    Args:
+        query: [B, H, T, D] after RoPE.
+        key: [B, G, T, D] after RoPE.
+        rows: the current rows.
+
+    Returns:
+        float32 [B, T]; zero for a sample without query rows (HiDrop section 3.3).
+    """
+    num_queries = rows.is_query.sum(1)
+    order = (~rows.is_query).int().argsort(dim=1, stable=True)[:, : max(1, int(num_queries.max()))]
+    asked = query.gather(2, order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])).float()
+    groups = query.shape[1] // key.shape[1]
+    with torch.autocast(query.device.type, enabled=False):  # float32 statistics, as served
+        logits = torch.einsum("bghqd,bgtd->bghqt", asked.unflatten(1, (-1, groups)), key.float())
+    logits = logits * query.shape[-1] ** -0.5
+    columns = torch.arange(key.shape[2], device=key.device)
+    is_hidden = columns > order[:, :, None]
+    weights = logits.masked_fill(is_hidden[:, None, None], float("-inf")).softmax(-1).mean((1, 2))
+    is_asked = rows.is_query.gather(1, order)
+    return (weights * is_asked[:, :, None]).sum(1) / num_queries.clamp_min(1)[:, None]
+
+
+def check_trainable(method: Method) -> None:
+    """Refuse a method that has no schedule to train with.
+
+    Raises:
+        ValueError: it decides while a prompt runs how many tokens stay.
+    """
+    if isinstance(method, Adaptive):
+        raise ValueError(
+            f"{method.name} decides while a prompt runs how many tokens stay, and is made for models trained dense: "
+            "serve it, do not train with it"
+        )
+
+
+class StagedTraining(nn.Module):
+    """Runs a language model under a schedule so that a loss can be taken behind it.
+
+    Text rows run in every layer. Vision rows enter raw at the injection layer, are chosen at every cut by the method's
+    own score, per image, and are gone after the exit. At a cut the survivors get the gate of ``dtopk.gates``, which is
+    1 and has a gradient; :class:`Selection` says what it multiplies.
+
+    **Source** arXiv 2602.23699 sections 3.1 to 3.3.
+
+    **Differs** the score is the mean over the last instruction tokens of all rounds, as released; a sample without one
+    is not pruned. Serving scores with the last prompt row only, which is the same for one round.
+
+    Args:
+        llm: the decoder of a Hugging Face model.
+        schedule: the stages.
+        signal: what the scorer reads.
+        scorer: scores one image's survivors.
+        selection: a :class:`Selection`.
+        position_scheme: a :class:`PositionScheme`.
+        gradient_checkpointing: recompute layers in the backward pass.
+        ratio: learns the keeps; None for those of the schedule.
+    """
+
+    def __init__(
+        self,
+        llm: nn.Module,
+        schedule: Schedule,
+        signal: Signal,
+        scorer: Scorer,
+        selection: str = Selection.DIFFERENTIABLE,
+        position_scheme: str = PositionScheme.PERSISTENT,
+        gradient_checkpointing: bool = False,
+        ratio: Ratio | None = None,
+    ) -> None:
+        super().__init__()
+        self.llm = llm
+        self.decoder = Decoder(llm)
+        self.schedule = schedule
+        self.signal = signal
+        self.scorer = scorer
+        self.selection = Selection(selection)
+        self.position_scheme = PositionScheme(position_scheme)
+        self.gradient_checkpointing = gradient_checkpointing
+        self.ratio = ratio
+
+    @classmethod
+    def from_method(
+        cls,
+        llm: nn.Module,
+        method: Method,
+        shape: ModelShape,
+        selection: str = Selection.DIFFERENTIABLE,
+        position_scheme: str = PositionScheme.PERSISTENT,
+        gradient_checkpointing: bool = False,
+        ratio: Ratio | None = None,
+    ) -> Self:
+        """The forward of a method on a model of this shape; ``ValueError`` when they do not fit."""
+        schedule = method.schedule(shape)
+        scoring = method.signal, method.score
+        return cls(llm, schedule, *scoring, selection, position_scheme, gradient_checkpointing, ratio)
+
+    def forward(self, embeds: Tensor, rows: Rows) -> StagedOutput:
+        """Run all layers on embeddings [B, T, C] with projector outputs at the vision rows."""
+        if self.ratio is not None:
+            self.schedule = self.ratio.schedule()  # same stages, this step's keeps
+        if self.position_scheme is PositionScheme.GROUPED:
+            rows = replace(rows, positions=_grouped_positions(rows))
+        columns = torch.arange(embeds.shape[1], device=embeds.device).expand(len(embeds), -1)
+        state = self.run_stages(0, State(embeds, columns, rows), embeds, rows)
+        return StagedOutput(self.decoder.norm(state.hidden), state.columns, state.rows.is_valid)
+
+    def run_stages(self, first_stage: int, state: State, embeds: Tensor, rows: Rows) -> State:
+        """Run the stages from ``first_stage`` on; ``embeds`` and ``rows`` are those of the full prompts."""
+        attention: Tensor | None = None
+        for index in range(first_stage, len(self.schedule.stages)):
+            stage = self.schedule.stages[index]
+            first, end = stage.first_layer, self.schedule.end_layers[index]
+            if self._keep_before(index).is_none and not stage.keep.is_none:
+                state = self._inject(state, embeds, rows)
+            if stage.keep.is_none:
+                state = self._renumbered(replace(_gather(state, ~state.rows.is_vision), presence=None))
+            elif self.selects(index) and self.signal is Signal.NEXT_ATTENTION:
+                state = self._cut_layer(first, state, stage.keep, rows)
+                first += 1
+            elif self.selects(index):
+                kept, gate = self._choose(first, state, stage.keep, rows, attention)
+                state = self._renumbered(_gather(self._gated(state, gate), kept))
+            state, attention = self.run_layers(first, end, state, self._scores_for(index + 1))
+        return state
+
+    def selects(self, stage: int) -> bool:
+        """Whether a score decides who enters ``stage``."""
+        if stage >= len(self.schedule.stages):
+            return False
+        keep, before = self.schedule.stages[stage].keep, self._keep_before(stage)
+        return not (keep.is_all or keep.is_none or before.is_none)
+
+    def _keep_before(self, stage: int) -> Keep:
+        """What stands before a stage; every token before the first."""
+        return self.schedule.stages[stage - 1].keep if stage else ALL
+
+    def _scores_for(self, stage: int) -> bool:
+        """Whether the layer before ``stage`` must leave its attention."""
+        return self.signal is Signal.PREVIOUS_ATTENTION and self.selects(stage)
+
+    def _inject(self, state: State, embeds: Tensor, rows: Rows) -> State:
+        """All rows: text as it is now, vision from the projector."""
+        everything = torch.arange(embeds.shape[1], device=embeds.device).expand(len(embeds), -1)
+        # Padding of the shorter layout names columns of real rows; it goes to a spare column that is cut off again.
+        places = torch.where(state.rows.is_valid, state.columns, embeds.shape[1])
+        index = places[..., None].expand(-1, -1, embeds.shape[2])
+        roomy = torch.cat([embeds, embeds.new_zeros(len(embeds), 1, embeds.shape[2])], 1)
+        full = roomy.to(state.hidden.dtype).scatter(1, index, state.hidden)[:, :-1]
+        return State(full, everything, rows)
+
+    def run_layers(self, first: int, end: int, state: State, scores: bool = False) -> tuple[State, Tensor | None]:
+        """Layers ``first`` to ``end`` on unchanging rows, and the last one's attention when ``scores``."""
+        rotary = self.decoder.rotary(state.hidden, state.rows.positions)
+        hidden, attention = state.hidden, None
+        for index in range(first, end):
+            hidden, query, key = self._run(index, hidden, rotary, state.presence)
+            if scores and index == end - 1:
+                attention = query_attention(query, key, state.rows)
+        return replace(state, hidden=hidden), attention
+
+    def _run(
+        self, index: int, hidden: Tensor, rotary: Rotary, presence: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            result: tuple[Tensor, Tensor, Tensor] = checkpoint(
+                self.decoder.run, index, hidden, rotary, presence, use_reentrant=False
+            )
+            return result
+        return self.decoder.run(index, hidden, rotary, presence)
+
+    def _cut_layer(self, index: int, state: State, keep: Keep, full_rows: Rows) -> State:
+        projected = self.decoder.project(index, state.hidden)
+        return self.cut_projected(index, state, projected, keep, full_rows)
+
+    def cut_projected(
+        self, index: int, state: State, projected: tuple[Tensor, Tensor, Tensor], keep: Keep, full_rows: Rows
+    ) -> State:
+        """The first layer of the new stage: choose under its Q and K of all rows, go on with the chosen rows.
+
+        ``projected`` are query [B, H, T', D], key and value [B, G, T', D] before RoPE.
+        """
+        query, key, value = projected
+        rotated = rotate(query, key, self.decoder.rotary(state.hidden, state.rows.positions))
+        kept, gate = self._choose(index, state, keep, full_rows, query_attention(*rotated, state.rows))
+        gated = self._gated(state, gate)
+        if self.selection is Selection.AS_WRITTEN:
+            value = value * gate[:, None, :, None].to(value.dtype)
+        order, is_valid = left_aligned(kept & state.rows.is_valid)
+        short = self._renumbered(_at(gated, order, is_valid))
+        query, key, value = (_at_rows(part, order) for part in (query, key, value))
+        query, key = rotate(query, key, self.decoder.rotary(short.hidden, short.rows.positions))
+        return replace(
+            short, hidden=self.decoder.finish(index, short.hidden, attend(query, key, value, short.presence))
+        )
+
+    def _gated(self, state: State, gate: Tensor) -> State:
+        """The cut's gradient: on the residual as written, else on how present a row is to the others."""
+        if self.selection is Selection.AS_WRITTEN:
+            return replace(state, hidden=state.hidden * gate[..., None].to(state.hidden.dtype))
+        if not gate.requires_grad:
+            return state
+        return replace(state, presence=gate if state.presence is None else gate * state.presence)
+
+    def _choose(
+        self, layer: int, state: State, keep: Keep, full_rows: Rows, attention: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Rows that stay, bool [B, T'], and the factor of each row, [B, T']."""
+        kept = ~state.rows.is_vision
+        gate = torch.ones(kept.shape, device=kept.device)
+        for sample in range(len(kept)):
+            images = state.rows.images[sample]
+            for image in range(int(images.max()) + 1):
+                here = ((images == image) & state.rows.is_valid[sample]).nonzero().flatten()
+                size = int((full_rows.images[sample] == image).sum())
+                num_kept = keep.resolve(size)
+                if num_kept >= len(here) or not bool(state.rows.is_query[sample].any()):
+                    kept[sample, here] = True
+                    continue
+                first_column = int((full_rows.images[sample] == image).nonzero()[0])
+                seen = None if attention is None else attention[sample, here]
+                signals = Signals(layer, num_kept, size, state.columns[sample, here] - first_column, seen)
+                scores = self.scorer(signals)
+                kept[sample, here[select_top(scores.detach(), num_kept)]] = True
+                if seen is not None and torch.is_grad_enabled() and self.selection is not Selection.AS_RELEASED:
+                    gate = gate.index_put((here.new_tensor(sample), here), self._gates(layer, scores, num_kept))
+        return kept, gate
+
+    def _gates(self, layer: int, scores: Tensor, num_kept: int) -> Tensor:
+        share = None if self.ratio is None else self.ratio.dropped_share(layer, len(scores))
+        if self.selection is Selection.AS_WRITTEN:
+            return gates(scores, num_kept, share)
+        return gates(scores.clamp_min(torch.finfo(scores.dtype).tiny).log(), num_kept, share, SMOOTH)
+
+    def _renumbered(self, state: State) -> State:
+        if self.position_scheme is PositionScheme.COMPACTED:
+            return replace(state, rows=replace(state.rows, positions=_compacted_positions(state.rows)))
+        if self.position_scheme is PositionScheme.RENUMBERED:
+            return replace(state, rows=replace(state.rows, positions=_renumbered_positions(state.rows.positions)))
+        return state
+
+
+def left_aligned(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of the kept rows in their order, [B, T'], padded at the right, and which of them are rows."""
+    num_rows = kept.sum(1)
+    order = (~kept).int().argsort(dim=1, stable=True)[:, : int(num_rows.max())]
+    return order, torch.arange(order.shape[1], device=kept.device) < num_rows[:, None]
+
+
+def _gather(state: State, kept: Tensor) -> State:
+    return _at(state, *left_aligned(kept & state.rows.is_valid))
+
+
+def _at(state: State, order: Tensor, is_valid: Tensor) -> State:
+    hidden = state.hidden.gather(1, order[..., None].expand(-1, -1, state.hidden.shape[2]))
+    presence = None if state.presence is None else state.presence.gather(1, order)
+    return State(hidden, state.columns.gather(1, order), state.rows.take(order, is_valid), presence)
+
+
+def _at_rows(heads: Tensor, order: Tensor) -> Tensor:
+    return heads.gather(2, order[:, None, :, None].expand(-1, heads.shape[1], -1, heads.shape[3]))
+
+
+def _renumbered_positions(positions: Tensor) -> Tensor:
+    """0, 1, 2, ... for left-aligned rows, [B, T']."""
+    return torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+
+
+def _grouped_positions(rows: Rows) -> Tensor:
+    is_text = rows.images < 0
+    return torch.where(is_text, is_text.long().cumsum(1) - 1, rows.positions)
+
+
+def _compacted_positions(rows: Rows) -> Tensor:
+    """Survivors of an image numbered on from where its text neighbour before it ends."""
+    positions = rows.positions.clone()
+    for sample in range(len(positions)):
+        for image in range(int(rows.images[sample].max()) + 1):
+            here = ((rows.images[sample] == image) & rows.is_valid[sample]).nonzero().flatten()
+            if len(here):
+                before = int(here[0]) - 1
+                first = int(rows.positions[sample, before]) + 1 if before >= 0 else 0
+                positions[sample, here] = first + torch.arange(len(here), device=positions.device)
+    return positions

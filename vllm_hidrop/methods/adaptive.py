@@ -1,0 +1,136 @@
+"""What a method asks of the engine, and what one offers that decides while a prompt runs how many vision tokens stay.
+
+Knows one image at a time; not layers' modules, not batches.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from math import isqrt
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+
+from vllm_hidrop.methods.scoring import Signals
+from vllm_hidrop.plan.signal import Signal
+
+
+class Sight(StrEnum):
+    """What text rows see of each image."""
+
+    FIRST = "first"
+    """All its weight, on its first token."""
+    SECOND_HALF = "second_half"
+    NONE = "none"
+
+
+@dataclass(frozen=True)
+class AttentionEdit:
+    """An edit of the attention weights of one layer (VisiPruner sections 3.3 and 3.6, and its released code).
+
+    Attributes:
+        text_sees: what text rows see of the images.
+        vision_is_blind: whether vision rows see no vision token, themselves included.
+        renormalise: False edits the softmax's output, so that rows sum to less than 1; True hides the tokens before
+            the softmax. A row that sees nothing has output 0.
+    """
+
+    text_sees: Sight
+    vision_is_blind: bool
+    renormalise: bool
+
+
+class KeyLayer(StrEnum):
+    """Whose class-token attention names the key tokens."""
+
+    LAST = "last"
+    """The tower's last layer, as in the paper."""
+    FEATURE = "feature"
+    """The last layer that the image features need, which is loaded anyway: a deviation."""
+
+
+@dataclass(frozen=True)
+class EncoderReduction:
+    """What a method does in the vision tower.
+
+    Attributes:
+        merge_threshold: windows whose tokens' mean pairwise cosine reaches it become one token; None: no merging.
+        merge_window: side of a window, in patches; divides the grid's side.
+        key_rate: share of the tokens left that are key tokens, rounded up.
+        key_layer: the layer whose class row ranks them.
+    """
+
+    merge_threshold: float | None
+    merge_window: int
+    key_rate: float
+    key_layer: KeyLayer
+
+    @property
+    def name(self) -> str:
+        """Equal for reductions that make the same features of an image."""
+        return f"merge {self.merge_threshold} of {self.merge_window}, keys {self.key_rate} of {self.key_layer}"
+
+    def check(self, num_patches: int, has_class_token: bool) -> None:
+        """Refuse a tower this cannot run in.
+
+        Raises:
+            ValueError: names what the tower lacks.
+        """
+        if not has_class_token:
+            raise ValueError(
+                "it needs a vision tower whose class token ranks the patches, as CLIP's does: "
+                "set merge_threshold null and key_rate 0"
+            )
+        side = isqrt(num_patches)
+        if self.merge_threshold is not None and (side * side != num_patches or side % self.merge_window):
+            raise ValueError(
+                f"merge_window {self.merge_window} does not tile the tower's {num_patches} patches as a square grid; "
+                "set another, or merge_threshold null"
+            )
+
+
+Memory = int | None
+"""What a method remembers of one image between its decisions; None before the first."""
+
+
+class Verdict(NamedTuple):
+    """A decision about one image, on the device."""
+
+    stays: torch.Tensor
+    """bool [V], the survivors that go on."""
+    event: torch.Tensor
+    """bool scalar, what :meth:`Decider.remember` is told."""
+
+
+class Chooser(Protocol):
+    """The engine's view of a method: it ranks tokens, and the keeps of the schedule say how many stay."""
+
+    @property
+    def signal(self) -> Signal:
+        """What :meth:`score` (or :meth:`Decider.judge`) reads."""
+
+    def score(self, signals: Signals) -> torch.Tensor:
+        """One float32 score per surviving vision token of one image, [V]; higher means keep."""
+
+
+@runtime_checkable
+class Decider(Chooser, Protocol):
+    """The engine's view of a method whose keeps are upper bounds.
+
+    The decision on entry to a stage is taken under the layer before it.
+    """
+
+    @property
+    def reduction(self) -> EncoderReduction | None:
+        """What happens in the vision tower, if anything does."""
+
+    def edit(self, layer: int) -> AttentionEdit | None:
+        """How the prompt's attention in ``layer`` is edited; None: not at all."""
+
+    def judges(self, layer: int, memory: Memory) -> bool:
+        """Whether there is something to decide on entry to the stage that starts at ``layer``."""
+
+    def judge(self, signals: Signals, memory: Memory) -> Verdict:
+        """Decide about one image. No host synchronisation."""
+
+    def remember(self, memory: Memory, event: bool) -> Memory:
+        """The memory after a decision."""

@@ -1,0 +1,240 @@
+"""From a request's own wishes and its prompt to its plan; the same function in server, scheduler and worker.
+
+Knows the server's schedule as plain data; not methods.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vllm_hidrop.plan.plan import DENSE, Plan, Span, make_plan
+from vllm_hidrop.plan.positions import PositionScheme
+from vllm_hidrop.plan.schedule import KeepValue, Schedule
+from vllm_hidrop.plan.signal import Signal
+
+REQUEST_KEYS = {
+    "hidrop": 'on (default) or off: "off" keeps every vision token in every layer, equal to stock vLLM',
+    "hidrop_keep": 'one keep per stage of the server: "all", a count, or a fraction',
+    "hidrop_method": "another method whose cuts fall on the server's stages, at its default preset",
+    "hidrop_explain": "true: the report lists the patches that every stage kept, by image",
+}
+"""What a request may say in ``vllm_xargs`` / ``SamplingParams.extra_args``."""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A method that requests of a server may use.
+
+    Attributes:
+        schedule: its keeps over the server's stages.
+        signal: what it reads; None when it cannot score (no selection possible).
+        adaptive: whether it decides the counts itself, so that the keeps are upper bounds.
+        encoding: how the vision tower makes the features of its pruned requests, see ``Plan``.
+    """
+
+    schedule: Schedule
+    signal: Signal | None
+    adaptive: bool
+    encoding: str = DENSE
+
+    @classmethod
+    def load(cls, data: Mapping[str, Any]) -> "Alternative":
+        """Read what :meth:`dump` wrote."""
+        signal = data["signal"]
+        signal = None if signal is None else Signal(signal)
+        return cls(Schedule.load(data["schedule"]), signal, data["adaptive"], data["encoding"])
+
+    def dump(self) -> dict[str, Any]:
+        """Plain data, so that it can travel inside an engine configuration."""
+        signal = None if self.signal is None else str(self.signal)
+        return {
+            "schedule": self.schedule.dump(),
+            "signal": signal,
+            "adaptive": self.adaptive,
+            "encoding": self.encoding,
+        }
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Makes plans for one server.
+
+    Attributes:
+        method: name of the server's own, for reports.
+        preset: name, for reports; None when there is none.
+        methods: by name, the server's own and those that fit its stages.
+        max_prompt_tokens: longest part of a prompt that one step holds, its token budget.
+        positions: RoPE ids of every request's rows.
+        cache_is_exact: whether the KV cache gives K back as it was computed.
+        block_size: slots of a KV block.
+        state_bytes: most that carried hidden states may take, see ``prefix``.
+    """
+
+    method: str
+    preset: str | None
+    methods: Mapping[str, Alternative]
+    max_prompt_tokens: int
+    positions: PositionScheme
+    cache_is_exact: bool = True
+    block_size: int = 1
+    state_bytes: int = 0
+
+    @classmethod
+    def from_vllm_config(cls, vllm_config: Any) -> "Planner":
+        """Read what the model's configuration hook resolved at start."""
+        resolved = vllm_config.additional_config["hidrop"]["resolved"]
+        limits = vllm_config.scheduler_config
+        return cls(
+            method=resolved["method"],
+            preset=resolved["preset"],
+            methods={name: Alternative.load(data) for name, data in resolved["methods"].items()},
+            max_prompt_tokens=limits.max_num_scheduled_tokens or limits.max_num_batched_tokens,
+            positions=PositionScheme(resolved["positions"]),
+            cache_is_exact=_cache_is_exact(vllm_config),
+            block_size=vllm_config.cache_config.block_size,
+            state_bytes=vllm_config.additional_config["hidrop"]["prefix_state_bytes"],
+        )
+
+    @property
+    def schedule(self) -> Schedule:
+        """The server's stages."""
+        return self.methods[self.method].schedule
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether any request can hold fewer tokens in one layer than in another, or have ids that are not vLLM's."""
+        stages = self.schedule.stages
+        prunes = len(stages) > 1 or not stages[0].keep.is_all or self.methods[self.method].adaptive
+        return prunes or self.positions is PositionScheme.GROUPED
+
+    def plan(
+        self,
+        num_prompt_tokens: int,
+        spans: Sequence[Span],
+        extra_args: Mapping[str, Any] | None,
+        wants_prompt_logprobs: bool = False,
+    ) -> Plan:
+        """Plan one request.
+
+        Args:
+            num_prompt_tokens: length of the full prompt, vision tokens included.
+            spans: where the images stand.
+            extra_args: the request's extra arguments; keys that do not start with "hidrop" are not ours.
+            wants_prompt_logprobs: whether the request asks for log-probabilities of its prompt.
+
+        Raises:
+            ValueError: unknown key, bad value, keeps that break an invariant or do not fit the stages, prompt
+                log-probabilities of a pruned prompt, or a pruned prompt longer than a step; one line.
+        """
+        wishes = {k: v for k, v in (extra_args or {}).items() if k.startswith("hidrop")}
+        for key in wishes:
+            if key not in REQUEST_KEYS:
+                raise ValueError(f"unknown request option {key!r}; known: {', '.join(REQUEST_KEYS)}")
+        mode = wishes.get("hidrop", "on")
+        if mode not in ("on", "off"):
+            raise ValueError(f'request option "hidrop" must be "on" or "off", got {mode!r}')
+        name, method = self._wished_method(wishes)
+        keeps = wishes.get("hidrop_keep")
+        schedule = self._wished_keeps(keeps, mode, name, method)
+        plan = make_plan(schedule, num_prompt_tokens, spans, mode == "off", method.adaptive)
+        prefix = self._prefix_tokens(plan)
+        plan = replace(
+            plan,
+            method=name,
+            prefix_tokens=prefix,
+            carried_from=prefix // self.block_size * self.block_size,
+            explains=_wished_explanation(wishes),
+            encoding=method.encoding if plan.is_pruned else DENSE,
+            renumbered=self.positions is PositionScheme.RENUMBERED,
+        )
+        self._check_selections(plan, method)
+        if wants_prompt_logprobs and plan.is_pruned:
+            raise ValueError(
+                "prompt_logprobs and echo need every prompt row, and pruning drops some: "
+                'send vllm_xargs {"hidrop": "off"} with this request'
+            )
+        whole = num_prompt_tokens - plan.prefix_tokens
+        if plan.is_pruned and whole > self.max_prompt_tokens:
+            raise ValueError(
+                f"a pruned prompt is prefilled in one step from its first image on: {whole} tokens exceed "
+                f"--max-num-batched-tokens {self.max_prompt_tokens}"
+            )
+        return plan
+
+    def _prefix_tokens(self, plan: Plan) -> int:
+        """Scoring reads the prefix's K from the cache; a method that decides the counts needs its rows, too.
+
+        Renumbered, the K of a prefix depends on the images behind it.
+        """
+        is_same = not plan.adaptive and self.cache_is_exact and self.positions is not PositionScheme.RENUMBERED
+        return plan.spans[0].offset if plan.is_pruned and is_same else 0
+
+    def plan_or_refuse(self, request: Any) -> tuple[Plan, str | None]:
+        """Plan vLLM's request, the same in scheduler and worker; a refused one runs dense until it is ended.
+
+        Returns:
+            The plan, and why the request is refused (None when it is not).
+        """
+        params = request.sampling_params
+        spans = spans_of(request.mm_features)
+        num_prompt_tokens = request.num_prompt_tokens
+        try:
+            extra_args = params.extra_args if params else None
+            wants_prompt_logprobs = params is not None and params.prompt_logprobs is not None
+            return self.plan(num_prompt_tokens, spans, extra_args, wants_prompt_logprobs), None
+        except ValueError as error:
+            plan = make_plan(self.schedule, num_prompt_tokens, spans, keep_all=True)
+            return replace(plan, method=self.method), str(error)
+
+    def _wished_method(self, wishes: Mapping[str, Any]) -> tuple[str, Alternative]:
+        name = wishes.get("hidrop_method", self.method)
+        if not isinstance(name, str) or name not in self.methods:
+            raise ValueError(
+                f"this server cannot run {name!r}: its cuts do not fall on the stages of {self.method!r}, or it is "
+                f"unknown; requests may use {', '.join(self.methods)}"
+            )
+        return name, self.methods[name]
+
+    def _wished_keeps(self, keeps: Sequence[KeepValue] | None, mode: str, name: str, method: Alternative) -> Schedule:
+        if keeps is None:
+            return method.schedule
+        if method.adaptive:
+            raise ValueError(f'method {name!r} decides itself how many tokens stay: do not send "hidrop_keep"')
+        if mode == "off":
+            raise ValueError('"hidrop": "off" keeps everything: do not send "hidrop_keep" with it')
+        if isinstance(keeps, str) or not isinstance(keeps, Sequence):
+            raise ValueError(f'request option "hidrop_keep" must be a list, got {keeps!r}')
+        try:
+            return method.schedule.with_keeps(keeps)
+        except ValueError as error:
+            raise ValueError(f'request option "hidrop_keep": {error}') from None
+
+    def _check_selections(self, plan: Plan, method: Alternative) -> None:
+        for image, span in enumerate(plan.spans):
+            before = span.length
+            for stage, kept in enumerate(plan.kept):
+                now = kept[image]
+                if 0 < now < before and method.signal is None:
+                    raise ValueError(f"method {plan.method!r} cannot choose tokens: keep must be all or 0")
+                if 0 < now < before and stage == 0 and method.signal is Signal.PREVIOUS_ATTENTION:
+                    raise ValueError(f"method {plan.method!r} ranks by the layer before: stage 0 must keep all or 0")
+                before = now or before
+
+
+def _wished_explanation(wishes: Mapping[str, Any]) -> bool:
+    # A JSON true in vllm_xargs arrives as 1: the type that vLLM's routes declare for it has no booleans.
+    wish = wishes.get("hidrop_explain", False)
+    if not isinstance(wish, int) or wish not in (0, 1):
+        raise ValueError(f'request option "hidrop_explain" must be true or false, got {wish!r}')
+    return bool(wish)
+
+
+def _cache_is_exact(vllm_config: Any) -> bool:
+    dtype = vllm_config.cache_config.cache_dtype
+    return dtype == "auto" or dtype == str(vllm_config.model_config.dtype).removeprefix("torch.")
+
+
+def spans_of(mm_features: Iterable[Any]) -> tuple[Span, ...]:
+    """The images' spans, from vLLM's ``MultiModalFeatureSpec`` list of a request, in prompt order."""
+    places = (feature.mm_position for feature in mm_features)
+    return tuple(sorted((Span(p.offset, p.length) for p in places), key=lambda span: span.offset))

@@ -1,0 +1,211 @@
+"""Schedules: which layers keep how many vision tokens, as host data.
+
+Knows nothing of vLLM, of tensors or of how tokens are scored.
+
+Axes used throughout the package: requests R, rows T, vision tokens V, heads H, head size D, layers L.
+Layers are zero-based and layer ranges half-open.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from fractions import Fraction
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Self
+
+KeepValue = str | int | float
+"""What a user writes for a keep: ``"all"``, a token count (int) or a fraction (float in [0, 1])."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """How many vision tokens of each image a stage may hold: a count, a fraction, or all.
+
+    Exactly one of ``count`` (tokens) and ``fraction`` (of the image's tokens) is set; both ``None`` means all.
+    """
+
+    count: int | None = None
+    fraction: Fraction | None = None
+
+    def __post_init__(self) -> None:
+        if self.count is not None and self.fraction is not None:
+            raise ValueError("a keep is a count or a fraction, not both")
+        if self.count is not None and self.count < 0:
+            raise ValueError(f"keep count must be >= 0, got {self.count}")
+        if self.fraction is not None and not 0 <= self.fraction <= 1:
+            raise ValueError(f"keep fraction must be in [0, 1], got {float(self.fraction)}")
+
+    @classmethod
+    def parse(cls, value: KeepValue) -> Self:
+        """Read a keep as users write it.
+
+        Raises:
+            ValueError: ``value`` is none of "all", an int >= 0 or a finite float in [0, 1].
+        """
+        if isinstance(value, bool):
+            raise ValueError(f'keep must be "all", a count or a fraction, got {value!r}')
+        if isinstance(value, str):
+            if value != "all":
+                raise ValueError(f'keep must be "all", a count or a fraction, got {value!r}')
+            return cls()
+        if isinstance(value, int):
+            return cls(count=value)
+        if not isinstance(value, float):
+            raise ValueError(f'keep must be "all", a count or a fraction, got {value!r}')
+        if not 0 <= value <= 1:
+            raise ValueError(f"keep fraction must be in [0, 1], got {value}")
+        return cls(fraction=Fraction(str(value)))
+
+    def dump(self) -> KeepValue:
+        """The value that :meth:`parse` reads back."""
+        if self.count is not None:
+            return self.count
+        return "all" if self.fraction is None else float(self.fraction)
+
+    def resolve(self, num_tokens: int) -> int:
+        """Tokens kept of an image of ``num_tokens`` tokens; fractions round down."""
+        if self.count is not None:
+            return min(self.count, num_tokens)
+        return num_tokens if self.fraction is None else int(self.fraction * num_tokens)
+
+    @property
+    def is_all(self) -> bool:
+        """Whether every token is kept, whatever the image."""
+        return self.count is None and self.fraction in (None, Fraction(1))
+
+    @property
+    def is_none(self) -> bool:
+        """Whether no token is kept, whatever the image."""
+        return self.count == 0 or self.fraction == 0
+
+
+ALL = Keep()
+NOTHING = Keep(count=0)
+
+
+class Cached(StrEnum):
+    """Which vision tokens a stage's KV cache holds once the prompt has been prefilled."""
+
+    KEPT = "kept"
+    """Those the stage ran with."""
+    FINAL = "final"
+    """Of those, the ones that the last stage kept."""
+    NONE = "none"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of consecutive decoder layers that hold one set of vision tokens."""
+
+    first_layer: int
+    keep: Keep
+    cached: Cached = Cached.KEPT
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The ordered stages that cover every decoder layer exactly once.
+
+    Two invariants, checked here: a stage that keeps more than the one before it takes its tokens from the projector
+    (late injection: from nothing to all); after injection keep never rises.
+    """
+
+    stages: tuple[Stage, ...]
+    num_layers: int
+
+    def __post_init__(self) -> None:
+        if not self.stages or self.stages[0].first_layer != 0:
+            raise ValueError("a schedule must start at layer 0")
+        firsts = [stage.first_layer for stage in self.stages]
+        if any(b <= a for a, b in pairwise(firsts)):
+            raise ValueError(f"first layers must rise, got {firsts}")
+        if firsts[-1] >= self.num_layers:
+            raise ValueError(f"a stage starts at layer {firsts[-1]}, the model has {self.num_layers}")
+        check_keeps([stage.keep for stage in self.stages])
+
+    @classmethod
+    def of(
+        cls, keeps: Mapping[int, KeepValue], num_layers: int, cached: Mapping[int, Cached | str] | None = None
+    ) -> Self:
+        """Build from ``{first_layer: keep}`` as users write it, and ``{first_layer: cached}`` where it is not KEPT.
+
+        Raises:
+            ValueError: the layers or keeps break an invariant; the message names it.
+        """
+        cached = cached or {}
+        stages = tuple(
+            Stage(first, Keep.parse(keep), Cached(cached.get(first, Cached.KEPT)))
+            for first, keep in sorted(keeps.items())
+        )
+        return cls(stages, num_layers)
+
+    @classmethod
+    def load(cls, data: Mapping[str, Any]) -> Self:
+        """Read what :meth:`dump` wrote."""
+        cached = {int(k): v for k, v in data.get("cached", {}).items()}
+        return cls.of({int(k): v for k, v in data["keeps"].items()}, data["num_layers"], cached)
+
+    def dump(self) -> dict[str, Any]:
+        """Plain data (JSON-able), so that a schedule can travel inside an engine configuration."""
+        return {
+            "num_layers": self.num_layers,
+            "keeps": {str(s.first_layer): s.keep.dump() for s in self.stages},
+            "cached": {str(s.first_layer): str(s.cached) for s in self.stages if s.cached is not Cached.KEPT},
+        }
+
+    @cached_property
+    def end_layers(self) -> tuple[int, ...]:
+        """Exclusive last layer of every stage."""
+        return (*(stage.first_layer for stage in self.stages[1:]), self.num_layers)
+
+    def layers_in(self, stage: int) -> int:
+        """Number of layers of a stage."""
+        return self.end_layers[stage] - self.stages[stage].first_layer
+
+    def stage_of_layer(self, layer: int) -> int:
+        """Index of the stage that holds ``layer``."""
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer must be in [0, {self.num_layers}), got {layer}")
+        return next(i for i, end in enumerate(self.end_layers) if layer < end)
+
+    def with_keeps(self, keeps: Sequence[KeepValue]) -> "Schedule":
+        """The same stages with other keeps, one per stage (a request's own wish)."""
+        if len(keeps) != len(self.stages):
+            raise ValueError(f"this server has {len(self.stages)} stages, got {len(keeps)} keeps")
+        stages = zip(self.stages, keeps, strict=True)
+        return Schedule(tuple(replace(s, keep=Keep.parse(keep)) for s, keep in stages), self.num_layers)
+
+    def kept(self, num_tokens: int) -> tuple[int, ...]:
+        """Tokens of one image of ``num_tokens`` tokens held in every stage."""
+        return tuple(stage.keep.resolve(num_tokens) for stage in self.stages)
+
+    def mean_kept(self, num_tokens: int) -> float:
+        """Vision tokens of one image, mean over all layers."""
+        kept = self.kept(num_tokens)
+        return sum(k * self.layers_in(i) for i, k in enumerate(kept)) / self.num_layers
+
+
+def check_keeps(keeps: Sequence[Keep]) -> None:
+    """Check the two invariants of :class:`Schedule` on abstract keeps.
+
+    Counts and fractions are not comparable until an image's size is known; :class:`Plan` checks the numbers.
+    """
+    for before, after in pairwise(keeps):
+        if before.is_none and not after.is_none and not after.is_all:
+            raise ValueError(
+                f"late injection brings in every vision token: keep after 0 must be all or 0, got {after.dump()}"
+            )
+    first_kept = next((i for i, keep in enumerate(keeps) if not keep.is_none), len(keeps))
+    held = keeps[first_kept:]
+    for before, after in pairwise(held):
+        same_kind = (before.count is None) == (after.count is None)
+        rises = (after.is_all and not before.is_all) or (before.is_none and not after.is_none)
+        if rises or (same_kind and _amount(after) > _amount(before)):
+            raise ValueError(f"keep must not rise after injection, got {before.dump()} then {after.dump()}")
+
+
+def _amount(keep: Keep) -> Fraction:
+    if keep.count is not None:
+        return Fraction(keep.count)
+    return Fraction(1) if keep.fraction is None else keep.fraction

@@ -1,0 +1,136 @@
+"""Closing up a request's KV cache: the slots that stay move to its first ones, inside its own blocks.
+
+Knows how a page stores a slot by having watched a page being written; so it works for every cache layout and dtype.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_hidrop.plan.plan import Plan
+from vllm_hidrop.plan.schedule import Cached
+from vllm_hidrop.staged.step import Survivors
+
+DIGITS = 8
+"""Whole numbers up to 8 are exact in every cache dtype, both kinds of fp8 included."""
+
+
+@dataclass(frozen=True)
+class SlotLayout:
+    """Where in a page's elements each slot's K and V stand, the same for every head and block.
+
+    Attributes:
+        elements: int64 [slots, 2 * D], for every slot the places of its elements in one head's page, counted row by
+            row of 2 * D, however the rows lie in memory.
+    """
+
+    elements: torch.Tensor
+
+    @classmethod
+    def of(cls, attention: Any) -> "SlotLayout":
+        """Learn the layout of an attention module's cache from scratch pages, one per digit of an element's number.
+
+        Raises:
+            ValueError: a page does not hold every element of every slot exactly once.
+        """
+        cache = attention.kv_cache
+        num_heads, block_size = cache.shape[1], cache.shape[2]
+        head_size = attention.head_size
+        numbers = torch.arange(block_size * 2 * head_size, device=cache.device).view(block_size, 2 * head_size)
+        found = numbers.new_zeros(block_size * 2 * head_size)
+        place = 1
+        while place <= int(numbers[-1, -1]):
+            digits = (numbers // place % DIGITS).to(attention.dtype)
+            rows = digits[:, None].expand(-1, num_heads, -1)
+            key, value = rows[..., :head_size].contiguous(), rows[..., head_size:].contiguous()
+            page = torch.zeros_like(cache[:1])
+            slots = torch.arange(block_size, device=cache.device)
+            attention.impl.do_kv_cache_update(attention, key, value, page, slots)
+            stored = page[0, 0].flatten()
+            found += torch.unique(stored.float(), return_inverse=True)[1] * place
+            place *= DIGITS
+        order = found.argsort()
+        if not torch.equal(found[order], numbers.flatten()):
+            raise ValueError("this KV cache layout cannot be closed up: a page does not hold each element once")
+        return cls(order.view(block_size, 2 * head_size))
+
+    def read_keys(self, cache: torch.Tensor, blocks: npt.NDArray[np.int32], num_slots: int) -> torch.Tensor:
+        """K of a request's first slots, [num_slots, G * D] in the cache's dtype.
+
+        Args:
+            cache: [blocks, G, slots, 2 * D], pages of all requests, of any strides.
+            blocks: int32 [B], the request's blocks in order.
+            num_slots: to read.
+        """
+        places = self._at(cache, blocks, np.arange(num_slots), cache.shape[3] // 2)
+        return cache[places].flatten(1)
+
+    def change_keys(
+        self,
+        cache: torch.Tensor,
+        blocks: npt.NDArray[np.int32],
+        num_slots: int,
+        change: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Replace K of a request's first slots, [num_slots, G, D], by what ``change`` makes of it.
+
+        Args:
+            cache: [blocks, G, slots, 2 * D], pages of all requests, of any strides; changed in place.
+            blocks: int32 [B], the request's blocks in order.
+            num_slots: to change.
+            change: K in and out, [num_slots, G, D].
+        """
+        places = self._at(cache, blocks, np.arange(num_slots), cache.shape[3] // 2)
+        cache[places] = change(cache[places])
+
+    def close_up(self, cache: torch.Tensor, blocks: npt.NDArray[np.int32], source: npt.NDArray[np.int64]) -> None:
+        """Move the slots ``source`` of a request, ascending, to its slots 0, 1, 2, ...
+
+        Args:
+            cache: [blocks, G, slots, 2 * D], pages of all requests, of any strides; changed in place.
+            blocks: int32 [B], the request's blocks in order.
+            source: int64 [n].
+        """
+        moved = np.flatnonzero(source != np.arange(len(source)))
+        cache[self._at(cache, blocks, moved)] = cache[self._at(cache, blocks, source[moved])]
+
+    def _at(
+        self,
+        cache: torch.Tensor,
+        blocks: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int64],
+        width: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where the first ``width`` elements of a request's slots stand, an index that gives [n, G, width].
+
+        In four dimensions, not in flattened pages: vLLM permutes caches (heads before slots, K and V apart), and such a
+        one has no flat view.
+        """
+        block_size = self.elements.shape[0]
+        device = self.elements.device
+        held_in = torch.from_numpy(blocks[slots // block_size].astype(np.int64)).to(device)
+        elements = self.elements[torch.from_numpy(slots % block_size).to(device), :width]
+        heads = torch.arange(cache.shape[1], device=device)
+        row, column = (part[:, None] for part in (elements // cache.shape[3], elements % cache.shape[3]))
+        return held_in[:, None, None], heads[None, :, None], row, column
+
+
+def places_cached(plan: Plan, survivors: Survivors, stage: int, cached: Cached) -> npt.NDArray[np.int64]:
+    """Slots of a prompt in ``stage``, as it ran, that stay in the cache afterwards, int64 [n], ascending."""
+    if cached is Cached.KEPT:
+        return np.arange(plan.num_prompt_tokens - plan.dropped[stage])
+    stays = np.ones(plan.num_prompt_tokens, dtype=np.bool_)
+    ran = []
+    cursor = 0
+    for image, span in enumerate(plan.spans):
+        ran += [np.arange(cursor, span.offset), span.offset + survivors[stage][image]]
+        cursor = span.end
+        stays[span.offset : span.end] = False
+        if cached is Cached.FINAL:
+            stays[span.offset + survivors[-1][image]] = True
+    ran.append(np.arange(cursor, plan.num_prompt_tokens))
+    return np.flatnonzero(stays[np.concatenate(ran)])

@@ -1,0 +1,33 @@
+"""Workers whose model runner is staged, one per platform."""
+
+from typing import Any
+
+from vllm_hidrop.plan.planner import Planner
+from vllm_hidrop.runners.v1 import adopt
+
+
+def staged_worker(base: Any) -> type:
+    """A worker class like ``base`` that adopts its runner once it is constructed."""
+
+    class StagedWorker(base):
+        def init_device(self) -> None:
+            super().init_device()
+            planner = Planner.from_vllm_config(self.vllm_config)
+            if planner.is_staged:
+                adopt(self.model_runner, planner)
+
+    StagedWorker.__qualname__ = StagedWorker.__name__ = f"Staged{base.__name__}"
+    return StagedWorker
+
+
+def __getattr__(name: str) -> Any:
+    """Make the platform's class on demand: the other platform's worker cannot be imported here."""
+    if name == "StagedCPUWorker":
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        return staged_worker(CPUWorker)
+    if name == "StagedGPUWorker":
+        from vllm.v1.worker.gpu_worker import Worker
+
+        return staged_worker(Worker)
+    raise AttributeError(name)

@@ -1,0 +1,89 @@
+"""Edits of a prompt's attention between text and vision, and their result for the rows they touch.
+
+Knows one prompt's Q, K and V in one layer; not how it is cached, not which method asks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from vllm_hidrop.methods.adaptive import AttentionEdit, Sight
+
+MAX_WEIGHTS = 1 << 22
+"""Attention weights computed at a time, all heads together: 16 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """One prompt's rows in one layer: query [P, H, D], key and value [P, G, D], G divides H."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+
+
+Images = list[tuple[int, int]]
+"""First row and number of rows of every image of a prompt, in order."""
+
+
+def edited_rows(edit: AttentionEdit, heads: Heads, images: Images) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The rows that an edit changes and their attention outputs: (int64 [n], [n, H, D]) pairs.
+
+    An edit is exact without an edited weight: a token whose weight would be 0 has value 0 instead, one whose weight
+    moves to another token has that token's value. Vision rows that are blind without renormalisation are not among
+    them: the attention kernel itself, given such values, is faster for so many rows.
+    """
+    is_vision = np.zeros(len(heads.query), dtype=np.bool_)
+    for first, length in images:
+        is_vision[first : first + length] = True
+    first_vision = images[0][0]
+    text_rows = np.flatnonzero(~is_vision[first_vision:]) + first_vision
+    hidden = np.flatnonzero(_unseen(edit.text_sees, images, len(is_vision)))
+    value = heads.value if edit.renormalise else _value_seen(edit.text_sees, heads.value, images, hidden)
+    for rows in _tiles(text_rows, heads):
+        yield _attend(heads, value, rows, hidden if edit.renormalise else None)
+    if edit.vision_is_blind and edit.renormalise:
+        vision = np.flatnonzero(is_vision)
+        for rows in _tiles(vision, heads):
+            yield _attend(heads, heads.value, rows, vision)
+
+
+def _unseen(sight: Sight, images: Images, num_rows: int) -> npt.NDArray[np.bool_]:
+    unseen = np.zeros(num_rows, dtype=np.bool_)
+    seen_from = {Sight.FIRST: 1, Sight.SECOND_HALF: 0, Sight.NONE: 0}[sight]
+    for first, length in images:
+        end = first + (length // 2 if sight is Sight.SECOND_HALF else length)
+        unseen[first + seen_from : end] = True
+    return unseen
+
+
+def _value_seen(sight: Sight, value: torch.Tensor, images: Images, hidden: npt.NDArray[np.int64]) -> torch.Tensor:
+    seen = value.index_fill(0, torch.from_numpy(hidden).to(value.device), 0)
+    if sight is Sight.FIRST:
+        for first, length in images:
+            seen[first : first + length] = value[first]
+    return seen
+
+
+def _tiles(rows: npt.NDArray[np.int64], heads: Heads) -> Iterator[torch.Tensor]:
+    num_rows, num_heads, _ = heads.query.shape
+    size = max(1, MAX_WEIGHTS // (num_rows * num_heads))
+    for start in range(0, len(rows), size):
+        yield torch.from_numpy(rows[start : start + size]).to(heads.query.device)
+
+
+def _attend(
+    heads: Heads, value: torch.Tensor, rows: torch.Tensor, hidden: npt.NDArray[np.int64] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of some rows, with ``hidden`` keys masked."""
+    sees = torch.arange(len(heads.key), device=rows.device) <= rows[:, None]
+    if hidden is not None:
+        sees.index_fill_(1, torch.from_numpy(hidden).to(rows.device), False)
+    query, key, seen = (t.transpose(0, 1)[None] for t in (heads.query[rows], heads.key, value))
+    attended = scaled_dot_product_attention(query, key, seen, attn_mask=sees, scale=heads.scale, enable_gqa=True)
+    return rows, attended[0].transpose(0, 1).masked_fill(~sees.any(1)[:, None, None], 0)

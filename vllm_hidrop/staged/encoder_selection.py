@@ -1,0 +1,104 @@
+"""A CLIP tower that runs its later layers on fewer rows, for methods that reduce an image before the language model.
+
+Knows the tower's layers; the arithmetic is in ``merging``.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vllm_hidrop.methods.adaptive import EncoderReduction, KeyLayer
+from vllm_hidrop.staged.merging import Reduced, key_rows, merge
+from vllm_hidrop.staged.tensor_parallel import first_ranks
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+
+class ClassAttention(nn.Module):
+    """The norm and the Q and K projections of one encoder layer: enough for its class row's attention."""
+
+    def __init__(self, vision_config: Any, layer: int) -> None:
+        super().__init__()
+        size = vision_config.hidden_size
+        self.layer_norm1 = nn.LayerNorm(size, eps=vision_config.layer_norm_eps)
+        self.q_proj = nn.Linear(size, size)
+        self.k_proj = nn.Linear(size, size)
+        self.num_heads = vision_config.num_attention_heads
+        self.layer = layer
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Attention of the class row, first of hidden [T, C], to the others: float32 [T - 1], mean over heads."""
+        normed = self.layer_norm1(hidden)
+        query = self.q_proj(normed[0]).float().view(self.num_heads, -1, 1)
+        key = self.k_proj(normed).float().view(len(hidden), self.num_heads, -1).transpose(0, 1)
+        logits = (key @ query)[..., 0] * query.shape[1] ** -0.5
+        return logits.softmax(dim=-1).mean(0)[1:]
+
+    def load(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+        """Take our weights out of a checkpoint's as they pass; all of them are handed on."""
+        ours = re.compile(rf"vision_tower\..*encoder\.layers\.{self.layer}\.(?:self_attn\.)?(\w+\.(?:weight|bias))$")
+        missing = dict(self.named_parameters())
+        for name, weight in weights:
+            found = ours.search(name)
+            if found and found[1] in missing:
+                missing.pop(found[1]).data.copy_(weight)
+            yield name, weight
+        if missing:
+            raise ValueError(
+                f"this checkpoint has no layer {self.layer} of the vision tower, by whose class attention mustdrop "
+                'ranks key tokens: set "key_layer": "feature"'
+            )
+
+
+class ReducingTower:
+    """Encodes images one by one, on the rows that a reduction leaves.
+
+    Args:
+        tower: vLLM's CLIP vision transformer, up to the layer whose output are the features.
+        reduction: what to do.
+        class_attention: of the layer whose class row ranks key tokens.
+    """
+
+    def __init__(self, tower: Any, reduction: EncoderReduction, class_attention: ClassAttention) -> None:
+        self.tower = tower
+        self.reduction = reduction
+        self.class_attention = class_attention
+        self.found: list[Reduced | None] | None = None
+        """What it left of the images since it was switched on, in order; None while it is off."""
+
+    @contextmanager
+    def reducing(self) -> Iterator[list[Reduced | None]]:
+        """While entered, images are reduced; yields what becomes of them."""
+        self.found = []
+        try:
+            yield self.found
+        finally:
+            self.found = None
+
+    def encode(self, pixels: torch.Tensor, projector: nn.Module) -> torch.Tensor:
+        """Features of one image [channels, height, width], projected: [V, C]; a merged patch has its window's."""
+        assert self.found is not None
+        hidden = self.tower.pre_layrnorm(self.tower.embeddings(pixels[None]))
+        first, *layers = self.tower.encoder.layers
+        hidden = first_ranks(first(hidden))
+        merged = merge(hidden[0, 1:], self.reduction.merge_threshold, self.reduction.merge_window)
+        hidden = torch.cat((hidden[:, :1], merged.rows[None]), dim=1)
+        entering = hidden
+        for layer in layers:
+            entering, hidden = hidden, layer(hidden)
+        ranks = entering if self.reduction.key_layer is KeyLayer.FEATURE else hidden
+        self.found.append(Reduced(merged.alive, self._keys(ranks[0], merged.alive), merged.merged_first))
+        row_of = torch.from_numpy(merged.row_of).to(hidden.device)
+        projected: torch.Tensor = projector(hidden[:, 1:])[0]
+        return projected[row_of]
+
+    def _keys(self, hidden: torch.Tensor, alive: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndarray[Any, Any]:
+        keys = np.zeros_like(alive)
+        chosen = key_rows(self.class_attention(first_ranks(hidden)), self.reduction.key_rate).cpu().numpy()
+        keys[np.flatnonzero(alive)[chosen]] = True
+        return keys
