@@ -83,7 +83,12 @@ class Engine:
 
     def params(self, ask: Ask) -> SamplingParams:
         return SamplingParams(
-            temperature=0, max_tokens=ask.max_tokens, ignore_eos=True, logprobs=-1, extra_args=dict(ask.options)
+            temperature=0,
+            max_tokens=ask.max_tokens,
+            ignore_eos=True,
+            logprobs=-1,
+            detokenize=False,  # decoding every log-probability's token takes longer than the model
+            extra_args=dict(ask.options),
         )
 
     def prompt(self, ask: Ask) -> Any:
