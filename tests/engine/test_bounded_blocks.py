@@ -68,14 +68,20 @@ class Worker:
         sampled = [[] if self.scheduler.requests[name].is_prefill_chunk else [7] for name in names]
         result = ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, sampled)
         result.decided = told
+        result.rows_run = {name: self._rows(name) for name in told}
         return result
 
     def _is_adaptive(self, name: str) -> bool:
-        return self.scheduler.prefill_plans[name].adaptive
+        return self.scheduler.records[name].prefill_plan.adaptive
+
+    def _rows(self, name: str) -> tuple[int, ...]:
+        plan = self.scheduler.records[name].prefill_plan
+        num_text = plan.num_prompt_tokens - plan.num_vision_tokens
+        return tuple(num_text + sum(kept) for kept in self.decided[name])
 
     def _decide(self, name: str, shares: list[float]) -> tuple[tuple[int, ...], ...]:
         if name not in self.decided:
-            plan = self.scheduler.prefill_plans[name]
+            plan = self.scheduler.records[name].prefill_plan
             left = [span.length for span in plan.spans]
             kept = []
             for stage, bound in enumerate(plan.kept):
@@ -162,7 +168,7 @@ class Traffic(RuleBasedStateMachine):
             held = [[block.block_id for block in manager.req_to_blocks[name]] for manager in self.managers]
             assert self.worker.tables[name] == held
         for name, kept in result.decided.items():
-            plan = self.scheduler.prefill_plans[name]
+            plan = self.scheduler.records[name].prefill_plan
             for manager in self.managers:
                 rows = plan.num_prompt_tokens - plan.num_vision_tokens + sum(kept[manager.kv_cache_spec.stage])
                 assert len(manager.req_to_blocks[name]) >= -(-rows // BLOCK)
@@ -172,10 +178,10 @@ class Traffic(RuleBasedStateMachine):
         request = self.scheduler.requests.get(name)
         if request is None or request.num_computed_tokens == 0:
             return
-        plan = self.scheduler.plans[name]
-        assert self.scheduler.prefill_plans[name].kept == self.worker.decided[name]
+        record = self.scheduler.records[name]
+        assert record.prefill_plan.kept == self.worker.decided[name]
         for manager in self.managers:
-            tokens = plan.stage_tokens(manager.kv_cache_spec.stage, request.num_computed_tokens)
+            tokens = record.plan.stage_tokens(manager.kv_cache_spec.stage, request.num_computed_tokens)
             assert len(manager.req_to_blocks[name]) == -(-tokens // BLOCK)
 
     @invariant()
@@ -202,10 +208,8 @@ class Traffic(RuleBasedStateMachine):
                     self.deliver()
         assert not self.scheduler.requests, "a request starves"
         assert self.pool.get_num_free_blocks() == self.num_free
-        scheduler = self.scheduler
-        for left in (scheduler.plans, scheduler.prefill_plans, scheduler.rows_run, scheduler.blocks_returned):
-            assert not left
-        assert not scheduler.trimmed
+        assert not self.scheduler.records
+        assert not self.scheduler.trimmed
 
 
 @pytest.fixture(scope="module", params=sorted(CHOICES))

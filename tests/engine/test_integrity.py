@@ -108,10 +108,10 @@ def miscount_free_blocks(running: Engine) -> Undo:
     return lambda: setattr(queue, "num_free_blocks", queue.num_free_blocks + 1)
 
 
-def keep_a_plan(running: Engine) -> Undo:
-    plans = running.scheduler.plans
-    plans["ghost"] = next(iter(plans.values()))
-    return lambda: plans.pop("ghost")
+def keep_a_record(running: Engine) -> Undo:
+    records = running.scheduler.records
+    records["ghost"] = next(iter(records.values()))
+    return lambda: records.pop("ghost")
 
 
 def keep_a_table(running: Engine) -> Undo:
@@ -147,7 +147,7 @@ CORRUPTIONS: dict[Callable[[Engine], Undo], str] = {
     take_a_block_more: "its plan says",
     close_the_free_list_to_a_ring: "times in the free list",
     miscount_free_blocks: "the free list has",
-    keep_a_plan: "the plans know a request ghost that there is not",
+    keep_a_record: "the records know a request ghost that there is not",
     keep_a_table: "the block tables of group 0 know a request ghost",
     lose_encoder_space: "the encoder cache holds",
     keep_an_image_for_nobody: "encoder cache",

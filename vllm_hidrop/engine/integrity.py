@@ -162,32 +162,23 @@ def _request_faults(scheduler: Any) -> Iterator[str]:
     """Every record is of a request there is, and a request holds the blocks of its plan."""
     known = scheduler.requests.keys()
     by_request = {
-        "the plans": scheduler.plans,
-        "the prefill plans": scheduler.prefill_plans,
+        "the records": scheduler.records,
         "the trimmed tables": scheduler.trimmed,
-        "the blocks returned": scheduler.blocks_returned,
-        "the rows run": scheduler.rows_run,
-        "the selection times": scheduler.selection_ms,
-        "the patches": scheduler.patches,
-        "the tokens reused": scheduler.reused,
-        "the images encoded": scheduler.encoded,
-        "the images withheld": scheduler.withheld,
         "the reused prefixes": scheduler.prefixes.hits,
         "the prefixes being kept": scheduler.prefixes.storing,
-        "the unreported": scheduler.unreported,
         "the running": {request.request_id for request in scheduler.running},
     }
     for name, records in by_request.items():
         yield from _unknown(records, known, name)
-    for name in known - scheduler.plans.keys():
-        yield f"request {name} has no plan"
+    for name in known - scheduler.records.keys():
+        yield f"request {name} has no record"
     for group, manager in enumerate(_managers(scheduler)):
         yield from _unknown(manager.req_to_blocks, known, f"the block tables of group {group}")
         for name, blocks in manager.req_to_blocks.items():
-            request, plan = scheduler.requests.get(name), scheduler.plans.get(name)
-            if request is None or plan is None or not isinstance(manager, StageManager):
+            request, record = scheduler.requests.get(name), scheduler.records.get(name)
+            if request is None or record is None or not isinstance(manager, StageManager):
                 continue
-            tokens = plan.stage_tokens(manager.kv_cache_spec.stage, request.num_computed_tokens)
+            tokens = record.plan.stage_tokens(manager.kv_cache_spec.stage, request.num_computed_tokens)
             expected = cdiv(tokens, manager.block_size)
             if len(blocks) != expected:
                 yield f"request {name} holds {len(blocks)} blocks in group {group}, its plan says {expected}"

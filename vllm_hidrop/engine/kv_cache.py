@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
-from vllm_hidrop.plan.plan import Plan
+from vllm_hidrop.engine.records import Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class StageManager(FullAttentionManager):
         stage 1   t t t v v v v v v t t | o o      -> ceil(13 / block_size) blocks
     """
 
-    plans: Mapping[str, Plan] = {}
+    records: Mapping[str, Record] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -64,13 +64,13 @@ class StageManager(FullAttentionManager):
         super().new_step_starts()
         self.fresh.clear()
 
-    def follow(self, plans: Mapping[str, Plan]) -> None:
-        """Read plans by request id from this mapping, which the scheduler keeps."""
-        self.plans = plans
+    def follow(self, records: Mapping[str, Record]) -> None:
+        """Count by the plans in these records, which the scheduler keeps by request id."""
+        self.records = records
 
     def _stage_tokens(self, request_id: str, num_tokens: int) -> int:
-        plan = self.plans.get(request_id)
-        return num_tokens if plan is None else plan.stage_tokens(self.kv_cache_spec.stage, num_tokens)
+        record = self.records.get(request_id)
+        return num_tokens if record is None else record.plan.stage_tokens(self.kv_cache_spec.stage, num_tokens)
 
     def get_num_blocks_to_allocate(
         self,
@@ -113,9 +113,9 @@ class StageManager(FullAttentionManager):
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """The caching of vLLM; of a pruned request only blocks within its prefix, where slots are prompt places."""
-        plan = self.plans.get(request.request_id)
-        if plan is not None and plan.is_pruned:
-            num_tokens = min(num_tokens, plan.prefix_tokens)
+        record = self.records.get(request.request_id)
+        if record is not None and record.plan.is_pruned:
+            num_tokens = min(num_tokens, record.plan.prefix_tokens)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def trim(self, request_id: str, num_tokens: int) -> int:
@@ -156,7 +156,7 @@ def register_stage_spec() -> None:
 class StagedCacheManager(KVCacheManager):
     """vLLM's manager, which knows how far each request's tables reach; state is set by :func:`adopt_cache_manager`."""
 
-    plans: Mapping[str, Plan]
+    records: Mapping[str, Record]
     reach: dict[str, int]
     """By request whose prompt has run: tokens up to which no table needs a block and no block fills."""
 
@@ -171,12 +171,12 @@ class StagedCacheManager(KVCacheManager):
         found = super().allocate_slots(
             request, num_new_tokens, *args, num_lookahead_tokens=num_lookahead_tokens, **kwargs
         )
-        if found is not None and num_tokens >= self.plans[name].num_prompt_tokens:
+        if found is not None and num_tokens >= self.records[name].plan.num_prompt_tokens:
             self.reach[name] = self._reach(name)
         return found
 
     def _reach(self, name: str) -> int:
-        dropped = self.plans[name].dropped
+        dropped = self.records[name].plan.dropped
         managers = self.coordinator.single_type_managers
         return min(len(m.req_to_blocks[name]) * m.block_size + dropped[m.kv_cache_spec.stage] for m in managers)
 
@@ -190,11 +190,11 @@ class StagedCacheManager(KVCacheManager):
         self.reach.pop(name, None)
 
 
-def adopt_cache_manager(manager: KVCacheManager, plans: Mapping[str, Plan]) -> None:
-    """Make a freshly constructed manager ours, and its stages' managers follow these plans, by request id."""
+def adopt_cache_manager(manager: KVCacheManager, records: Mapping[str, Record]) -> None:
+    """Make a freshly constructed manager ours, and its stages' managers count by these records, by request id."""
     manager.__class__ = StagedCacheManager
     assert isinstance(manager, StagedCacheManager)
-    manager.plans, manager.reach = plans, {}
+    manager.records, manager.reach = records, {}
     for of_group in manager.coordinator.single_type_managers:
         assert isinstance(of_group, StageManager)
-        of_group.follow(plans)
+        of_group.follow(records)

@@ -49,11 +49,11 @@ from vllm_hidrop.engine.compat import let_clients_ask
 from vllm_hidrop.engine.image_prefix import Entry, ImagePrefixes
 from vllm_hidrop.engine.integrity import IntegrityLog, find_faults
 from vllm_hidrop.engine.kv_cache import adopt_cache_manager, block_size_of
+from vllm_hidrop.engine.records import Record
 from vllm_hidrop.engine.report import Costing, Run, tower_images, what_ran, with_blocks
 from vllm_hidrop.engine.step_budget import StepBudget
 from vllm_hidrop.plan.plan import DENSE, Plan
 from vllm_hidrop.plan.planner import Planner
-from vllm_hidrop.staged.explain import Patches
 
 logger = init_logger(__name__)
 
@@ -67,22 +67,11 @@ class StagedScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self.planner = Planner.from_vllm_config(self.vllm_config)
         self.costing = Costing.of(self.planner, self.vllm_config, self.kv_cache_config)
-        self.plans: dict[str, Plan] = {}
-        self.prefill_plans: dict[str, Plan] = {}
+        self.records: dict[str, Record] = {}
         self.trimmed: dict[str, list[int]] = {}
-        self.blocks_returned: dict[str, int] = {}
-        self.rows_run: dict[str, tuple[int, ...]] = {}
-        self.selection_ms: dict[str, float] = {}
-        self.patches: dict[str, Patches] = {}
-        self.reused: dict[str, int] = {}
-        self.encoded: dict[str, set[int]] = {}
-        self.withheld: dict[str, set[int]] = {}
-        """Images whose pixels the worker has not got: their prompt was admitted behind them (rule 11)."""
-        self.unreported: set[str] = set()
+        """Blocks that are left of tables that were trimmed since the last step, by request and group."""
         self.failures: dict[str, str | None] = {}
         """Why requests ended with an error in this step; None where a retry may help."""
-        self.ran: dict[str, dict[str, Any]] = {}
-        """Reports of prompts that have run, without the blocks; made anew where a prompt is run or decided again."""
         step_rows = self.vllm_config.additional_config["hidrop"]["resolved"]["step_rows"]
         self.budget = StepBudget(step_rows, self.planner.schedule)
         self.integrity = IntegrityLog()
@@ -93,7 +82,7 @@ class StagedScheduler(Scheduler):
                 raise ValueError(
                     f"KV blocks have {self.planner.block_size} slots, the scheduler counts {self.block_size}"
                 )
-            adopt_cache_manager(self.kv_cache_manager, self.plans)
+            adopt_cache_manager(self.kv_cache_manager, self.records)
         managers, pool = self.kv_cache_manager.coordinator.single_type_managers, self.kv_cache_manager.block_pool
         model = self.vllm_config.model_config
         row_bytes = model.get_hidden_size() * model.dtype.itemsize
@@ -102,9 +91,8 @@ class StagedScheduler(Scheduler):
     def add_request(self, request: Request) -> None:
         """Plan the request, then vLLM's admission (rules 1 and 7)."""
         if request.request_id not in self.requests:
-            self.unreported.add(request.request_id)
             plan, refusal = self.planner.plan_or_refuse(request)
-            self.plans[request.request_id] = self.prefill_plans[request.request_id] = plan
+            self.records[request.request_id] = Record.of(plan)
             if plan.is_pruned:
                 _name_apart(request, plan, self.hash_block_size)
             if refusal is not None:
@@ -120,12 +108,12 @@ class StagedScheduler(Scheduler):
         num_new_tokens = self._chunk(request, num_computed_tokens, num_new_tokens)
         if num_new_tokens:
             name = request.request_id
-            self.budget.spend(name, self.plans[name], num_computed_tokens, num_new_tokens)
+            self.budget.spend(name, self.records[name].plan, num_computed_tokens, num_new_tokens)
         return num_new_tokens
 
     def _chunk(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """Of so many tokens that vLLM's step has room for, those that it may run (rules 2, 4 and 8)."""
-        plan = self.plans[request.request_id]
+        plan = self.records[request.request_id].plan
         num_new_tokens = self.budget.fit(plan, num_computed_tokens, num_new_tokens)
         if plan.is_pruned and num_computed_tokens + num_new_tokens < plan.num_prompt_tokens:
             fits = plan.num_prompt_tokens - plan.carried_from <= self.max_num_scheduled_tokens
@@ -152,7 +140,7 @@ class StagedScheduler(Scheduler):
         found = super()._try_schedule_encoder_inputs(
             request, num_computed_tokens, chunk, encoder_compute_budget, *args, **kwargs
         )
-        if found[1] < chunk and self.plans[request.request_id].is_pruned:
+        if found[1] < chunk and self.records[request.request_id].plan.is_pruned:
             self.encoder_cache_manager.free(request)
             return [], self._chunk(request, num_computed_tokens, found[1]), encoder_compute_budget, [], []
         return found
@@ -160,7 +148,8 @@ class StagedScheduler(Scheduler):
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         """The cached blocks that a request may start from (rules 6 and 10)."""
         found = super()._get_local_prefix_cache_hit(request)
-        plan = self.plans[request.request_id]
+        record = self.records[request.request_id]
+        plan = record.plan
         entry = self._reusable(request, plan)
         if entry is not None:
             found = self.prefixes.blocks_of(entry), entry.num_tokens, 0, False
@@ -173,7 +162,7 @@ class StagedScheduler(Scheduler):
             num_tokens = num_blocks * self.block_size
             found = self.kv_cache_manager.truncate_computed_blocks(found[0], num_tokens), num_tokens, 0, False
         # A preempted request may find tokens that it had generated, too.
-        self.reused[request.request_id] = min(found[1], request.num_prompt_tokens)
+        record.num_reused = min(found[1], request.num_prompt_tokens)
         return found
 
     def _reusable(self, request: Request, plan: Plan) -> Entry | None:
@@ -191,7 +180,7 @@ class StagedScheduler(Scheduler):
         output.prefix_orders = self.prefixes.take_orders()
         output.images_again = self._images_again(output)
         for name, images in output.scheduled_encoder_inputs.items():
-            self.encoded.setdefault(name, set()).update(tower_images(self.requests[name]).intersection(images))
+            self.records[name].encoded |= tower_images(self.requests[name]).intersection(images)
         # The step that tells the worker of the last request's end; its answer is on its way already (rule 9).
         if not self.requests and self.integrity.sample(self):
             self.integrity.record(self.check_integrity())
@@ -200,14 +189,16 @@ class StagedScheduler(Scheduler):
     def _images_again(self, output: SchedulerOutput) -> dict[str, dict[int, Any]]:
         """Pixels of images that this step encodes and the worker has not got, by request and image (rule 11)."""
         for new in output.scheduled_new_reqs:
-            withheld = {image for image, feature in enumerate(new.mm_features) if feature.data is None}
-            if withheld:
-                self.withheld[new.req_id] = withheld
+            self.records[new.req_id].withheld = {
+                image for image, feature in enumerate(new.mm_features) if feature.data is None
+            }
         again = {}
-        for name in self.withheld.keys() & output.scheduled_encoder_inputs.keys():
-            images = self.withheld[name].intersection(output.scheduled_encoder_inputs[name])
-            self.withheld[name] -= images
-            again[name] = {image: self.requests[name].mm_features[image].data for image in images}
+        for name, encoded in output.scheduled_encoder_inputs.items():
+            withheld = self.records[name].withheld
+            images = withheld.intersection(encoded)
+            if withheld:
+                withheld -= images
+                again[name] = {image: self.requests[name].mm_features[image].data for image in images}
         return again
 
     def integrity_report(self) -> dict[str, Any]:
@@ -226,7 +217,7 @@ class StagedScheduler(Scheduler):
     def _prompts_ending(self, output: SchedulerOutput) -> Iterator[tuple[Request, Plan, int]]:
         """Pruned prompts whose ends run in a step, and the first token of each that does."""
         for name, num_tokens in output.num_scheduled_tokens.items():
-            plan, request = self.plans[name], self.requests[name]
+            plan, request = self.records[name].plan, self.requests[name]
             first = request.num_computed_tokens - num_tokens
             ends_here = first < plan.num_prompt_tokens <= request.num_computed_tokens
             if ends_here and plan.is_pruned and self._reuse_off(plan) is None:
@@ -244,8 +235,7 @@ class StagedScheduler(Scheduler):
         super()._preempt_request(request, *args, **kwargs)
         self.budget.take_back(request.request_id)
         self.prefixes.gone(request.request_id)
-        self.plans[request.request_id] = self.prefill_plans[request.request_id]
-        self.ran.pop(request.request_id, None)
+        self.records[request.request_id].preempted()
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -253,15 +243,16 @@ class StagedScheduler(Scheduler):
         """Take the worker's word on the rows it ran, then vLLM's update, then the first reports."""
         took_ms = 1000 * getattr(model_runner_output, "selection_seconds", 0.0)
         for name, rows in getattr(model_runner_output, "rows_run", {}).items():
-            if name in self.requests:  # else aborted since
-                self.rows_run[name], self.selection_ms[name] = rows, took_ms
-                self.ran.pop(name, None)
-                if not self._reuse_off(self.plans[name]):
-                    self.prefixes.ran(self.requests[name], self.plans[name])
-        told = getattr(model_runner_output, "patches", {})
-        self.patches.update({name: patches for name, patches in told.items() if name in self.requests})
+            if name in self.records:  # else aborted since
+                self.records[name].ran(rows, took_ms)
+                plan = self.records[name].plan
+                if not self._reuse_off(plan):
+                    self.prefixes.ran(self.requests[name], plan)
+        for name, patches in getattr(model_runner_output, "patches", {}).items():
+            if name in self.records:
+                self.records[name].patches = patches
         for name, kept in getattr(model_runner_output, "decided", {}).items():
-            if name in self.requests:
+            if name in self.records:
                 self._settle(self.requests[name], kept)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for of_client in outputs.values():
@@ -284,37 +275,37 @@ class StagedScheduler(Scheduler):
     def _settle(self, request: Request, kept: Sequence[Sequence[int]]) -> None:
         """Go on by the counts that the worker decided, and take back the blocks beyond them (rule 5)."""
         name = request.request_id
-        plan = self.prefill_plans[name] = self.prefill_plans[name].settled(kept)
-        self.ran.pop(name, None)
+        record = self.records[name]
+        record.decided(kept)
         if request.num_computed_tokens == 0:
             return  # preempted since; its blocks are free already
-        self.plans[name] = plan.after_prefill(self.planner.schedule)
+        record.holds(self.planner.schedule)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         returned = sum(manager.trim(name, request.num_computed_tokens) for manager in managers)
         self.kv_cache_manager.forget(name)
         if returned:
             self.trimmed[name] = [len(manager.req_to_blocks[name]) for manager in managers]
-            self.blocks_returned[name] = self.blocks_returned.get(name, 0) + returned
+            record.num_returned += returned
 
     def _report_early(self, output: EngineCoreOutput) -> None:
         """Report with a request's first token too: one that the client ends (stop string, abort) has no last output."""
-        if output.request_id in self.unreported and not output.finished:
-            self.unreported.remove(output.request_id)
+        record = self.records.get(output.request_id)
+        if record is not None and not record.is_reported and not output.finished:
+            record.is_reported = True
             output.kv_transfer_params = {"hidrop": self._report(self.requests[output.request_id])}
 
     def _report(self, request: Request) -> dict[str, Any]:
-        name = request.request_id
-        if name not in self.ran:
-            plan = self.prefill_plans[name]
-            images = frozenset(self.encoded.get(name, ()))
-            run = Run(self.rows_run.get(name), self.reused.get(name, 0), images, self.patches.get(name))
-            self.ran[name] = what_ran(self.costing, plan, run, request) | {
-                "selection_ms": self.selection_ms.get(name, 0.0),
+        record = self.records[request.request_id]
+        if record.report is None:
+            plan = record.prefill_plan
+            run = Run(record.rows_run, record.num_reused, frozenset(record.encoded), record.patches)
+            record.report = what_ran(self.costing, plan, run, request) | {
+                "selection_ms": record.selection_ms,
                 "reuse_off": self._reuse_off(plan),
             }
         managers = self.kv_cache_manager.coordinator.single_type_managers
-        report = with_blocks(self.ran[name], self.costing, managers, request)
-        return report | {"kv_blocks_returned": self.blocks_returned.get(name, 0)}
+        report = with_blocks(record.report, self.costing, managers, request)
+        return report | {"kv_blocks_returned": record.num_returned}
 
     def _reuse_off(self, plan: Plan) -> str | None:
         """Why no image of this prompt could have been reused."""
@@ -331,30 +322,17 @@ class StagedScheduler(Scheduler):
         return "states" if plan.first_cut < len(plan.kept) and not self.planner.state_bytes else None
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
-        """Report what the request held, free it as vLLM does, forget its plan."""
+        """Report what the request held, free it as vLLM does, forget its record."""
         report = self._report(request)
         if request.status == RequestStatus.FINISHED_ERROR:
             # A token was sampled against its grammar: none was allowed.
             self.failures.setdefault(request.request_id, DEAD_END)
         else:
             self.failures.pop(request.request_id, None)
-        self.unreported.discard(request.request_id)
-        records = (
-            self.rows_run,
-            self.selection_ms,
-            self.patches,
-            self.trimmed,
-            self.blocks_returned,
-            self.reused,
-            self.encoded,
-            self.ran,
-            self.withheld,
-        )
-        for by_request in records:
-            by_request.pop(request.request_id, None)
+        self.trimmed.pop(request.request_id, None)
         self.prefixes.gone(request.request_id)
         kv_transfer_params, ec_transfer_params = super()._free_request(request, delay_free_blocks)
-        del self.plans[request.request_id], self.prefill_plans[request.request_id]
+        del self.records[request.request_id]
         return {**(kv_transfer_params or {}), "hidrop": report}, ec_transfer_params
 
 
