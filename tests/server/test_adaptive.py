@@ -18,7 +18,9 @@ def adaptive(request: pytest.FixtureRequest) -> Iterator[Server]:
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-            url = stack.enter_context(local_server(["--method", request.param], on_wait=lambda: None))
+            url = stack.enter_context(
+                local_server(["--method", request.param, "--enforce-eager"], on_wait=lambda: None)
+            )
         http = stack.enter_context(httpx.Client(base_url=url, timeout=120))
         client = stack.enter_context(OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120))
         yield Server(url, http, client)

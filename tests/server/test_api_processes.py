@@ -23,7 +23,7 @@ from vllm_hidrop.cli.local_server import local_server
 pytestmark = pytest.mark.server
 
 QUEUE = 8
-FLAGS = ("--api-server-count", "2", "--max-num-queued-reqs", str(QUEUE))
+FLAGS = ("--api-server-count", "2", "--max-num-queued-reqs", str(QUEUE), "--enforce-eager")
 
 
 @dataclass(frozen=True)

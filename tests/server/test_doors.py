@@ -52,7 +52,7 @@ ACCEPTED = (
     *("--enable-tokenizer-info-endpoint", "--return-tokens-as-token-ids", "--enable-server-load-tracking"),
     *("--enable-prompt-tokens-details", "--enable-force-include-usage", "--enable-per-request-metrics"),
     *("--enable-log-requests", "--enable-log-outputs", "--max-logprobs", "-1"),
-    *("--trust-request-chat-template", "--max-num-queued-reqs", "64"),
+    *("--trust-request-chat-template", "--max-num-queued-reqs", "64", "--enforce-eager"),
 )
 """Flags that let requests ask for more, and stay."""
 NUMBERS: tuple[Any, ...] = (-1, 0, 1, 3, 577, 2**31, 2**63, 2**70, -(2**63), 0.5, 1e308, -1e308, True)

@@ -221,7 +221,7 @@ def test_parameters_are_checked_before_a_stream_begins(server: Server) -> None:
 
 
 def test_a_server_without_its_judge_is_unready_and_refuses_for_now() -> None:
-    with serving([]) as server:
+    with serving(["--enforce-eager"]) as server:
         own = api_process(server.url)
         (judge,) = [child for child in own.children() if child.cmdline() == own.cmdline()]
         judge.kill()

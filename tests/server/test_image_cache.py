@@ -36,7 +36,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def small() -> Iterator[Server]:
-    with serving(["--mm-processor-cache-gb", SMALL_CACHE_GB]) as started:
+    with serving(["--mm-processor-cache-gb", SMALL_CACHE_GB, "--enforce-eager"]) as started:
         yield started
 
 

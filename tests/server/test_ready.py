@@ -52,7 +52,7 @@ def test_a_leak_makes_the_server_unready_and_so_does_the_engines_death(monkeypat
     monkeypatch.setenv("VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "1")
     others = cores()
     with (
-        local_server([], on_wait=lambda: None, command=COMMAND) as url,
+        local_server(["--enforce-eager"], on_wait=lambda: None, command=COMMAND) as url,
         httpx.Client(base_url=url, timeout=120) as http,
     ):
         assert http.get("/ready").json() == {
@@ -91,7 +91,10 @@ def test_a_killed_engine_ends_the_server_and_its_clients_are_told(monkeypatch: p
     """The default, and in the midst of an answer; nothing else tells the server to end."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     others = cores()
-    with local_server([], on_wait=lambda: None) as url, httpx.Client(base_url=url, timeout=120) as http:
+    with (
+        local_server(["--enforce-eager"], on_wait=lambda: None) as url,
+        httpx.Client(base_url=url, timeout=120) as http,
+    ):
         process = api_process(url)
         children = process.children(recursive=True)
         body = {"model": "hidrop-embedded", "messages": [user([image_url()], QUESTION)], "max_tokens": 3000}
@@ -110,7 +113,7 @@ def test_a_killed_engine_ends_the_server_and_its_clients_are_told(monkeypatch: p
 def test_a_killed_server_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Idle, which is when an engine waits for requests only."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    with local_server([], on_wait=lambda: None) as url:
+    with local_server(["--enforce-eager"], on_wait=lambda: None) as url:
         process = api_process(url)
         children = process.children(recursive=True)
         assert any("EngineCore" in child.name() for child in children)

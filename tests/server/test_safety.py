@@ -28,7 +28,7 @@ FLAGS = (
     *("--api-key", KEY, "--metrics-api-key", METRICS_KEY),
     *("--allowed-media-domains", "localhost", "127.0.0.2", "--allowed-media-networks", "127.0.0.1/32", "::1/128"),
     *("--request-timeout", str(DEADLINE_SECONDS), "--shutdown-timeout", str(DRAIN_SECONDS)),
-    *("--uvicorn-log-level", "debug", "--enable-log-requests"),
+    *("--uvicorn-log-level", "debug", "--enable-log-requests", "--enforce-eager"),
     *("--max-num-queued-reqs", str(QUEUE), "--max-num-seqs", str(QUEUE)),
 )
 LONG: dict[str, Any] = {"max_tokens": 3000, "ignore_eos": True, "temperature": 1}
