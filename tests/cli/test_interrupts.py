@@ -18,7 +18,11 @@ TO_END_SECONDS = 60.0
 
 def start(*arguments: object, **variables: str) -> subprocess.Popen[str]:
     """A command in a session of its own: only it gets the signal, as a supervisor sends it."""
-    command = [*COMMAND, *map(str, arguments)]
+    default = (
+        "env",
+        "--default-signal=INT",
+    )  # else it ignores Ctrl-C as these tests do where they run in the background
+    command = [*default, *COMMAND, *map(str, arguments)]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
