@@ -21,7 +21,7 @@ def start(*arguments: object, **variables: str) -> subprocess.Popen[str]:
     default = (
         "env",
         "--default-signal=INT",
-    )  # else it ignores Ctrl-C as these tests do where they run in the background
+    )  # else as these tests, which may run in the background
     command = [*default, *COMMAND, *map(str, arguments)]
     return subprocess.Popen(
         command,
