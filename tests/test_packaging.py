@@ -52,7 +52,7 @@ def test_the_wheel_contains_every_tracked_kind_of_file_once(wheel: Path) -> None
     models = ROOT / "vllm_hidrop" / "embedded"
     data = {p.relative_to(ROOT).as_posix() for form in ("dense", "hidrop") for p in (models / form).iterdir()}
     assert len(data) > 10
-    data.add("hidrop_server/playground.html")
+    data.add("hidrop_server/playground/playground.html")
     packages = {f"{p}/__init__.py" for p in ("vllm_hidrop", "hidrop_server", "hidrop_loadtests")}
     assert {HOOK, "vllm_hidrop/py.typed", *packages, *data} <= set(names)
     top_level = {name.split("/")[0] for name in names}
