@@ -27,7 +27,7 @@ for name, value in ENVIRONMENT.items():
 
 if IS_ONE_OF_SEVERAL:
     # Not by default: the process that starts the others has set the above, and they inherit it. With two threads each
-    # on two cores, every operator waits for a thread that does not run: three times as long.
+    # on two cores, every operator waits for a thread that does not run.
     os.environ["OMP_NUM_THREADS"] = "1"
     # vLLM binds an engine's threads to cores, to the same ones in every process.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -18,11 +18,8 @@ TO_END_SECONDS = 60.0
 
 def start(*arguments: object, **variables: str) -> subprocess.Popen[str]:
     """A command in a session of its own: only it gets the signal, as a supervisor sends it."""
-    default = (
-        "env",
-        "--default-signal=INT",
-    )  # else as these tests, which may run in the background
-    command = [*default, *COMMAND, *map(str, arguments)]
+    # What runs in the background ignores Ctrl-C, and so would what it starts.
+    command = ["env", "--default-signal=INT", *COMMAND, *map(str, arguments)]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

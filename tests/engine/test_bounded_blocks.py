@@ -26,12 +26,17 @@ pytestmark = pytest.mark.engine
 
 BLOCK = 32
 NUM_BLOCKS = 120
+LIMITS = {"num_gpu_blocks_override": NUM_BLOCKS, "max_model_len": 256}
 SHAPE = {"shape": [NUM_LAYERS, TOKENS_PER_IMAGE]}
 CHOICES: dict[str, dict[str, Any]] = {
     "visipruner": {"method": "visipruner", "options": SHAPE | {"shallow_layers": 2, "drop_shallow_kv": True}},
     "mustdrop": {
         "method": "mustdrop",
         "options": SHAPE | {"filter_layers": [1, 3], "merge_window": 2},
+    },
+    "hidrop": {  # decides nothing; its runs are told late, too
+        "method": "hidrop",
+        "options": SHAPE | {"inject_layer": 1, "filter_layers": [2, 4], "keeps": [20, 5], "exit_layer": 7},
     },
 }
 
@@ -68,16 +73,25 @@ class Worker:
         sampled = [[] if self.scheduler.requests[name].is_prefill_chunk else [7] for name in names]
         result = ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, sampled)
         result.decided = told
-        result.rows_run = {name: self._rows(name) for name in told}
+        result.rows_run = {
+            name: self._rows(name)
+            for name, num_tokens in output.num_scheduled_tokens.items()
+            if name in told or self._ends(name, starts[name], num_tokens)
+        }
         return result
 
     def _is_adaptive(self, name: str) -> bool:
         return self.scheduler.records[name].prefill_plan.adaptive
 
+    def _ends(self, name: str, start: int, num_tokens: int) -> bool:
+        """Whether the end of a pruned prompt runs."""
+        plan = self.scheduler.records[name].prefill_plan
+        return plan.is_pruned and start < plan.num_prompt_tokens <= start + num_tokens
+
     def _rows(self, name: str) -> tuple[int, ...]:
         plan = self.scheduler.records[name].prefill_plan
         num_text = plan.num_prompt_tokens - plan.num_vision_tokens
-        return tuple(num_text + sum(kept) for kept in self.decided[name])
+        return tuple(num_text + sum(kept) for kept in self.decided.get(name, plan.kept))
 
     def _decide(self, name: str, shares: list[float]) -> tuple[tuple[int, ...], ...]:
         if name not in self.decided:
@@ -216,7 +230,9 @@ class Traffic(RuleBasedStateMachine):
 def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """What a scheduler is built from, of a real engine with a small pool."""
     model = make_llava(tmp_path_factory.mktemp("llava"))
-    with engine(model, CHOICES[request.param], num_gpu_blocks_override=NUM_BLOCKS, max_model_len=256) as one:
+    # Requests that decide nothing would share cached blocks, which the invariants below do not know.
+    limits = LIMITS | {"enable_prefix_caching": request.param != "hidrop"}
+    with engine(model, CHOICES[request.param], **limits) as one:
         of_scheduler = one.core.vllm_config, one.scheduler.kv_cache_config, one.scheduler.structured_output_manager
         yield of_scheduler, one.core.request_block_hasher
 

@@ -47,6 +47,13 @@ def test_the_workers_word_may_come_after_a_preemption() -> None:
     assert record.plan.kept == KEPT
 
 
+def test_a_run_before_a_preemption_and_one_after_it_may_follow_each_other() -> None:
+    record = Record.of(PLAN)
+    record.preempted()
+    run(record)
+    run(record)
+
+
 def test_nothing_is_decided_before_the_prompt_ran() -> None:
     record = Record.of(PLAN)
     with pytest.raises(AssertionError, match="planned cannot be decided"):

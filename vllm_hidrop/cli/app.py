@@ -1,4 +1,4 @@
-"""The ``hidrop`` command line: names, options and help; the work is in `vllm_hidrop.cli`.
+"""The ``hidrop`` command line: names, options and help; the work is in this folder's other files.
 
 A command imports its file when it runs, so help needs neither PyTorch nor vLLM. How commands end when something is
 wrong: `vllm_hidrop.cli.errors`.

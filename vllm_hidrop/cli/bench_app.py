@@ -1,4 +1,4 @@
-"""``hidrop bench``: names, options and help; the work is in `vllm_hidrop.cli`."""
+"""``hidrop bench``: names, options and help; the work is in this folder's other files."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

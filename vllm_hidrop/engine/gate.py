@@ -201,7 +201,7 @@ CHECKED = (
         )
     ),
     Checked(
-        "--language-model-only, --limit-mm-per-prompt image=0",
+        "--language-model-only, --limit-mm-per-prompt.image 0",
         "test_settings.py::test_a_server_of_text_alone_has_no_tower",
     ),
     Checked(

@@ -154,7 +154,11 @@ def register_stage_spec() -> None:
 
 
 class StagedCacheManager(KVCacheManager):
-    """vLLM's manager, which knows how far each request's tables reach; state is set by :func:`adopt_cache_manager`."""
+    """vLLM's manager, which knows how far each request's tables reach; state is set by :func:`adopt_cache_manager`.
+
+    Decode steps that need no block anywhere ask no stage's manager: vLLM asks every KV cache group twice per request
+    and step, which with a group per few layers is most of a scheduler step (docs/performance.md).
+    """
 
     records: Mapping[str, Record]
     reach: dict[str, int]

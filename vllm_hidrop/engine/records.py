@@ -3,11 +3,12 @@
 A record lives as long as its request::
 
     planned ---> ran ---> decided         ran: the worker has run the pruned prompt; unpruned ones stay planned
-       ^          |          |            decided: the worker has told how many tokens stay (adaptive methods)
-       |          v          v
-       +------ preempted <---+            its prompt will run again, by the plan it ran by
+       |         ^ |         |            decided: the worker has told how many tokens stay (adaptive methods)
+       v         | v         |
+       +--> preempted <------+            its prompt will run again, by the plan it ran by
 
-The worker's word may come a step late: of a run before the preemption, too.
+The worker's word may come a step late: that of a run before a preemption comes after it, and the next run's then
+follows a run.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ class Life(StrEnum):
 
 NEXT = {
     Life.PLANNED: {Life.RAN, Life.PREEMPTED},
-    Life.RAN: {Life.DECIDED, Life.PREEMPTED},
+    Life.RAN: {Life.RAN, Life.DECIDED, Life.PREEMPTED},
     Life.DECIDED: {Life.RAN, Life.PREEMPTED},
     Life.PREEMPTED: {Life.RAN, Life.PREEMPTED},
 }

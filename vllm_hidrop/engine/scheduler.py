@@ -196,7 +196,7 @@ class StagedScheduler(Scheduler):
         for name, encoded in output.scheduled_encoder_inputs.items():
             withheld = self.records[name].withheld
             images = withheld.intersection(encoded)
-            if withheld:
+            if images:
                 withheld -= images
                 again[name] = {image: self.requests[name].mm_features[image].data for image in images}
         return again
