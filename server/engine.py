@@ -100,11 +100,9 @@ class HidropLLM(AsyncLLM):
 
     @property
     def allowed_media(self) -> Mapping[str, int]:
-        """How many images and other media a prompt may have, by modality; none for a model of text."""
-        if not self.model_config.is_multimodal_model:
-            return {}
-        limits: Mapping[str, int] = self.renderer.get_mm_processor().info.allowed_mm_limits
-        return limits
+        """How many images and other media a prompt may have, by modality; none where only text is served."""
+        processor = self.renderer.mm_processor
+        return {} if processor is None else processor.info.allowed_mm_limits
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         """Stock check: 503 for what may fit later.
