@@ -8,7 +8,7 @@ import argparse
 from contextlib import nullcontext
 from pathlib import Path
 
-from tests.server.browser import ask, chromium, go_to_stage, playground
+from tests.server.playground.browser import ask, chromium, go_to_stage, playground
 from vllm_hidrop.cli.local_server import local_server
 
 ROOT = Path(__file__).parents[1]

@@ -36,7 +36,7 @@ settings.register_profile("same", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None)
 settings.load_profile("same")
 
-LONG = ("server", "engine", "cli", "training", "conversion", "bench")
+LONG = ("server", "engine", "cli", "lab", "bench")
 """Folders whose files take longest; the files of others fill the gaps at the end."""
 
 
@@ -47,5 +47,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _order(path: Path) -> int:
-    folder = path.parent.name
+    folder = path.relative_to(Path(__file__).parent).parts[0]
     return LONG.index(folder) if folder in LONG else len(LONG)

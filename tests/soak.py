@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tests.server import hostile
 from tests.server.harness import data_url, image_url, user
+from tests.server.http import hostile
 from vllm_hidrop.cli.local_server import local_server
 
 LIMITS = ("--max-model-len", "1536", "--max-num-batched-tokens", "1536", "--mm-processor-cache-gb", "0.004")
@@ -130,7 +130,7 @@ def _keeping(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def hostile_requests(model: str, rng: random.Random) -> dict[str, tuple[str, bytes]]:
-    """Path and body of a few that must be refused, or answered, soon; drawn from all of ``tests.server.hostile``."""
+    """Path and body of a few that must be refused, or answered, soon; drawn from all of ``http.hostile``."""
     every = [(path, *shape) for path, base in hostile.routes(model).items() for shape in hostile.shapes(path, base)]
     found: dict[str, tuple[str, bytes]] = {}
     while len(found) < NUM_HOSTILE:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests.calibration.test_calibrate_cli import QUICK
 from tests.cli.command_line import COMMAND, commands, run, the_line
 from tests.cli.stub_server import Stub, stub_server
+from tests.lab.calibrate.test_calibrate_cli import QUICK
 from vllm_hidrop import torchvision_compat
 from vllm_hidrop.bench.rows import read_rows
 from vllm_hidrop.cli import bench as engines

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.cli.command_line import Option, options
-from tests.evaluation.stub_server import Stub, serving
+from tests.lab.evaluate.stub_server import Stub, serving
 from vllm_hidrop.cli.app import app
 
 READ = {"--examples", "--file", "--data", "--images", "--vision-tower", "source", "results", "config"}
@@ -105,7 +105,7 @@ def test_what_is_no_address_is_refused_alike_by_every_command(option: Option) ->
 @pytest.mark.parametrize("written", ["{}", "{}/", "{}/v1", "{}//v1///", " {} "])
 def test_slashes_and_v1_at_the_end_of_an_address_change_nothing(written: str, tmp_path: Path) -> None:
     from tests.cli.stub_server import stub_server
-    from tests.evaluation.benchmark_files import write_pope
+    from tests.lab.evaluate.benchmark_files import write_pope
 
     write_pope(tmp_path, "y")
     with serving(Stub(lambda question, before: "Yes")) as stub:

@@ -16,7 +16,7 @@ from tests.engine.test_blocks import count_preemptions
 from tests.engine.test_image_prefix import conversation
 from tests.engine.test_oracle_parity import asks, reference
 from tests.engine.test_prefix import CHOICES
-from tests.oracle import OracleResult
+from tests.oracles.masked import OracleResult
 from tests.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.methods import ModelShape

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.engine.harness import Answer, Ask, engine, picture, prompt
-from tests.oracle import Oracle, OracleResult, OracleStage, Rule
+from tests.oracles.masked import Oracle, OracleResult, OracleStage, Rule
 from tests.tiny_models import IMAGE_TOKEN, NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.methods import METHODS, ModelShape

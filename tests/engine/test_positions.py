@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from tests.engine.harness import engine
 from tests.engine.test_oracle_parity import OWN, asks, check_equal, reference, selections_of
 from tests.engine.test_start import configure
+from tests.lab.train.llava_data import make_talking_llava, write_data
 from tests.tiny_models import make_llava
-from tests.training.llava_data import make_talking_llava, write_data
 from vllm_hidrop.cli.app import app
 from vllm_hidrop.engine.configure import check_rope
 from vllm_hidrop.plan.positions import PositionScheme

@@ -28,11 +28,11 @@ from tests.engine.test_image_prefix import check_states, conversation, end_of_im
 from tests.engine.test_oracle_parity import OWN, SHAPE, pixel_values, rule_of
 from tests.engine.test_prefix import reused
 from tests.engine.test_start import configure
-from tests.mustdrop_oracle import MustDropSettings
-from tests.oracle import OracleStage
-from tests.renumbered_oracle import RenumberedOracle
+from tests.oracles.masked import OracleStage
+from tests.oracles.mustdrop import MustDropSettings
+from tests.oracles.renumbered import RenumberedOracle
+from tests.oracles.visipruner import RenumberedVisiPrunerOracle, VisiPrunerSettings
 from tests.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
-from tests.visipruner_oracle import RenumberedVisiPrunerOracle, VisiPrunerSettings
 from vllm_hidrop.config import HidropConfig, resolve
 
 pytestmark = pytest.mark.engine
