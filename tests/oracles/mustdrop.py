@@ -23,10 +23,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from tests.oracles.masked import (
+from tests.oracles.llama import (
+    Heads,
     Kept,
-    _Heads,
-    _Rope,
+    Rope,
     additive_mask,
     attention_weights,
     project_heads,
@@ -273,13 +273,13 @@ class _Tower:
         return index
 
 
-def _project_tower_heads(layer: Any, hidden: torch.Tensor) -> _Heads:
+def _project_tower_heads(layer: Any, hidden: torch.Tensor) -> Heads:
     """What a tower layer makes of [T, C]: input norm and projections, no RoPE."""
     attention = layer.self_attn
     normed = layer.layer_norm1(hidden)
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     heads = [projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(0, 1) for projection in projections]
-    return _Heads(*heads)
+    return Heads(*heads)
 
 
 def _hide(visible: torch.Tensor) -> torch.Tensor:
@@ -422,14 +422,14 @@ class MustDropOracle:
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._model.lm_head(self._text.norm(hidden[-1]))
 
-    def _rope(self, hidden: torch.Tensor) -> _Rope:
+    def _rope(self, hidden: torch.Tensor) -> Rope:
         positions = torch.arange(len(hidden), device=hidden.device)[None]
         cos, sin = self._text.rotary_emb(hidden[None], position_ids=positions)
-        return _Rope(cos[0], sin[0])
+        return Rope(cos[0], sin[0])
 
 
 def _judge(
-    prompt: _Prompt, heads: _Heads, visible: torch.Tensor, current: Kept, settings: MustDropSettings
+    prompt: _Prompt, heads: Heads, visible: torch.Tensor, current: Kept, settings: MustDropSettings
 ) -> list[Verdict]:
     """Per image the verdict on its ``current`` tokens, by the layer whose ``heads`` see ``visible`` [P]."""
     mask = additive_mask(visible)

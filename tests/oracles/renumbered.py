@@ -37,20 +37,17 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from tests.oracles.masked import (
+from tests.oracles.llama import (
+    Heads,
     Kept,
-    Oracle,
-    OracleStage,
-    Rule,
-    _Heads,
-    _Rope,
+    Rope,
     attention_weights,
-    check_stages,
     project_heads,
     random_scores,
     top_indices,
     uniform_indices,
 )
+from tests.oracles.masked import Oracle, OracleStage, Rule, check_stages
 from tests.oracles.mustdrop import (
     MARGINS,
     MustDropOracle,
@@ -110,12 +107,12 @@ class _Ran(NamedTuple):
 
     rows: list[int]
     ids: list[int]
-    heads: _Heads
+    heads: Heads
 
     def only(self, survivors: Collection[int]) -> "_Ran":
         """Without the rows that are no ``survivors``."""
         left = [place for place, row in enumerate(self.rows) if row in survivors]
-        heads = _Heads(*(tensor[:, left] for tensor in self.heads))
+        heads = Heads(*(tensor[:, left] for tensor in self.heads))
         return _Ran([self.rows[place] for place in left], [self.ids[place] for place in left], heads)
 
 
@@ -315,13 +312,13 @@ class RenumberedOracle:
         ran.append(_Ran(rows, ids, heads))
         return dict(zip(rows, self._finish(index, hidden, heads, _causal(len(rows))), strict=True))
 
-    def _heads(self, index: int, hidden: torch.Tensor, ids: list[int]) -> _Heads:
+    def _heads(self, index: int, hidden: torch.Tensor, ids: list[int]) -> Heads:
         """Queries, keys and values of layer ``index`` for rows [n, C] at ``ids``."""
         shifted = torch.tensor(ids) + self._shifts.get(index, 0)
         cos, sin = self._text.rotary_emb(hidden[None], position_ids=shifted[None])
-        return project_heads(self._layers[index], hidden, _Rope(cos[0], sin[0]))
+        return project_heads(self._layers[index], hidden, Rope(cos[0], sin[0]))
 
-    def _finish(self, index: int, hidden: torch.Tensor, heads: _Heads, mask: torch.Tensor) -> torch.Tensor:
+    def _finish(self, index: int, hidden: torch.Tensor, heads: Heads, mask: torch.Tensor) -> torch.Tensor:
         """Layer ``index`` on rows [n, C] whose queries see keys and values [G, m, D] under an additive mask [n, m]."""
         layer = self._layers[index]
         weights = attention_weights(heads.query, heads.key, mask)
@@ -348,7 +345,7 @@ class RenumberedOracle:
                 own = len(ids) if decode_ids == "cache_length" else ids[-1] + 1
                 new = self._heads(index, hidden, [own])
                 key, value = torch.cat([old.key, new.key], dim=1), torch.cat([old.value, new.value], dim=1)
-                caches[index] = ([*ids, own], _Heads(new.query, key, value))
+                caches[index] = ([*ids, own], Heads(new.query, key, value))
                 hidden = self._finish(index, hidden, caches[index][1], torch.zeros(1, len(ids) + 1))
             generated_ids.append([ids[-1] for ids, _ in caches])
             logits.append(self._head(hidden[0]))

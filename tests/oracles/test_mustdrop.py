@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
-from tests.oracles.masked import Kept
+from tests.oracles.llama import Kept
 from tests.oracles.mustdrop import (
     KeySet,
     MustDropOracle,

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from tests.oracles.masked import _Heads, _Prompt, _Rope, project_heads
+from tests.oracles.llama import Heads, Rope, project_heads
+from tests.oracles.masked import _Prompt
 from tests.oracles.visipruner import (
     Decisions,
     Form,
@@ -145,7 +146,7 @@ class SecondOpinion:
     def substituted(
         self, index: int, hidden: torch.Tensor, positions: list[int], mask: torch.Tensor, rope: Any
     ) -> torch.Tensor:
-        query, key, value = project_heads(self.text.layers[index], hidden, _Rope(rope[0][0], rope[1][0]))
+        query, key, value = project_heads(self.text.layers[index], hidden, Rope(rope[0][0], rope[1][0]))
         for_text, for_vision = value.clone(), value.clone()
         for rows in self.image_rows:
             if index > 0:
@@ -405,7 +406,7 @@ IMAGE_ROWS = [torch.tensor([2, 3]), torch.tensor([4, 5])]
 
 def flat_weights(layer: int, settings: VisiPrunerSettings) -> torch.Tensor:
     """[8, 8] in units of 1 / (row + 1): every visible column weighs the same before the edit."""
-    flat = _Heads(torch.zeros(1, 8, 4), torch.randn(1, 8, 4), torch.randn(1, 8, 4))
+    flat = Heads(torch.zeros(1, 8, 4), torch.randn(1, 8, 4), torch.randn(1, 8, 4))
     prompt = _Prompt(torch.zeros(7, 4), IMAGE_ROWS, [])
     weights = layer_weights(layer, flat, prompt, [[0, 1], [0, 1]], settings)[0]
     return weights * torch.arange(1, 9)[:, None]
@@ -464,7 +465,7 @@ def test_dropped_shallow_columns_are_hidden_from_generated_rows() -> None:
 
 
 def test_a_row_that_sees_nothing_gets_nothing(llama: Any) -> None:
-    heads = _Heads(torch.zeros(2, 2, 4), torch.zeros(1, 2, 4), torch.ones(1, 2, 4))
+    heads = Heads(torch.zeros(2, 2, 4), torch.zeros(1, 2, 4), torch.ones(1, 2, 4))
     mask = torch.tensor([[-torch.inf, -torch.inf], [0, -torch.inf]])
     assert softmax_of(heads, mask).tolist() == [[[0, 0], [1, 0]]] * 2
     image_first = [*[IMAGE_TOKEN] * V, 11, 12]

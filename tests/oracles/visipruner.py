@@ -19,17 +19,8 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from tests.oracles.masked import (
-    Kept,
-    Oracle,
-    _Heads,
-    _Prompt,
-    _show,
-    additive_mask,
-    attention_weights,
-    project_heads,
-    top_indices,
-)
+from tests.oracles.llama import Heads, Kept, additive_mask, attention_weights, project_heads, top_indices
+from tests.oracles.masked import Oracle, _Prompt, _show
 
 Sink = Literal["first", "half"]
 Form = Literal["substitution", "pre_softmax"]
@@ -124,7 +115,7 @@ def hidden_columns(layer: int, text: torch.Tensor, image_rows: list[torch.Tensor
     return hidden | (vision[:, None] & vision) if layer == 0 else hidden
 
 
-def softmax_of(heads: _Heads, mask: torch.Tensor) -> torch.Tensor:
+def softmax_of(heads: Heads, mask: torch.Tensor) -> torch.Tensor:
     """Weights [H, T, T] under an additive mask [T, T]; a row that sees nothing has only zeros."""
     return attention_weights(heads.query, heads.key, mask).masked_fill(mask == -torch.inf, 0.0)
 
@@ -317,7 +308,7 @@ class RenumberedVisiPrunerOracle(VisiPrunerOracle):
         return torch.cat([visible.cumsum(0) - 1, generated])
 
 
-def layer_weights(layer: int, heads: _Heads, prompt: _Prompt, kept: Kept, settings: VisiPrunerSettings) -> torch.Tensor:
+def layer_weights(layer: int, heads: Heads, prompt: _Prompt, kept: Kept, settings: VisiPrunerSettings) -> torch.Tensor:
     """[H, T, T]: what the rows of ``layer`` pay to each column, after the edits of a shallow layer."""
     num_prompt, num_rows = len(prompt.rows), heads.query.shape[1]
     everything = torch.ones(num_rows, dtype=torch.bool, device=prompt.rows.device)

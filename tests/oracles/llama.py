@@ -1,0 +1,83 @@
+"""A Llama decoder layer by hand, in float32, and the choice of tokens: what all references share.
+
+Axes: T rows of one pass, H query heads, G key/value heads, D head size, C hidden size.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+Kept = list[list[int]]
+"""Per image the visible vision tokens: ascending, 0-based inside the image."""
+
+
+class Rope(NamedTuple):
+    """Cosines and sines, each [T, D]."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class Heads(NamedTuple):
+    """Rotated query [H, T, D], rotated key [G, T, D] and value [G, T, D]."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+def top_indices(scores: torch.Tensor, keep: int) -> list[int]:
+    """Ascending indices of the ``keep`` highest of [M] scores; of equal ones the lowest index."""
+    order = torch.argsort(scores, descending=True, stable=True)
+    return sorted(order[:keep].tolist())
+
+
+def uniform_indices(num_survivors: int, keep: int) -> list[int]:
+    """The ranks floor((i + 0.5) * num_survivors / keep), i = 0 .. keep - 1, in exact integers."""
+    return [(2 * i + 1) * num_survivors // (2 * keep) for i in range(keep)]
+
+
+def random_scores(seed: int, layer: int, num_tokens: int) -> torch.Tensor:
+    """[V] scores of the vision tokens of any image of ``num_tokens``, for a cut at ``layer``."""
+    return torch.from_numpy(np.random.default_rng([seed, layer]).random(num_tokens)).float()
+
+
+def project_heads(layer: Any, hidden: torch.Tensor, rope: Rope) -> Heads:
+    """What ``layer`` makes of the residual stream [T, C]: input norm, projections, RoPE."""
+    attention = layer.self_attn
+    normed = layer.input_layernorm(hidden)
+    query, key, value = (
+        projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    query, key = apply_rotary_pos_emb(query, key, rope.cos, rope.sin, unsqueeze_dim=0)
+    return Heads(query, key, value)
+
+
+def attention_weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Softmax [H, Q, T] of query [H, Q, D] on key [G, T, D] with an additive mask [Q, T]."""
+    key = key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)
+    scores = query @ key.transpose(1, 2) * query.shape[-1] ** -0.5
+    return torch.softmax(scores + mask, dim=-1, dtype=torch.float32)
+
+
+def additive_mask(visible: torch.Tensor) -> torch.Tensor:
+    """[T, T] mask, 0 or -inf: a row sees itself and the visible rows before it.
+
+    Only an invisible row gains by "itself": its softmax stays finite, and nobody sees the result.
+    """
+    num_rows = len(visible)
+    itself = torch.eye(num_rows, dtype=torch.bool, device=visible.device)
+    allowed = torch.ones_like(itself).tril() & (visible | itself)
+    return torch.zeros(num_rows, num_rows, device=visible.device).masked_fill(~allowed, -torch.inf)
+
+
+def run_layer(layer: Any, hidden: torch.Tensor, heads: Heads, visible: torch.Tensor) -> torch.Tensor:
+    """One decoder layer on the residual stream [T, C], dense over all T rows."""
+    weights = attention_weights(heads.query, heads.key, additive_mask(visible))
+    value = heads.value.repeat_interleave(weights.shape[0] // heads.value.shape[0], dim=0)
+    hidden = hidden + layer.self_attn.o_proj((weights @ value).transpose(0, 1).flatten(1))
+    update: torch.Tensor = layer.mlp(layer.post_attention_layernorm(hidden))
+    return hidden + update
