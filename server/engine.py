@@ -31,7 +31,7 @@ from hidrop_server.http.exchanges import GOING_AWAY, InFlight
 from hidrop_server.metrics import HidropMetrics, Times
 from vllm_hidrop import __version__
 from vllm_hidrop.engine.compat import INTEGRITY_CALL
-from vllm_hidrop.plan.plan import Span
+from vllm_hidrop.plan.places import Span
 from vllm_hidrop.plan.planner import Planner
 
 ENGINE_ANSWER_SECONDS = 1.0

@@ -36,7 +36,7 @@ class Rule:
 EDGES = ("vllm_hidrop.json_text", "vllm_hidrop.outputs", "vllm_hidrop.terminal")
 PLAN = ("vllm_hidrop.plan",)
 # What the engine knows of methods: their contract, never one of them.
-CONTRACT = ("vllm_hidrop.methods.adaptive", "vllm_hidrop.methods.scoring", *PLAN)
+CONTRACT = ("vllm_hidrop.methods.adaptive", "vllm_hidrop.methods.base", "vllm_hidrop.methods.scoring", *PLAN)
 METHODS = ("vllm_hidrop.methods", *PLAN)
 CONFIG = ("vllm_hidrop.config", *METHODS)
 STAGED = ("vllm_hidrop.staged", *CONTRACT)
@@ -165,7 +165,7 @@ def test_every_module_imports_only_what_its_rule_allows() -> None:
         ("vllm_hidrop.plan.schedule", "from ..methods.scoring import select_top"),
         ("vllm_hidrop.methods.scoring", "import vllm.config"),
         ("vllm_hidrop.staged.loop", "from vllm_hidrop.engine.scheduler import StagedScheduler"),
-        ("vllm_hidrop.engine.scheduler", "from vllm_hidrop.runners.v1 import adopt"),
+        ("vllm_hidrop.engine.scheduler", "from vllm_hidrop.runners.v1 import make_staged"),
         ("vllm_hidrop.runners.v1", "from vllm_hidrop.methods import METHODS"),
         ("vllm_hidrop.methods.fastv", "def late():\n    import vllm"),
         ("vllm_hidrop.methods.fastv", "if TYPE_CHECKING:\n    from vllm.config import VllmConfig"),

@@ -54,13 +54,13 @@ def test_a_cut_that_keeps_everything_can_be_left_and_13b_has_the_thresholds_of_7
     seven, thirteen = (make_method("visipruner", f"llava-1.5-{size}b") for size in (7, 13))
     assert dataclasses.replace(thirteen, sink="first", shape=(32, 576)) == seven  # type: ignore[call-arg]
     loud = torch.full((4,), 9.0), torch.full((4,), 0.9)
-    signals = Signals(9, 4, 4, torch.arange(4), None, Contribution(*loud))
+    signals = Signals(9, 4, 4, torch.arange(4), Contribution(*loud))
     assert isinstance(seven, Adaptive)
     stays, event = seven.judge(signals, None)
     assert bool(stays.all())
     assert bool(event)
     memory = seven.remember(None, event=True)
-    quiet = dataclasses.replace(signals, contribution=Contribution(loud[0], torch.ones(4)))
+    quiet = dataclasses.replace(signals, statistic=Contribution(loud[0], torch.ones(4)))
     for _ in range(2):
         assert seven.judges(12, memory)
         stays, event = seven.judge(quiet, memory)

@@ -14,8 +14,7 @@ from vllm_hidrop.cli.app import app
 from vllm_hidrop.cli.plan import SHAPES, Workload, request_costs
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.methods import METHODS, ModelShape
-from vllm_hidrop.plan.costs import LLAVA_7B_VISION, TextShape
-from vllm_hidrop.plan.shapes import text_shape, vision_shape
+from vllm_hidrop.plan.shapes import LLAVA_7B_VISION, TextShape, text_shape, vision_shape
 
 # What the package's .pth file does where the package is installed: transformers imports torchvision.
 torchvision_compat.install()

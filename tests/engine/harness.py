@@ -119,30 +119,30 @@ class Engine:
     def record_selections(self) -> Iterator[dict[int, list[list[int]]]]:
         """What every cut keeps while entered: first layer of the stage -> per image, in the order they are scored."""
         method = self.scheduler.planner.method
-        choosers = self.runner.model.choosers
-        own = choosers[method]
+        methods = self.runner.model.methods
+        own = methods[method]
         kept: dict[int, list[list[int]]] = {}
-        choosers[method] = _Recording(own, kept)
+        methods[method] = _Recording(own, kept)
         try:
             yield kept
         finally:
-            choosers[method] = own
+            methods[method] = own
 
 
 @dataclass
 class _Recording:
     """A method that tells what it would keep."""
 
-    chooser: Any
+    method: Any
     kept: dict[int, list[list[int]]]
 
     @property
     def signal(self) -> Signal:
-        signal: Signal = self.chooser.signal
+        signal: Signal = self.method.signal
         return signal
 
     def score(self, signals: Signals) -> torch.Tensor:
-        scores: torch.Tensor = self.chooser.score(signals)
+        scores: torch.Tensor = self.method.score(signals)
         chosen = signals.survivors[select_top(scores, signals.keep)]
         self.kept.setdefault(signals.layer, []).append(chosen.tolist())
         return scores

@@ -111,14 +111,14 @@ def test_a_preempted_request_decides_the_same_and_gives_the_same_tokens(model: P
 def record_all_survivors(running: Engine) -> dict[str, list[Any]]:
     """Every decision on every request, preempted ones again."""
     found: dict[str, list[Any]] = {}
-    settle = running.runner._settle
+    ran = running.runner.staged.ran
 
-    def recording(outcome: Any) -> None:
+    def recording(outcome: Any) -> Any:
         for name, stages in outcome.survivors.items():
             found.setdefault(name, []).append([[image.tolist() for image in stage] for stage in stages])
-        settle(outcome)
+        return ran(outcome)
 
-    running.runner._settle = recording
+    running.runner.staged.ran = recording
     return found
 
 
@@ -133,8 +133,8 @@ def test_abort_in_every_state_gives_all_blocks_back(model: Path, choice: dict[st
             running.step()
             running.check_pool_is_whole()
         running.ask([Ask(prompt(rng, "9"))])
-        assert len(running.runner.tracked) <= 1
-        assert len(running.runner.reduced) <= len(running.runner.encoder_cache)
+        assert len(running.runner.staged.records) <= 1
+        assert len(running.runner.staged.reduced) <= len(running.runner.encoder_cache)
 
 
 def test_a_prompt_that_ends_with_an_image_runs_dense_and_says_so(model: Path, choice: dict[str, Any]) -> None:

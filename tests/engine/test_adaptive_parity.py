@@ -77,20 +77,20 @@ def recorded(running: Engine) -> Iterator[list[list[list[list[int]]]]]:
     found: dict[int, list[list[list[int]]]] = {}
     in_order: list[list[list[list[int]]]] = []
     schedule = running.runner.planner.schedule
-    settle = running.runner._settle
+    ran = running.runner.staged.ran
 
-    def recording(outcome: Any) -> None:
+    def recording(outcome: Any) -> Any:
         for name, stages in outcome.survivors.items():
             found[int(name.split("-")[0])] = [
                 [image.tolist() for image in stages[schedule.stage_of_layer(layer)]] for layer in range(NUM_LAYERS)
             ]
-        settle(outcome)
+        return ran(outcome)
 
-    running.runner._settle = recording
+    running.runner.staged.ran = recording
     try:
         yield in_order
     finally:
-        running.runner._settle = settle
+        running.runner.staged.ran = ran
         in_order += [found[number] for number in sorted(found)]
 
 

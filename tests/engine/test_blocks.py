@@ -225,7 +225,7 @@ def test_the_worker_forgets_finished_requests(running: Engine) -> None:
     running.ask([Ask(prompt(rng, "3i5"), (i,)) for i in range(5)])
     running.ask([Ask(prompt(rng, "9"))])
     running.step()
-    assert len(running.runner.tracked) <= 1, "plans of finished requests stay in the worker"
+    assert len(running.runner.staged.records) <= 1, "plans of finished requests stay in the worker"
 
 
 def test_one_request_may_inject_where_another_cuts(running: Engine) -> None:

@@ -16,7 +16,8 @@ from tests.engine.test_oracle_parity import OWN, check_equal, reference, selecti
 from tests.engine.test_prefix import CHOICES, reused
 from tests.tiny_models import IMAGE_TOKEN, TOKENS_PER_IMAGE, make_llava
 from vllm_hidrop.engine.image_prefix import prefix_keys
-from vllm_hidrop.plan.plan import Plan, Span
+from vllm_hidrop.plan.places import Span
+from vllm_hidrop.plan.plan import Plan
 
 pytestmark = pytest.mark.engine
 
@@ -94,7 +95,7 @@ def test_a_reused_image_changes_nothing(model: Path, choice: dict[str, Any]) -> 
 def check_states(running: Engine) -> None:
     """The worker holds the states that the scheduler counts on, and no more than it may."""
     prefixes = running.scheduler.prefixes
-    held = running.runner.states
+    held = running.runner.staged.states
     assert held.keys() <= prefixes.states.keys() | set(prefixes.orders.drop)
     assert prefixes.states.keys() - set(prefixes.storing.values()) <= held.keys()
     for number, state in prefixes.states.items():
@@ -190,10 +191,10 @@ def running(hidrop: Engine) -> Engine:
 def test_a_reset_forgets_images(running: Engine) -> None:
     (ask, _), (other, _), *_ = conversation(np.random.default_rng(2), "9")
     running.ask([ask])
-    assert running.runner.states
+    assert running.runner.staged.states
     assert running.llm.reset_prefix_cache()
     assert reused(running.ask([other])[0]) == 0
-    assert len(running.runner.states) == 1
+    assert len(running.runner.staged.states) == 1
 
 
 def test_evicted_blocks_are_missed_and_written_again(running: Engine) -> None:
@@ -250,7 +251,7 @@ def test_without_memory_for_states_images_are_reused_only_where_nothing_is_cut(m
         first, second = (running.ask([replace(each, options=dropping)])[0] for each in (ask, other))
         assert (reused(first), reused(second)) == (0, end_of_images(other.tokens, 1))
         assert second.report["reuse_off"] is None
-        assert not running.runner.states
+        assert not running.runner.staged.states
 
 
 def test_a_name_covers_what_the_kv_depends_on() -> None:

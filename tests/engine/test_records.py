@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from vllm_hidrop.engine.records import Life, Record
-from vllm_hidrop.plan.plan import Plan, Span
+from vllm_hidrop.plan.places import Span
+from vllm_hidrop.plan.plan import Plan
 from vllm_hidrop.plan.schedule import Schedule
 
 SCHEDULE = Schedule.of({0: "all", 2: 3}, 4)

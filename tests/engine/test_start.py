@@ -16,7 +16,7 @@ from tests.tiny_models import make_llava
 from vllm_hidrop.engine import compat, gate
 from vllm_hidrop.engine.gate import RULES
 from vllm_hidrop.models.families import family_of
-from vllm_hidrop.plan.plan import Span
+from vllm_hidrop.plan.places import Span
 from vllm_hidrop.plan.planner import Planner
 from vllm_hidrop.plugin import register
 

@@ -10,8 +10,9 @@ import pytest
 from tests.engine.harness import Ask, Engine, engine, prompt
 from tests.engine.test_blocks import HIDROP
 from tests.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
-from vllm_hidrop.engine.step_budget import StepBudget, mean_over_layers, most_tokens
-from vllm_hidrop.plan.plan import Span, make_plan
+from vllm_hidrop.engine.step_budget import StepBudget, most_tokens
+from vllm_hidrop.plan.places import Span
+from vllm_hidrop.plan.plan import make_plan
 from vllm_hidrop.plan.schedule import Schedule
 
 KEPT = (0, 64, 20, 3, 0)
@@ -96,7 +97,7 @@ def test_a_prompt_above_the_budget_runs_beside_decodes_but_not_beside_prefills(m
 def test_the_budget_alone() -> None:
     schedule = Schedule.of({0: 0, 2: "all", 4: 0}, 8)
     plan = make_plan(schedule, 110, [Span(10, 80)])
-    assert mean_over_layers(plan.dropped, schedule) == 60
+    assert schedule.mean_over_layers(plan.dropped) == 60
     assert most_tokens(100, schedule, 80) == 400
     assert most_tokens(100, Schedule.of({0: "all", 4: 40}, 8), 80) == 133
     budget = StepBudget(100, schedule)

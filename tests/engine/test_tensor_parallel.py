@@ -17,6 +17,8 @@ from vllm import envs
 
 from tests.engine.harness import Answer, Ask, Engine, engine, prompt
 from tests.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
+from vllm_hidrop.staged.image_runs import ImageRun
+from vllm_hidrop.staged.loop import StagedLoop
 
 pytestmark = pytest.mark.engine
 
@@ -55,20 +57,21 @@ def asks(name: str) -> list[Ask]:
 
 def start_recording(worker: Any) -> None:
     """Runs in a worker: from now on remember the rows that every cut of every step leaves."""
-    staged = worker.model_runner.model._staged
     worker.cuts = []
-    cut = staged._cut
+    worker.cut = cut = StagedLoop.cut
 
-    def recording(rows: Any, *args: Any) -> torch.Tensor:
-        kept: torch.Tensor = cut(rows, *args)
-        worker.cuts.append(rows.full.tolist())
+    def recording(loop: StagedLoop, stage: int, runs: list[ImageRun]) -> torch.Tensor | None:
+        kept = cut(loop, stage, runs)
+        if kept is not None:
+            worker.cuts.append(loop.rows.full.tolist())
         return kept
 
-    staged._cut = recording
+    StagedLoop.cut = recording  # type: ignore[method-assign, assignment]
 
 
 def recorded(worker: Any) -> list[list[int]]:
-    """Runs in a worker."""
+    """Runs in a worker, which records no longer."""
+    StagedLoop.cut = worker.cut  # type: ignore[method-assign]
     cuts: list[list[int]] = worker.cuts
     return cuts
 

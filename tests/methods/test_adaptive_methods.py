@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_hidrop.methods import METHODS, ModelShape
-from vllm_hidrop.methods.adaptive import AttentionEdit, Decider, EncoderReduction, KeyLayer, Memory, Sight, Verdict
+from vllm_hidrop.methods.adaptive import Adaptive, AttentionEdit, EncoderReduction, KeyLayer, Memory, Sight, Verdict
 from vllm_hidrop.methods.mustdrop import MustDrop
 from vllm_hidrop.methods.scoring import Contribution, Signals, TextAttention
 from vllm_hidrop.methods.visipruner import VisiPruner
@@ -48,9 +48,7 @@ def seen(found: Contribution | TextAttention, protected: list[bool] | None = Non
         keep=size,
         num_image_tokens=size,
         survivors=torch.arange(size),
-        attention=None,
-        contribution=found if isinstance(found, Contribution) else None,
-        text_attention=found if isinstance(found, TextAttention) else None,
+        statistic=found,
         protected=None if protected is None else torch.tensor(protected, dtype=torch.bool),
     )
 
@@ -109,7 +107,7 @@ def test_the_ends_of_mustdrops_ranges_are_allowed(end: float) -> None:
 
 @pytest.mark.parametrize("name", ["visipruner", "mustdrop"])
 def test_an_adaptive_method_is_a_decider(name: str) -> None:
-    assert isinstance(METHODS[name](), Decider)
+    assert isinstance(METHODS[name](), Adaptive)
 
 
 class TestVisiPrunerSchedule:

@@ -1,6 +1,7 @@
 """The contract every row of METHODS keeps, and the papers' own schedules."""
 
 import dataclasses
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from hypothesis import strategies as st
 from vllm_hidrop.config import make_method
 from vllm_hidrop.methods import METHODS, Adaptive, Method, ModelShape
 from vllm_hidrop.methods.hidrop import HiDrop
-from vllm_hidrop.methods.scoring import Signals, select_top
-from vllm_hidrop.plan.plan import Span, make_plan
+from vllm_hidrop.methods.scoring import Signals, Statistic, select_top
+from vllm_hidrop.plan.places import Span
+from vllm_hidrop.plan.plan import make_plan
 from vllm_hidrop.plan.schedule import KeepValue, Schedule
 from vllm_hidrop.plan.signal import Signal
+from vllm_hidrop.staged.signals import SIGNALS
 
 settings.load_profile("ci")  # no deadline on a shared machine, the same examples every time
 
@@ -70,15 +73,22 @@ def test_a_schedule_covers_every_layer_once(name: str, preset: str | None, shape
     make_plan(schedule, shape.tokens_per_image + 9, [Span(4, shape.tokens_per_image)])
 
 
+def statistic(signal: Signal, size: int) -> Statistic | None:
+    """Some statistic of the kind that a signal comes to; None where there is none."""
+    if signal is Signal.NONE:
+        return None
+    kind = get_type_hints(SIGNALS[signal])["return"]
+    found: Statistic = kind(*(torch.linspace(0, 1, size) for _ in kind._fields))
+    return found
+
+
 @pytest.mark.parametrize(("name", "preset"), PRESETS)
 @given(data=st.data())
 def test_a_score_is_one_float32_per_survivor(name: str, preset: str | None, data: st.DataObject) -> None:
     method = make_method(name, preset)
     survivors = sorted(data.draw(st.sets(st.integers(0, 575), min_size=2, max_size=80)))
     keep = data.draw(st.integers(1, len(survivors) - 1))
-    asks = method.signal is not Signal.NONE
-    attention = torch.linspace(0, 1, len(survivors)) if asks else None
-    signals = Signals(4, keep, 576, torch.tensor(survivors), attention)
+    signals = Signals(4, keep, 576, torch.tensor(survivors), statistic(method.signal, len(survivors)))
     if name == "none" or isinstance(method, Adaptive):  # no cut to score at; it judges, see test_adaptive_methods.py
         with pytest.raises(NotImplementedError):
             method.score(signals)

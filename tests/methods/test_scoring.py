@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_hidrop.methods.scoring import Signals, attention_score, random_score, select_top, uniform_score
+from vllm_hidrop.methods.scoring import RowAttention, Signals, attention_score, random_score, select_top, uniform_score
 
 settings.load_profile("ci")  # no deadline on a shared machine, the same examples every time
 
@@ -46,7 +46,7 @@ def test_equal_scores_keep_the_lowest_indices_however_many_there_are() -> None:
 
 def test_the_attention_is_the_score() -> None:
     attention = torch.tensor([0.1, 0.3, 0.2])
-    assert attention_score(Signals(2, 1, 3, torch.arange(3), attention)) is attention
+    assert attention_score(Signals(2, 1, 3, torch.arange(3), RowAttention(attention))) is attention
 
 
 @given(st.data())

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from vllm_hidrop.cli.app import app
 from vllm_hidrop.plan.capacity import Capacity, Machine, Request, capacity
-from vllm_hidrop.plan.costs import LLAVA_7B
+from vllm_hidrop.plan.shapes import LLAVA_7B
 
 MACHINE = Machine(4e14, 2.4e12, 50 * 2**30, 1024)
 REQUEST = Request(8e12, 3e8, 128)

@@ -13,11 +13,7 @@ from vllm_hidrop.methods.hidrop import HiDrop
 from vllm_hidrop.methods.none import NoPruning
 from vllm_hidrop.methods.pyramiddrop import PyramidDrop
 from vllm_hidrop.plan.costs import (
-    LLAVA_7B,
-    LLAVA_7B_VISION,
-    LLAVA_13B,
     RequestCosts,
-    TextShape,
     encoder_flops,
     flops_run,
     group_size,
@@ -26,8 +22,10 @@ from vllm_hidrop.plan.costs import (
     request_costs,
 )
 from vllm_hidrop.plan.paper_flops import paper_vision_flops
-from vllm_hidrop.plan.plan import Span, make_plan
+from vllm_hidrop.plan.places import Span
+from vllm_hidrop.plan.plan import make_plan
 from vllm_hidrop.plan.schedule import Schedule
+from vllm_hidrop.plan.shapes import LLAVA_7B, LLAVA_7B_VISION, LLAVA_13B, TextShape
 from vllm_hidrop.plan.signal import Signal
 
 settings.load_profile("ci")  # no deadline on a shared machine, the same examples every time

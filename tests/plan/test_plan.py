@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_hidrop.plan.plan import Plan, Span, make_plan
+from vllm_hidrop.plan.places import Span
+from vllm_hidrop.plan.plan import Plan, make_plan
 from vllm_hidrop.plan.schedule import Keep, KeepValue, Schedule
 
 settings.load_profile("ci")  # no deadline on a shared machine, the same examples every time

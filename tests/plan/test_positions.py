@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vllm_hidrop.plan.plan import Span
+from vllm_hidrop.plan.places import Span
 from vllm_hidrop.plan.positions import grouped_ids
 
 

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_hidrop.plan.plan import Plan, Span
+from vllm_hidrop.plan.places import Span
+from vllm_hidrop.plan.plan import Plan
 from vllm_hidrop.plan.schedule import Cached
-from vllm_hidrop.runners.cache_moves import SlotLayout, places_cached
+from vllm_hidrop.runners.cache_moves import SlotLayout, slots_that_stay
 from vllm_hidrop.staged.step import IntArray, Survivors
 
 settings.load_profile("ci")  # no deadline on a shared machine, the same examples every time
@@ -48,7 +49,7 @@ def test_slots_that_stay_are_those_of_text_and_of_the_tokens_cached(
         return sorted(left)
 
     ran = rows(survivors[stage])
-    found = places_cached(plan, survivors, stage, cached)
+    found = slots_that_stay(plan, survivors, stage, cached)
     assert found.dtype == np.int64
     assert [ran[slot] for slot in found] == rows(survivors[-1] if cached is Cached.FINAL else None)
 

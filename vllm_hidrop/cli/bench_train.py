@@ -12,7 +12,8 @@ from vllm_hidrop.config import make_method
 from vllm_hidrop.methods import Method, ModelShape
 from vllm_hidrop.outputs import write_file
 from vllm_hidrop.plan.costs import request_costs
-from vllm_hidrop.plan.plan import Span, make_plan
+from vllm_hidrop.plan.places import Span
+from vllm_hidrop.plan.plan import make_plan
 from vllm_hidrop.plan.shapes import text_shape, vision_shape
 from vllm_hidrop.terminal import Terminal
 

@@ -16,11 +16,12 @@ from rich.table import Table
 from vllm_hidrop.config import HidropConfig, Resolved, resolve
 from vllm_hidrop.methods import Adaptive, ModelShape
 from vllm_hidrop.methods.visipruner import VisiPruner
-from vllm_hidrop.plan import costs
-from vllm_hidrop.plan.costs import RequestCosts, StageCosts, TextShape, VisionShape
+from vllm_hidrop.plan import costs, shapes
+from vllm_hidrop.plan.costs import RequestCosts, StageCosts
 from vllm_hidrop.plan.paper_flops import PaperFlops, paper_flops
-from vllm_hidrop.plan.plan import Span, make_plan
-from vllm_hidrop.plan.shapes import text_shape, vision_shape
+from vllm_hidrop.plan.places import Span
+from vllm_hidrop.plan.plan import make_plan
+from vllm_hidrop.plan.shapes import TextShape, VisionShape, text_shape, vision_shape
 from vllm_hidrop.terminal import Terminal
 
 EMBEDDED = "embedded"
@@ -39,8 +40,8 @@ class Model:
 
 
 SHAPES = {
-    "7b": Model(costs.LLAVA_7B, costs.LLAVA_7B_VISION, 576),
-    "13b": Model(costs.LLAVA_13B, costs.LLAVA_13B_VISION, 576),
+    "7b": Model(shapes.LLAVA_7B, shapes.LLAVA_7B_VISION, 576),
+    "13b": Model(shapes.LLAVA_13B, shapes.LLAVA_13B_VISION, 576),
 }
 """LLaVA-1.5, known without any file."""
 

@@ -1,4 +1,1 @@
-"""The vLLM layer: stage groups, scheduler, stage batches, the staged layer loop.
-
-Knows stages, never a method or a family.
-"""
+"""vLLM's scheduler side: configuration, gate, scheduler, KV cache, reports. No method or family is named here."""

@@ -1,7 +1,7 @@
-"""The vLLM version this package is written for, the check that it is the one installed, and what we add to its classes.
+"""The vLLM version this package is written for, the check that it is the one installed, and what we do to its classes.
 
-Added: a method of ``EngineCore`` (:func:`let_clients_ask`), a watch on the server (:func:`end_with_parent`). Nothing of
-vLLM's is replaced.
+Two of its objects become ours after construction (:func:`specialise`), ``EngineCore`` gets a method more
+(:func:`let_clients_ask`), its processes a watch on the server (:func:`end_with_parent`).
 """
 
 import multiprocessing
@@ -36,6 +36,22 @@ def check_vllm_version() -> None:
     found = installed_vllm_version()
     if found != VLLM_VERSION:
         raise RuntimeError(f"vllm_hidrop needs vLLM {VLLM_VERSION}, found {found or 'none'}")
+
+
+def specialise(instance: Any, cls: type, **state: Any) -> None:
+    """Make an object that vLLM has just constructed one of a subclass of its class, with more attributes.
+
+    Why: vLLM names the class inside a method that does much else, so there is no seam to pass a class through (the
+    runner in a worker's ``init_device``, the cache manager in the scheduler's constructor). How: the subclass only
+    overrides methods, and its own attributes are set here. Delete it where vLLM takes the class as an argument.
+
+    Raises:
+        TypeError: ``cls`` extends another class; vLLM builds something else than we know.
+    """
+    if not issubclass(cls, type(instance)):
+        raise TypeError(f"{cls.__name__} extends another class than {type(instance).__name__}")
+    instance.__class__ = cls
+    vars(instance).update(state)
 
 
 INTEGRITY_CALL = "hidrop_integrity"

@@ -10,7 +10,7 @@ from vllm_hidrop.config import HidropConfig, Resolved, make_method, resolve
 from vllm_hidrop.engine.gate import check_gate
 from vllm_hidrop.engine.step_budget import most_tokens
 from vllm_hidrop.methods import METHODS, Adaptive, Method, ModelShape
-from vllm_hidrop.methods.adaptive import Chooser, EncoderReduction
+from vllm_hidrop.methods.adaptive import EncoderReduction
 from vllm_hidrop.plan.planner import Alternative, Planner
 from vllm_hidrop.plan.positions import PositionScheme
 from vllm_hidrop.plan.schedule import Cached, Schedule
@@ -60,6 +60,7 @@ def configure(vllm_config: Any, family: Family) -> None:
             },
             "positions": str(resolved.positions),
             "shapes": _shapes(hf_config),
+            "model_shape": dataclasses.asdict(family.shape(hf_config)),
             # As it was the first time, where vLLM asks again.
             "step_rows": chosen.get("resolved", {}).get("step_rows") or _step_tokens(vllm_config.scheduler_config),
         },
@@ -189,7 +190,25 @@ def alternatives(resolved: Resolved, shape: ModelShape, has_kernel: bool) -> dic
     return found
 
 
-def reduction_of(methods: Iterable[Chooser]) -> EncoderReduction | None:
+def methods_of(vllm_config: Any) -> dict[str, Method]:
+    """By name, the methods that requests of a server may use."""
+    chosen = vllm_config.additional_config["hidrop"]["resolved"]
+    shape = ModelShape(**chosen["model_shape"])
+    own = make_method(chosen["method"], chosen["preset"], chosen["options"]).fitted(shape)
+    others = {name: default_method(name, shape).fitted(shape) for name in chosen["methods"] if name != own.name}
+    return {own.name: own, **others}
+
+
+def staged_decoder(vllm_config: Any, layers: Any, norm: Any) -> Any:
+    """A model's decoder layers and final norm as the staged loop runs them, a ``staged.loop.Decoder``."""
+    from vllm_hidrop.staged.loop import Decoder
+    from vllm_hidrop.staged.position_ids import ids_of
+
+    planner = Planner.from_vllm_config(vllm_config)
+    return Decoder(layers, norm, planner.schedule, ids_of(planner.positions))
+
+
+def reduction_of(methods: Iterable[Method]) -> EncoderReduction | None:
     """What the methods of a server do in the vision tower; at most one of them, the server's own, does anything."""
     found = (method.reduction for method in methods if isinstance(method, Adaptive))
     return next((reduction for reduction in found if reduction is not None), None)

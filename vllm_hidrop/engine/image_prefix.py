@@ -10,7 +10,7 @@
 
 h is the end of an image, c the last block boundary within the text before the first image. Blocks are the pool's and
 are evicted as any cached block is; the carried hidden states are the worker's, kept and dropped by order of the
-scheduler. Knows plans, blocks and bytes; not tensors.
+scheduler.
 """
 
 from collections import OrderedDict

@@ -2,7 +2,7 @@
 
 vLLM groups layers of equal spec and gives each group its own block tables from one shared pool. A :class:`StageSpec`
 carries its stage, so stages become groups; a :class:`StageManager` counts the tokens its stage holds instead of the
-tokens of the request. Knows no model runner.
+tokens of the request.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
+from vllm_hidrop.engine.compat import specialise
 from vllm_hidrop.engine.records import Record
 
 
@@ -154,7 +155,7 @@ def register_stage_spec() -> None:
 
 
 class StagedCacheManager(KVCacheManager):
-    """vLLM's manager, which knows how far each request's tables reach; state is set by :func:`adopt_cache_manager`.
+    """vLLM's manager, which knows how far each request's tables reach; see :func:`count_by`.
 
     Decode steps that need no block anywhere ask no stage's manager: vLLM asks every KV cache group twice per request
     and step, which with a group per few layers is most of a scheduler step (docs/performance.md).
@@ -194,11 +195,9 @@ class StagedCacheManager(KVCacheManager):
         self.reach.pop(name, None)
 
 
-def adopt_cache_manager(manager: KVCacheManager, records: Mapping[str, Record]) -> None:
+def count_by(manager: KVCacheManager, records: Mapping[str, Record]) -> None:
     """Make a freshly constructed manager ours, and its stages' managers count by these records, by request id."""
-    manager.__class__ = StagedCacheManager
-    assert isinstance(manager, StagedCacheManager)
-    manager.records, manager.reach = records, {}
+    specialise(manager, StagedCacheManager, records=records, reach={})
     for of_group in manager.coordinator.single_type_managers:
         assert isinstance(of_group, StageManager)
         of_group.follow(records)

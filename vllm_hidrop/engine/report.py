@@ -8,9 +8,10 @@ from typing import Any, Self
 
 from vllm.utils.math_utils import cdiv
 
-from vllm_hidrop.plan.costs import TextShape, VisionShape, encoder_flops, flops_run
+from vllm_hidrop.plan.costs import encoder_flops, flops_run
 from vllm_hidrop.plan.plan import Plan
 from vllm_hidrop.plan.planner import Planner
+from vllm_hidrop.plan.shapes import TextShape, VisionShape
 from vllm_hidrop.plan.signal import Signal
 from vllm_hidrop.staged.explain import Patches, every_patch
 

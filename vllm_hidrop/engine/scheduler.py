@@ -48,7 +48,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_hidrop.engine.compat import let_clients_ask
 from vllm_hidrop.engine.image_prefix import Entry, ImagePrefixes
 from vllm_hidrop.engine.integrity import IntegrityLog, find_faults
-from vllm_hidrop.engine.kv_cache import adopt_cache_manager, block_size_of
+from vllm_hidrop.engine.kv_cache import block_size_of, count_by
 from vllm_hidrop.engine.records import Record
 from vllm_hidrop.engine.report import Costing, Run, tower_images, what_ran, with_blocks
 from vllm_hidrop.engine.step_budget import StepBudget
@@ -82,7 +82,7 @@ class StagedScheduler(Scheduler):
                 raise ValueError(
                     f"KV blocks have {self.planner.block_size} slots, the scheduler counts {self.block_size}"
                 )
-            adopt_cache_manager(self.kv_cache_manager, self.records)
+            count_by(self.kv_cache_manager, self.records)
         managers, pool = self.kv_cache_manager.coordinator.single_type_managers, self.kv_cache_manager.block_pool
         model = self.vllm_config.model_config
         row_bytes = model.get_hidden_size() * model.dtype.itemsize
@@ -309,17 +309,7 @@ class StagedScheduler(Scheduler):
 
     def _reuse_off(self, plan: Plan) -> str | None:
         """Why no image of this prompt could have been reused."""
-        if not self.kv_cache_manager.enable_caching:
-            return "disabled"
-        if not plan.is_pruned:
-            return None
-        if plan.adaptive:
-            return "adaptive"
-        if not self.planner.cache_is_exact:
-            return "cache_dtype"
-        if plan.first_cut == 0:
-            return "first_layer"
-        return "states" if plan.first_cut < len(plan.kept) and not self.planner.state_bytes else None
+        return self.planner.reuse_off(plan) if self.kv_cache_manager.enable_caching else "disabled"
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
         """Report what the request held, free it as vLLM does, forget its record."""

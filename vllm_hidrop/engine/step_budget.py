@@ -4,8 +4,6 @@
 more of them share a step; vLLM's own limit, which sizes its buffers, is set higher by :func:`most_tokens`.
 """
 
-from collections.abc import Sequence
-
 from vllm_hidrop.plan.plan import Plan
 from vllm_hidrop.plan.schedule import Schedule
 
@@ -15,16 +13,8 @@ MOST_TOKENS_PER_ROW = 4
 
 def most_tokens(num_rows: int, schedule: Schedule, num_image_tokens: int) -> int:
     """Prompt tokens of images that make ``num_rows`` rows under a schedule, at most a few per row."""
-    kept = [stage.keep.resolve(num_image_tokens) for stage in schedule.stages]
-    rows = mean_over_layers(kept, schedule)
+    rows = schedule.mean_kept(num_image_tokens)
     return int(num_rows * min(MOST_TOKENS_PER_ROW, num_image_tokens / max(rows, 1)))
-
-
-def mean_over_layers(of_stages: Sequence[int], schedule: Schedule) -> float:
-    """The mean of a number per stage, by the layers of each."""
-    firsts = (stage.first_layer for stage in schedule.stages)
-    layers = (end - first for first, end in zip(firsts, schedule.end_layers, strict=True))
-    return sum(number * count for number, count in zip(of_stages, layers, strict=True)) / schedule.num_layers
 
 
 class StepBudget:
@@ -77,7 +67,7 @@ class StepBudget:
             return num_new_tokens
         places = num_computed_tokens, num_computed_tokens + num_new_tokens
         held, holds = ([plan.stage_tokens(stage, place) for stage in range(len(plan.kept))] for place in places)
-        return mean_over_layers([n - m for m, n in zip(held, holds, strict=True)], self.schedule)
+        return self.schedule.mean_over_layers([n - m for m, n in zip(held, holds, strict=True)])
 
 
 def _ends_prompt(plan: Plan, num_computed_tokens: int, num_new_tokens: int) -> bool:

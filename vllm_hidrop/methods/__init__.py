@@ -3,7 +3,8 @@
 To add one: write ``methods/<paper>.py`` and add a row here.
 """
 
-from vllm_hidrop.methods.base import Adaptive, Method, ModelShape
+from vllm_hidrop.methods.adaptive import Adaptive
+from vllm_hidrop.methods.base import Method, ModelShape
 from vllm_hidrop.methods.controls import Random, Uniform
 from vllm_hidrop.methods.fastv import FastV
 from vllm_hidrop.methods.hidrop import HiDrop

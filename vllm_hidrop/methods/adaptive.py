@@ -1,17 +1,14 @@
-"""What a method asks of the engine, and what one offers that decides while a prompt runs how many vision tokens stay.
-
-Knows one image at a time; not layers' modules, not batches.
-"""
+"""What a method asks of the engine, and what one offers that decides in mid-prompt how many vision tokens stay."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 from math import isqrt
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 
+from vllm_hidrop.methods.base import Method
 from vllm_hidrop.methods.scoring import Signals
-from vllm_hidrop.plan.signal import Signal
 
 
 class Sight(StrEnum):
@@ -98,39 +95,34 @@ class Verdict(NamedTuple):
     stays: torch.Tensor
     """bool [V], the survivors that go on."""
     event: torch.Tensor
-    """bool scalar, what :meth:`Decider.remember` is told."""
+    """bool scalar, what :meth:`Adaptive.remember` is told."""
 
 
-class Chooser(Protocol):
-    """The engine's view of a method: it ranks tokens, and the keeps of the schedule say how many stay."""
+@dataclass(frozen=True)
+class Adaptive(Method):
+    """Base of the methods that decide how many tokens stay while a prompt runs.
 
-    @property
-    def signal(self) -> Signal:
-        """What :meth:`score` (or :meth:`Decider.judge`) reads."""
-
-    def score(self, signals: Signals) -> torch.Tensor:
-        """One float32 score per surviving vision token of one image, [V]; higher means keep."""
-
-
-@runtime_checkable
-class Decider(Chooser, Protocol):
-    """The engine's view of a method whose keeps are upper bounds.
-
-    The decision on entry to a stage is taken under the layer before it.
+    The keeps of the schedule are upper bounds, and there is no score: the decision on entry to a stage is taken under
+    the layer before it.
     """
 
     @property
     def reduction(self) -> EncoderReduction | None:
-        """What happens in the vision tower, if anything does."""
+        """What happens in the vision tower: nothing."""
+        return None
 
     def edit(self, layer: int) -> AttentionEdit | None:
-        """How the prompt's attention in ``layer`` is edited; None: not at all."""
+        """How the prompt's attention in ``layer`` is edited: not at all."""
+        return None
 
     def judges(self, layer: int, memory: Memory) -> bool:
         """Whether there is something to decide on entry to the stage that starts at ``layer``."""
+        raise NotImplementedError
 
     def judge(self, signals: Signals, memory: Memory) -> Verdict:
         """Decide about one image. No host synchronisation."""
+        raise NotImplementedError
 
     def remember(self, memory: Memory, event: bool) -> Memory:
-        """The memory after a decision."""
+        """The memory after a decision: the same."""
+        return memory

@@ -1,7 +1,4 @@
-"""What every method file provides: a schedule, a signal and a score.
-
-Knows no vLLM and no model.
-"""
+"""What every method file provides: a schedule, a signal and a score."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,7 +7,6 @@ from typing import ClassVar, Self
 
 import torch
 
-from vllm_hidrop.methods.adaptive import AttentionEdit, EncoderReduction, Memory, Verdict
 from vllm_hidrop.methods.scoring import Signals
 from vllm_hidrop.plan.positions import PositionScheme
 from vllm_hidrop.plan.schedule import Schedule
@@ -103,32 +99,3 @@ class Method:
     def score(self, signals: Signals) -> torch.Tensor:
         """One float32 score per surviving vision token of one image, [V]; higher means keep."""
         raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Adaptive(Method):
-    """Base of the methods that decide how many tokens stay while a prompt runs; a :class:`adaptive.Decider`.
-
-    The keeps of the schedule are upper bounds, and there is no score.
-    """
-
-    @property
-    def reduction(self) -> EncoderReduction | None:
-        """What happens in the vision tower: nothing."""
-        return None
-
-    def edit(self, layer: int) -> AttentionEdit | None:
-        """How the prompt's attention in ``layer`` is edited: not at all."""
-        return None
-
-    def judges(self, layer: int, memory: Memory) -> bool:
-        """Whether there is something to decide on entry to the stage that starts at ``layer``."""
-        raise NotImplementedError
-
-    def judge(self, signals: Signals, memory: Memory) -> Verdict:
-        """Decide about one image. No host synchronisation."""
-        raise NotImplementedError
-
-    def remember(self, memory: Memory, event: bool) -> Memory:
-        """The memory after a decision: the same."""
-        return memory

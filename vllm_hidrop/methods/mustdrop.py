@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
-from vllm_hidrop.methods.adaptive import EncoderReduction, KeyLayer, Memory, Verdict
-from vllm_hidrop.methods.base import Adaptive, ModelShape, check_shape, depth_ratio
-from vllm_hidrop.methods.scoring import Signals
+from vllm_hidrop.methods.adaptive import Adaptive, EncoderReduction, KeyLayer, Memory, Verdict
+from vllm_hidrop.methods.base import ModelShape, check_shape, depth_ratio
+from vllm_hidrop.methods.scoring import Signals, TextAttention
 from vllm_hidrop.plan.schedule import Cached, KeepValue, Schedule
 from vllm_hidrop.plan.signal import Signal
 
@@ -117,8 +117,7 @@ class MustDrop(Adaptive):
 
     def judge(self, signals: Signals, memory: Memory) -> Verdict:
         """The dual test: weak to the text as a whole and to each of its rows, and no key token."""
-        assert signals.text_attention is not None
-        total, peak = signals.text_attention
+        total, peak = signals.read(TextAttention)
         weak = (total < self.global_threshold * total.sum()) & (peak < self.individual_threshold)
         if signals.protected is not None:
             weak &= ~signals.protected

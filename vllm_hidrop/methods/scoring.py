@@ -1,14 +1,18 @@
-"""Signals and scores: what a method may look at, and one float32 score per vision token.
-
-Knows tensors, not vLLM; knows one image at a time, not batches.
-"""
+"""Statistics and scores of one image: what a method may look at, and one float32 score per vision token."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+
+
+class RowAttention(NamedTuple):
+    """Attention of the last prompt row to V tokens (HiDrop section 3.3, FastV section 4, PyramidDrop section 3)."""
+
+    weight: torch.Tensor
+    """float32 [V], softmax over all the request's rows, then mean over heads."""
 
 
 class Contribution(NamedTuple):
@@ -29,6 +33,11 @@ class TextAttention(NamedTuple):
     """float32 [V], maximum over the text rows."""
 
 
+Statistic = tuple[torch.Tensor, ...]
+"""A named tuple of [V] tensors, one of the above: what a signal comes to for one image."""
+Kind = TypeVar("Kind", bound=Statistic)
+
+
 @dataclass(frozen=True)
 class Signals:
     """What is known about one image's surviving vision tokens at a cut.
@@ -38,10 +47,7 @@ class Signals:
         keep: tokens the new stage keeps, 0 < keep < V; for a method that decides itself, at most so many.
         num_image_tokens: tokens the image had before any cut.
         survivors: int64 [V], index of every survivor inside its image, ascending unless merged tokens come first.
-        attention: float32 [V], attention of the last prompt row to each survivor: softmax over all the request's
-            rows, then mean over heads. None unless the method asks for a signal.
-        contribution: None unless the method asks for it.
-        text_attention: None unless the method asks for it.
+        statistic: of the survivors, by the method's signal; None where it asks for none.
         protected: bool [V], the tokens the encoder named as key tokens; None where no encoder does.
     """
 
@@ -49,10 +55,13 @@ class Signals:
     keep: int
     num_image_tokens: int
     survivors: torch.Tensor
-    attention: torch.Tensor | None
-    contribution: Contribution | None = None
-    text_attention: TextAttention | None = None
+    statistic: Statistic | None
     protected: torch.Tensor | None = None
+
+    def read(self, kind: type[Kind]) -> Kind:
+        """The statistic, which is of this kind."""
+        assert isinstance(self.statistic, kind), f"needs {kind.__name__}, got {type(self.statistic).__name__}"
+        return self.statistic
 
 
 Scorer = Callable[[Signals], torch.Tensor]
@@ -74,9 +83,8 @@ def select_top(scores: torch.Tensor, keep: int) -> torch.Tensor:
 
 
 def attention_score(signals: Signals) -> torch.Tensor:
-    """The attention itself; HiDrop section 3.3, FastV section 4, PyramidDrop section 3."""
-    assert signals.attention is not None
-    return signals.attention
+    """The last row's attention itself."""
+    return signals.read(RowAttention).weight
 
 
 def random_score(signals: Signals, seed: int) -> torch.Tensor:

@@ -5,9 +5,9 @@ from typing import Literal
 
 import torch
 
-from vllm_hidrop.methods.adaptive import AttentionEdit, Memory, Sight, Verdict
-from vllm_hidrop.methods.base import Adaptive, ModelShape, check_shape, depth_ratio
-from vllm_hidrop.methods.scoring import Signals, select_top
+from vllm_hidrop.methods.adaptive import Adaptive, AttentionEdit, Memory, Sight, Verdict
+from vllm_hidrop.methods.base import ModelShape, check_shape, depth_ratio
+from vllm_hidrop.methods.scoring import Contribution, Signals, select_top
 from vllm_hidrop.plan.schedule import Cached, KeepValue, Schedule
 from vllm_hidrop.plan.signal import Signal
 
@@ -154,8 +154,7 @@ class VisiPruner(Adaptive):
 
     def judge(self, signals: Signals, memory: Memory) -> Verdict:
         """When by the cosine, which by the norm (equations 6 to 8); then, whether to leave."""
-        assert signals.contribution is not None
-        norm, cosine = signals.contribution
+        norm, cosine = signals.read(Contribution)
         if memory is not None:
             passes = ~(cosine < self.exit_cosine).any()
             return Verdict(~(passes & (memory + 1 >= self.exit_count)).expand(len(norm)), passes)

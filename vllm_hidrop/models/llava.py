@@ -1,6 +1,6 @@
 """LLaVA-1.5 with a CLIP or SigLIP tower and a Llama, Mistral or Qwen2 text model."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -9,16 +9,12 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration, LlavaImagePixelInputs
 from vllm.model_executor.models.utils import StageMissingLayer
 
-from vllm_hidrop.engine.configure import reduction_of
+from vllm_hidrop.engine.configure import methods_of, reduction_of, staged_decoder
 from vllm_hidrop.methods.adaptive import KeyLayer
-from vllm_hidrop.models.staged import choosers, staged_forward
 from vllm_hidrop.plan.plan import DENSE
 from vllm_hidrop.runners.tower_attention import TowerKernel, has_tower_kernel
 from vllm_hidrop.staged.encoder_selection import ClassAttention, ReducingTower
-from vllm_hidrop.staged.loop import Enter, Outcome
 from vllm_hidrop.staged.merging import Reduced
-from vllm_hidrop.staged.renumbering import turned
-from vllm_hidrop.staged.step import StagedStep
 
 
 class HidropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -27,15 +23,15 @@ class HidropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         text = self.language_model.model
-        self._staged = staged_forward(vllm_config, text.layers, text.norm)
-        self.choosers = choosers(vllm_config)
+        self.decoder = staged_decoder(vllm_config, text.layers, text.norm)
+        self.methods = methods_of(vllm_config)
         self.reducing_tower: ReducingTower | None = None
         self.tower_kernel: TowerKernel | None = None
         if not isinstance(self.vision_tower, StageMissingLayer):  # a server of text alone loads no tower
             self._prepare_tower(vllm_config)
 
     def _prepare_tower(self, vllm_config: VllmConfig) -> None:
-        reduction = reduction_of(self.choosers.values())
+        reduction = reduction_of(self.methods.values())
         if reduction is not None:
             tower = self.vision_tower.vision_model
             is_last = reduction.key_layer is KeyLayer.LAST
@@ -75,13 +71,3 @@ class HidropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             tower.found += [None] * len(image_input["data"])
             return super()._process_image_input(image_input)
         return [tower.encode(pixels, self.multi_modal_projector) for pixels in image_input["pixel_values"]]
-
-    def forward_staged(
-        self, step: StagedStep, inputs_embeds: torch.Tensor, positions: torch.Tensor, enter: Enter
-    ) -> Outcome:
-        """Run a step that prefills pruned prompts; see ``staged.loop.StagedForward``."""
-        return self._staged(step, inputs_embeds, positions, enter)
-
-    def turned_keys(self, layer: int, distance: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What moves a layer's rotated keys by so many ids; see ``staged.renumbering.turned``."""
-        return turned(self.language_model.model.layers[layer].self_attn.rotary_emb, distance)

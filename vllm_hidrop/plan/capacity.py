@@ -1,13 +1,13 @@
 """How many requests per second a machine can hold at most, and how many machines a load needs: arithmetic on a plan.
 
-Knows costs and three numbers of a machine; measures nothing. Real servers reach less: scheduling, sampling, kernels
+Real servers reach less: scheduling, sampling, kernels
 below the speed that was given, requests of different lengths.
 """
 
 import math
 from dataclasses import dataclass
 
-from vllm_hidrop.plan.costs import TextShape
+from vllm_hidrop.plan.shapes import TextShape
 
 
 @dataclass(frozen=True)

@@ -11,111 +11,8 @@ from dataclasses import dataclass
 
 from vllm_hidrop.plan.plan import Plan
 from vllm_hidrop.plan.schedule import Schedule
-from vllm_hidrop.plan.signal import Signal
-
-
-@dataclass(frozen=True)
-class TextShape:
-    """The text model's sizes: a Llama-like decoder with gated MLP and grouped-query attention.
-
-    ``head_size`` is in elements, ``kv_bytes_per_element`` in bytes (2 for float16 and bfloat16).
-    """
-
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    vocab_size: int
-    kv_bytes_per_element: int = 2
-
-    @property
-    def kv_bytes_per_row(self) -> int:
-        """Bytes of one row's K and V in one layer."""
-        return 2 * self.num_kv_heads * self.head_size * self.kv_bytes_per_element
-
-    @property
-    def qkv_flops_per_row(self) -> int:
-        """FLOPs of one row's Q, K and V projections in one layer: ``2 C (H + 2 G) D``."""
-        heads = self.num_heads + 2 * self.num_kv_heads
-        return 2 * self.hidden_size * heads * self.head_size
-
-    def layer_flops(self, rows: int) -> int:
-        """FLOPs of one decoder layer that prefills ``rows`` rows.
-
-        ``T (2 C (H + 2 G) D + 2 H D C + 6 C M) + 4 H D T (T + 1) / 2`` with T rows, C hidden size,
-        H query heads, G key/value heads, D head size and M the MLP's size: 2 per weight and row for
-        Q, K, V, output and the three MLP matrices; then, causally, ``Q K^T`` and the sum over V.
-        """
-        width = self.num_heads * self.head_size
-        output_and_mlp = 2 * width * self.hidden_size + 6 * self.hidden_size * self.intermediate_size
-        attention = 2 * width * rows * (rows + 1)
-        return rows * (self.qkv_flops_per_row + output_and_mlp) + attention
-
-    @property
-    def lm_head_flops(self) -> int:
-        """FLOPs of the one row whose logits prefill needs: ``2 C vocabulary``."""
-        return 2 * self.hidden_size * self.vocab_size
-
-    @property
-    def num_weights(self) -> int:
-        """Weights of all matrices that a decode step reads, LM head included; each costs a row 2 FLOPs."""
-        width = self.num_heads * self.head_size
-        per_layer = self.qkv_flops_per_row // 2 + self.hidden_size * (width + 3 * self.intermediate_size)
-        return self.num_layers * per_layer + self.hidden_size * self.vocab_size
-
-
-LLAVA_7B = TextShape(32, 4096, 11008, 32, 32, 128, 32064)
-"""LLaVA-1.5-7B's language model, Vicuna-7B."""
-LLAVA_13B = TextShape(40, 5120, 13824, 40, 40, 128, 32064)
-"""LLaVA-1.5-13B's language model, Vicuna-13B."""
-
-
-@dataclass(frozen=True)
-class VisionShape:
-    """A ViT as in CLIP or SigLIP, and LLaVA's two-layer projector behind it.
-
-    ``num_layers`` counts the layers that run (LLaVA reads the last but one, so the last never does).
-    ``num_tokens`` are the tower's rows, a class token included; ``num_patches`` of them are
-    projected from ``projector_input_size`` to ``text_hidden_size``.
-    """
-
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    patch_size: int
-    num_patches: int
-    num_tokens: int
-    projector_input_size: int
-    text_hidden_size: int
-    num_channels: int = 3
-
-    def flops(self, tokens_left: int | None = None) -> int:
-        """FLOPs of one image: ``2 P c p^2 C``, ``L (T (8 C^2 + 4 C M) + 4 C T^2)``, projector.
-
-        P patches of side p and c channels, T rows, L layers, C hidden size, M MLP size; attention
-        is bidirectional. The projector is ``2 P (C_in C_text + C_text^2)``.
-
-        Args:
-            tokens_left: of the image's patches, those that the layers after the first and the projector still run.
-        """
-        left = self.num_patches if tokens_left is None else tokens_left
-        later = left + self.num_tokens - self.num_patches
-        patches = 2 * self.num_patches * self.num_channels * self.patch_size**2 * self.hidden_size
-        layers = self._layer_flops(self.num_tokens) + (self.num_layers - 1) * self._layer_flops(later)
-        into, out = self.projector_input_size, self.text_hidden_size
-        return patches + layers + 2 * left * (into * out + out**2)
-
-    def _layer_flops(self, rows: int) -> int:
-        hidden = self.hidden_size
-        return rows * (8 * hidden**2 + 4 * hidden * self.intermediate_size) + 4 * hidden * rows**2
-
-
-LLAVA_7B_VISION = VisionShape(23, 1024, 4096, 14, 576, 577, 1024, 4096)
-"""CLIP ViT-L/14 at 336 pixels up to its last but one layer, projected to 4096."""
-LLAVA_13B_VISION = VisionShape(23, 1024, 4096, 14, 576, 577, 1024, 5120)
-"""The same, projected to 5120."""
+from vllm_hidrop.plan.shapes import TextShape, VisionShape
+from vllm_hidrop.plan.signal import Signal, Under
 
 
 def group_size(schedule: Schedule) -> int:
@@ -360,22 +257,20 @@ def _stage_costs(
 def _cut_flops(shape: TextShape, plan: Plan, signal: Signal, stage: int) -> int:
     """FLOPs of scoring at the cut before ``stage``; 0 where nothing has to be chosen.
 
-    The one query row meets every row's K: ``2 H D T``. Under the next layer's Q and K, that layer's
-    Q, K and V are projected for the rows before the cut, of which its own costs hold the kept ones. What an adaptive
-    method reads: the same row with K and twice with V, or all text rows with K.
+    Every row of attention that the signal costs meets all T rows before the cut: ``2 H D T``. Under the next layer,
+    that layer's Q, K and V are projected for all of them, of which its own costs hold the kept ones.
     """
     if stage == 0 or signal is Signal.NONE:
         return 0
     rows_before = plan.num_prompt_tokens - plan.dropped[stage - 1]
     width = shape.num_heads * shape.head_size
+    flops = 2 * width * signal.attention_rows(plan) * rows_before
     if plan.adaptive:  # judged on entry to every stage, whether it changes or not
-        rows = 3 if signal is Signal.CONTRIBUTION else plan.num_prompt_tokens - plan.num_vision_tokens
-        return 2 * width * rows * rows_before if sum(plan.kept[stage - 1]) else 0
+        return flops if sum(plan.kept[stage - 1]) else 0
     images = zip(plan.kept[stage - 1], plan.kept[stage], strict=True)
     if not any(0 < now < before for before, now in images):
         return 0
-    flops = 2 * width * rows_before
-    if signal is Signal.NEXT_ATTENTION:
+    if signal.under is Under.NEXT_LAYER:
         rows_gone = plan.dropped[stage] - plan.dropped[stage - 1]
         flops += shape.qkv_flops_per_row * rows_gone
     return flops

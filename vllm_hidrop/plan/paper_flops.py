@@ -7,7 +7,8 @@ Text rows, their attention to vision, scoring and the vision tower are left out,
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vllm_hidrop.plan.costs import RequestCosts, TextShape
+from vllm_hidrop.plan.costs import RequestCosts
+from vllm_hidrop.plan.shapes import TextShape
 
 FORMULA = "sum over layers of 4 n d^2 + 2 n^2 d + 3 n d m"
 """n vision tokens of the layer, d hidden size, m size of the MLP."""

@@ -1,28 +1,15 @@
-"""A request's plan: its images, and how many of their tokens every stage of the schedule keeps, as host data.
-
-Knows places in a prompt; not tensors.
-"""
+"""A request's plan: its images, and how many of their tokens every stage of the schedule keeps, as host data."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
+import numpy as np
+import numpy.typing as npt
+
+from vllm_hidrop.plan.places import Span, StagePlaces
 from vllm_hidrop.plan.schedule import Cached, Schedule
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where one image's vision tokens stand in the full prompt: ``[offset, offset + length)``."""
-
-    offset: int
-    length: int
-
-    @property
-    def end(self) -> int:
-        """Exclusive end position."""
-        return self.offset + self.length
-
 
 DENSE = ""
 """The encoding of images whose features are stock vLLM's to the bit."""
@@ -121,13 +108,16 @@ class Plan:
             return num_tokens - self.dropped[stage]
         if not self.is_pruned or num_tokens <= self.prefix_tokens:
             return num_tokens
-        return self.carried_from if stage >= self.first_cut else self.before_cut(stage, num_tokens)
+        return self.carried_from if stage >= self.first_cut else self.places[stage].count(num_tokens)
 
-    def before_cut(self, stage: int, num_tokens: int) -> int:
-        """Tokens of a stage before the first cut among the first tokens of the prompt, whole images only."""
-        images = [image for image, span in enumerate(self.spans) if span.offset < num_tokens]
-        assert all(self.spans[image].end <= num_tokens for image in images), "an image cannot be split"
-        return num_tokens - sum(self.spans[image].length - self.kept[stage][image] for image in images)
+    @cached_property
+    def places(self) -> tuple[StagePlaces, ...]:
+        """Of every stage, where the prompt's tokens stand."""
+        return tuple(StagePlaces(self.spans, kept) for kept in self.kept)
+
+    def places_entering(self, stage: int) -> StagePlaces:
+        """Where the prompt's tokens stand on entry to a stage: as in the stage before, or in the full prompt."""
+        return self.places[stage - 1] if stage else StagePlaces(self.spans, tuple(span.length for span in self.spans))
 
     @cached_property
     def first_cut(self) -> int:
@@ -141,17 +131,13 @@ class Plan:
 
     def num_carried(self, num_tokens: int) -> int:
         """Rows that enter the first cut for the tokens from ``carried_from`` to the end of an image."""
-        return self.before_cut(self.first_cut - 1, num_tokens) - self.carried_from
+        return self.places_entering(self.first_cut).count(num_tokens) - self.carried_from
 
-    def places_carried(self, num_tokens: int) -> list[int]:
-        """Their places in the prompt."""
-        gone = {
-            place
-            for span, kept in zip(self.spans, self.kept[self.first_cut - 1], strict=True)
-            for place in range(span.offset, span.end)
-            if not kept
-        }
-        return [place for place in range(self.carried_from, num_tokens) if place not in gone]
+    def places_carried(self, num_tokens: int) -> npt.NDArray[np.int64]:
+        """Their prompt places, int64 [n]."""
+        entering = self.places_entering(self.first_cut)
+        whole = [np.arange(kept, dtype=np.int32) for kept in entering.kept]
+        return entering.prompt_places(self.num_prompt_tokens, whole)[self.carried_from : entering.count(num_tokens)]
 
 
 ENDS_WITH_IMAGE = "the prompt ends with an image: no text row is left to score from"

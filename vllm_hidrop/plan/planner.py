@@ -1,16 +1,14 @@
-"""From a request's own wishes and its prompt to its plan; the same function in server, scheduler and worker.
-
-Knows the server's schedule as plain data; not methods.
-"""
+"""From a request's own wishes and its prompt to its plan; the same function in server, scheduler and worker."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vllm_hidrop.plan.plan import DENSE, Plan, Span, make_plan
+from vllm_hidrop.plan.places import Span
+from vllm_hidrop.plan.plan import DENSE, Plan, make_plan
 from vllm_hidrop.plan.positions import PositionScheme
 from vllm_hidrop.plan.schedule import KeepValue, Schedule
-from vllm_hidrop.plan.signal import Signal
+from vllm_hidrop.plan.signal import Signal, Under
 
 REQUEST_KEYS = {
     "hidrop": 'on (default) or off: "off" keeps every vision token in every layer, equal to stock vLLM',
@@ -41,12 +39,12 @@ class Alternative:
     def load(cls, data: Mapping[str, Any]) -> "Alternative":
         """Read what :meth:`dump` wrote."""
         signal = data["signal"]
-        signal = None if signal is None else Signal(signal)
+        signal = None if signal is None else Signal[signal]
         return cls(Schedule.load(data["schedule"]), signal, data["adaptive"], data["encoding"])
 
     def dump(self) -> dict[str, Any]:
         """Plain data, so that it can travel inside an engine configuration."""
-        signal = None if self.signal is None else str(self.signal)
+        signal = None if self.signal is None else self.signal.name
         return {
             "schedule": self.schedule.dump(),
             "signal": signal,
@@ -169,6 +167,18 @@ class Planner:
         is_same = not plan.adaptive and self.cache_is_exact and self.positions is not PositionScheme.RENUMBERED
         return plan.spans[0].offset if plan.is_pruned and is_same else 0
 
+    def reuse_off(self, plan: Plan) -> str | None:
+        """Why no image of this prompt can be reused by a later one, or come from an earlier one; None where it can."""
+        if not plan.is_pruned:
+            return None
+        if plan.adaptive:
+            return "adaptive"
+        if not self.cache_is_exact:
+            return "cache_dtype"
+        if plan.first_cut == 0:
+            return "first_layer"
+        return "states" if plan.first_cut < len(plan.kept) and not self.state_bytes else None
+
     def plan_or_refuse(self, request: Any) -> tuple[Plan, str | None]:
         """Plan vLLM's request, the same in scheduler and worker; a refused one runs dense until it is ended.
 
@@ -214,10 +224,12 @@ class Planner:
             before = span.length
             for stage, kept in enumerate(plan.kept):
                 now = kept[image]
-                if 0 < now < before and method.signal is None:
-                    raise ValueError(f"method {plan.method!r} cannot choose tokens: keep must be all or 0")
-                if 0 < now < before and stage == 0 and method.signal is Signal.PREVIOUS_ATTENTION:
-                    raise ValueError(f"method {plan.method!r} ranks by the layer before: stage 0 must keep all or 0")
+                if 0 < now < before:
+                    if method.signal is None:
+                        raise ValueError(f"method {plan.method!r} cannot choose tokens: keep must be all or 0")
+                    if stage == 0 and method.signal.under is Under.LAST_LAYER:
+                        why = "ranks by the layer before: stage 0 must keep all or 0"
+                        raise ValueError(f"method {plan.method!r} {why}")
                 before = now or before
 
 

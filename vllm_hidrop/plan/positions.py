@@ -1,7 +1,4 @@
-"""Position schemes: which RoPE id every row has; HiDrop section 3.3, and the released PyramidDrop and MustDrop.
-
-Knows places in a prompt; not layers, not tensors.
-"""
+"""Position schemes: which RoPE id every row has; HiDrop section 3.3, and the released PyramidDrop and MustDrop."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -9,7 +6,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from vllm_hidrop.plan.plan import Span
+from vllm_hidrop.plan.places import Span
 
 
 class PositionScheme(StrEnum):

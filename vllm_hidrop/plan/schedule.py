@@ -1,10 +1,4 @@
-"""Schedules: which layers keep how many vision tokens, as host data.
-
-Knows nothing of vLLM, of tensors or of how tokens are scored.
-
-Axes used throughout the package: requests R, rows T, vision tokens V, heads H, head size D, layers L.
-Layers are zero-based and layer ranges half-open.
-"""
+"""Schedules: which layers keep how many vision tokens, as host data."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -159,9 +153,14 @@ class Schedule:
         """Exclusive last layer of every stage."""
         return (*(stage.first_layer for stage in self.stages[1:]), self.num_layers)
 
+    @cached_property
+    def layer_ranges(self) -> tuple[range, ...]:
+        """The layers of every stage."""
+        return tuple(range(stage.first_layer, end) for stage, end in zip(self.stages, self.end_layers, strict=True))
+
     def layers_in(self, stage: int) -> int:
         """Number of layers of a stage."""
-        return self.end_layers[stage] - self.stages[stage].first_layer
+        return len(self.layer_ranges[stage])
 
     def stage_of_layer(self, layer: int) -> int:
         """Index of the stage that holds ``layer``."""
@@ -182,8 +181,12 @@ class Schedule:
 
     def mean_kept(self, num_tokens: int) -> float:
         """Vision tokens of one image, mean over all layers."""
-        kept = self.kept(num_tokens)
-        return sum(k * self.layers_in(i) for i, k in enumerate(kept)) / self.num_layers
+        return self.mean_over_layers(self.kept(num_tokens))
+
+    def mean_over_layers(self, of_stages: Sequence[int]) -> float:
+        """The mean of a number per stage, by the layers of each."""
+        weighted = (len(layers) * number for layers, number in zip(self.layer_ranges, of_stages, strict=True))
+        return sum(weighted) / self.num_layers
 
 
 def check_keeps(keeps: Sequence[Keep]) -> None:

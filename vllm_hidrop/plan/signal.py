@@ -1,18 +1,50 @@
-"""What a method may ask the engine to compute at a cut, by name."""
+"""The signals: what a method may ask the engine to compute at a cut, where, and what that costs.
+
+A signal is one entry here and one function of the same name in ``staged.signals``.
+"""
 
 from enum import StrEnum
+from typing import Self
+
+from vllm_hidrop.plan.plan import Plan
+
+
+class Under(StrEnum):
+    """Whose Q, K and V a signal is computed from."""
+
+    LAST_LAYER = "last layer of the old stage"
+    NEXT_LAYER = "first layer of the new stage, on all rows before the cut"
+    NO_LAYER = "none"
 
 
 class Signal(StrEnum):
-    """What a scorer needs the engine to compute at a cut."""
+    """One entry per signal: its name, the layer it is computed under, the rows of attention that it costs.
 
-    NEXT_ATTENTION = "next_attention"
-    """Last prompt row's attention under the Q and K of the first layer of the new stage, on all current rows."""
-    PREVIOUS_ATTENTION = "previous_attention"
-    """The same under the Q and K of the last layer of the old stage, as that layer ran."""
-    CONTRIBUTION = "contribution"
-    """What each vision token adds to the last prompt row's attention output, in the last layer of the old stage."""
-    TEXT_ATTENTION = "text_attention"
-    """Attention of all text rows after the image, in the last layer of the old stage."""
-    NONE = "none"
+    A row of attention is one product with every prompt row's K or V, 2 H D FLOPs each.
+    """
+
+    NEXT_ATTENTION = "next_attention", Under.NEXT_LAYER, 1
+    """Attention that the last prompt row pays to each vision token."""
+    PREVIOUS_ATTENTION = "previous_attention", Under.LAST_LAYER, 1
+    """The same, as the last layer of the old stage ran."""
+    CONTRIBUTION = "contribution", Under.LAST_LAYER, 3
+    """What each vision token adds to the last prompt row's attention output: one product with K, two with V."""
+    TEXT_ATTENTION = "text_attention", Under.LAST_LAYER, None
+    """Attention that each vision token gets from all text rows behind the first image."""
+    NONE = "none", Under.NO_LAYER, 0
     """Nothing: the score depends on the token's place only."""
+
+    under: Under
+    rows: int | None
+    """None: as many as the prompt has text rows."""
+
+    def __new__(cls, name: str, under: Under, rows: int | None) -> Self:
+        """A member whose value is its name."""
+        member = str.__new__(cls, name)
+        member._value_ = name
+        member.under, member.rows = under, rows
+        return member
+
+    def attention_rows(self, plan: Plan) -> int:
+        """Rows of attention that the signal costs at one cut of a prompt."""
+        return plan.num_prompt_tokens - plan.num_vision_tokens if self.rows is None else self.rows

@@ -1,6 +1,6 @@
 """Closing up a request's KV cache: the slots that stay move to its first ones, inside its own blocks.
 
-Knows how a page stores a slot by having watched a page being written; so it works for every cache layout and dtype.
+How a page stores a slot is learnt by writing one; so it works for every cache layout and dtype.
 """
 
 from collections.abc import Callable
@@ -119,18 +119,11 @@ class SlotLayout:
         return held_in[:, None, None], heads[None, :, None], row, column
 
 
-def places_cached(plan: Plan, survivors: Survivors, stage: int, cached: Cached) -> npt.NDArray[np.int64]:
+def slots_that_stay(plan: Plan, survivors: Survivors, stage: int, cached: Cached) -> npt.NDArray[np.int64]:
     """Slots of a prompt in ``stage``, as it ran, that stay in the cache afterwards, int64 [n], ascending."""
+    ran = plan.places[stage].prompt_places(plan.num_prompt_tokens, survivors[stage])
     if cached is Cached.KEPT:
-        return np.arange(plan.num_prompt_tokens - plan.dropped[stage])
-    stays = np.ones(plan.num_prompt_tokens, dtype=np.bool_)
-    ran = []
-    cursor = 0
-    for image, span in enumerate(plan.spans):
-        ran += [np.arange(cursor, span.offset), span.offset + survivors[stage][image]]
-        cursor = span.end
-        stays[span.offset : span.end] = False
-        if cached is Cached.FINAL:
-            stays[span.offset + survivors[-1][image]] = True
-    ran.append(np.arange(cursor, plan.num_prompt_tokens))
-    return np.flatnonzero(stays[np.concatenate(ran)])
+        return np.arange(len(ran))
+    none = [np.zeros(0, dtype=np.int32)] * len(plan.spans)
+    left = survivors[-1] if cached is Cached.FINAL else none
+    return np.flatnonzero(np.isin(ran, plan.places[stage].prompt_places(plan.num_prompt_tokens, left)))

@@ -1,12 +1,12 @@
 """Adapter to vLLM's V1 model runner (CPU; CUDA with ``VLLM_USE_V2_MODEL_RUNNER=0``).
 
-The runner stays vLLM's own: :func:`adopt` turns a constructed one into its staged subclass, which overrides the few
-hooks below. Everything they call is in ``batch``, ``kv_cache`` and ``forward``.
+The runner stays vLLM's own: :func:`make_staged` turns a constructed one into its staged subclass, which overrides the
+few hooks below. What they call is in ``staged``, ``runners.requests`` and ``runners.cache_moves``.
 """
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -19,49 +19,43 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_hidrop.engine.image_prefix import Orders
+from vllm_hidrop.engine.compat import specialise
 from vllm_hidrop.engine.kv_cache import StageSpec, block_size_of
-from vllm_hidrop.plan.plan import Plan
 from vllm_hidrop.plan.planner import Planner
-from vllm_hidrop.plan.positions import PositionScheme, grouped_ids
-from vllm_hidrop.runners import block_tables as tables
-from vllm_hidrop.runners.cache_moves import SlotLayout, places_cached
-from vllm_hidrop.staged.explain import Patches
+from vllm_hidrop.plan.positions import PositionScheme
+from vllm_hidrop.runners.block_tables import StackedTables
+from vllm_hidrop.runners.cache_moves import SlotLayout, slots_that_stay
+from vllm_hidrop.runners.requests import WorkerRecord, WorkerRequests, attach_report
+from vllm_hidrop.staged.adaptive_loop import run_staged
 from vllm_hidrop.staged.loop import Outcome
-from vllm_hidrop.staged.merging import Reduced
-from vllm_hidrop.staged.step import PrunedPrefill, StageBatch, StagedStep, Survivors, grouped_positions, make_step
-
-
-@dataclasses.dataclass
-class Tracked:
-    """What the worker knows of a request."""
-
-    plan: Plan
-    """Of its prompt's prefill."""
-    cached: Plan
-    """What its caches hold afterwards."""
-    survivors: Survivors | None = None
-    """What was decided, once it was; a preempted prompt runs by it again."""
-
-    def at(self, num_computed_tokens: int) -> Plan:
-        """What counts the stages' tokens in a step that starts there."""
-        return self.cached if num_computed_tokens >= self.plan.num_prompt_tokens else self.plan
+from vllm_hidrop.staged.model import StagedModel
+from vllm_hidrop.staged.position_ids import turned
+from vllm_hidrop.staged.step import PrunedPrefill, StageBatch, StagedStep, grouped_positions
 
 
 class StagedRunner(GPUModelRunner):
-    """Overrides of a V1 model runner (the CPU runner derives from the GPU one); state is set by :func:`adopt`."""
+    """Overrides of a V1 model runner (the CPU runner derives from the GPU one).
 
+    Attributes:
+        planner: of the server.
+        staged: what is known of the requests.
+        step: the layout of the running step; None in dummy runs.
+        outcome: of the running step, once its staged loop has run.
+        built: attention metadata of the running step, by the rows it is for.
+        tables: the block tables of all KV groups.
+        slot_layouts: how pages store slots, by what makes pages alike.
+    """
+
+    model: StagedModel
     planner: Planner
-    tracked: dict[str, Tracked]
-    reduced: dict[str, Reduced]
+    staged: WorkerRequests
     step: StagedStep | None
-    selection_seconds: float
-    patches: dict[str, Patches]
+    outcome: Outcome | None
     built: dict[StageBatch, Any]
+    tables: StackedTables
     slot_layouts: dict[Any, SlotLayout]
-    states: dict[int, torch.Tensor]
-    orders: Orders
-    carried: dict[str, torch.Tensor]
+
+    # Caches: a spec, block tables and slots per stage.
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """The specs vLLM finds, each with its layer's stage."""
@@ -73,31 +67,46 @@ class StagedRunner(GPUModelRunner):
         return StageSpec.of(spec, self.planner.schedule.stage_of_layer(extract_layer_index(layer_name)))
 
     def may_reinitialize_input_batch(self, kv_cache_config: Any) -> None:
-        """The batch, with its block tables in one array and no slots of their own: see :meth:`_get_slot_mappings`.
-
-        The caches' form is final now, and so is the size of a block.
-        """
+        """The batch, its block tables in one array; the caches' form is final now, and so is the size of a block."""
         super().may_reinitialize_input_batch(kv_cache_config)
-        self.planner = dataclasses.replace(self.planner, block_size=block_size_of(kv_cache_config))
-        tables.adopt(self.input_batch.block_table)
+        self.planner = replace(self.planner, block_size=block_size_of(kv_cache_config))
+        self.staged = WorkerRequests(self.planner)
+        self.tables = StackedTables(self.input_batch.block_table)
+
+    @cached_property
+    def group_of_layer(self) -> dict[str, int]:
+        """KV cache group by layer name."""
+        groups = self.kv_cache_config.kv_cache_groups
+        return {name: index for index, group in enumerate(groups) for name in group.layer_names}
+
+    def _blocks(self, group_index: int, index: int) -> npt.NDArray[np.int32]:
+        """A group's blocks of the request at ``index`` in the batch, int32 [B]."""
+        return self.input_batch.block_table[group_index].block_table.np[index]
+
+    def _slot_layout(self, attention: Any) -> SlotLayout:
+        """Learnt once for all layers whose pages are alike."""
+        key = attention.kv_cache.shape[1:], attention.kv_cache.dtype, type(attention.impl)
+        if key not in self.slot_layouts:
+            self.slot_layouts[key] = SlotLayout.of(attention)
+        return self.slot_layouts[key]
+
+    def _read_keys(self, index: int, attention: Any, num_slots: int) -> torch.Tensor:
+        """See ``step.ReadKeys``; of the request at ``index`` in the batch."""
+        blocks = self._blocks(self.group_of_layer[attention.layer_name], index)
+        return self._slot_layout(attention).read_keys(attention.kv_cache, blocks, num_slots)
+
+    # A step: its requests, its layout, slots and metadata.
 
     def _update_states(self, scheduler_output: Any) -> Any:
-        """Forget what is finished and freed, then vLLM's update; also in steps that run nothing."""
-        for request_id in scheduler_output.finished_req_ids:
-            self.tracked.pop(request_id, None)
-        for identifier in scheduler_output.free_encoder_mm_hashes:
-            self.reduced.pop(identifier, None)
+        """Forget what is finished, freed and trimmed, then vLLM's update; also in steps that run nothing."""
+        self.staged.begin_step(scheduler_output)
         for request_id, num_blocks in getattr(scheduler_output, "trimmed", {}).items():
             self._trim(request_id, num_blocks)
-        self.orders = getattr(scheduler_output, "prefix_orders", Orders())
-        self.carried = {name: self.states[each.state][: each.num_rows] for name, each in self.orders.reuse.items()}
-        for state in self.orders.drop:
-            self.states.pop(state, None)
         updated = super()._update_states(scheduler_output)
         for request_id, images in getattr(scheduler_output, "images_again", {}).items():
             features = self.requests[request_id].mm_features
             for image, pixels in images.items():
-                features[image] = dataclasses.replace(features[image], data=pixels)
+                features[image] = replace(features[image], data=pixels)
         return updated
 
     def _trim(self, request_id: str, num_blocks: Sequence[int]) -> None:
@@ -114,48 +123,9 @@ class StagedRunner(GPUModelRunner):
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         batch = self.input_batch
         computed = batch.num_computed_tokens_cpu[: batch.num_reqs]
-        tracked = [self._track(request_id) for request_id in batch.req_ids]
-        self.step = make_step(
-            batch.req_ids,
-            [each.at(num_computed) for each, num_computed in zip(tracked, computed, strict=True)],
-            computed,
-            num_scheduled_tokens,
-            self.model.choosers,
-            lambda request_id: self.tracked[request_id].survivors,
-        )
-        if self.step.prefills:
-            prefills = tuple(map(self._with_prefix, self.step.prefills))
-            self.step = dataclasses.replace(self.step, prefills=prefills)
+        requests = [self.requests[name] for name in batch.req_ids]
+        self.step = self.staged.lay_out(requests, computed, num_scheduled_tokens, self.model.methods)
         return prepared
-
-    def _with_prefix(self, prefill: PrunedPrefill) -> PrunedPrefill:
-        """The prompt with what earlier steps computed of it, and what is to be kept of it."""
-        name = prefill.request_id
-        return dataclasses.replace(
-            prefill,
-            read_keys=partial(self._read_keys, prefill.index) if prefill.num_computed else None,
-            carried=self.carried.get(name),
-            keeps_state=name in self.orders.keep,
-        )
-
-    def _read_keys(self, index: int, attention: Any, num_slots: int) -> torch.Tensor:
-        """See ``batch.ReadKeys``; of the request at ``index`` in the batch."""
-        group = self.group_of_layer[attention.layer_name]
-        blocks = self.input_batch.block_table[group].block_table.np[index]
-        return self._slot_layout(attention).read_keys(attention.kv_cache, blocks, num_slots)
-
-    @cached_property
-    def group_of_layer(self) -> dict[str, int]:
-        """KV cache group by layer name."""
-        groups = self.kv_cache_config.kv_cache_groups
-        return {name: index for index, group in enumerate(groups) for name in group.layer_names}
-
-    def _track(self, request_id: str) -> Tracked:
-        tracked = self.tracked.get(request_id)
-        if tracked is None:
-            plan, _ = self.planner.plan_or_refuse(self.requests[request_id])
-            tracked = self.tracked[request_id] = Tracked(plan, plan.after_prefill(self.planner.schedule))
-        return tracked
 
     def _get_slot_mappings(self, *args: Any, **kwargs: Any) -> Any:
         """Compact slots of every group's stage, by group and by layer."""
@@ -171,7 +141,7 @@ class StagedRunner(GPUModelRunner):
 
     def _slots(self, groups: Sequence[int], batch: StageBatch) -> Iterable[tuple[int, torch.Tensor]]:
         """(group, int64 [T]): the slots of a stage's rows in the caches of groups that hold the same tokens."""
-        slots = self.input_batch.block_table.slots(groups, *batch.requests_and_slots)
+        slots = self.tables.slots(groups, *batch.requests_and_slots)
         return zip(groups, torch.from_numpy(slots).to(self.device), strict=True)
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
@@ -189,22 +159,11 @@ class StagedRunner(GPUModelRunner):
     def _metadata(self, group_index: int, batch: StageBatch, slots: torch.Tensor) -> Any:
         table = self.input_batch.block_table[group_index].get_device_tensor(len(batch.num_rows))
         if batch in self.built:
-            return dataclasses.replace(self.built[batch], block_table=table, slot_mapping=slots)
+            return replace(self.built[batch], block_table=table, slot_mapping=slots)
         (attention_group,) = self.attn_groups[group_index]
         common = self._common_metadata(batch, table, slots)
         self.built[batch] = attention_group.build_metadata(common, 0)
         return self.built[batch]
-
-    def _enter(self, step: StagedStep, stage: int) -> None:
-        """Lay a stage out anew in the running step: it has fewer rows than were planned for."""
-        context = get_forward_context()
-        batch = step.stages[stage]
-        groups = self.kv_cache_config.kv_cache_groups
-        here = [index for index, group in enumerate(groups) if group.kv_cache_spec.stage == stage]
-        for index, slots in self._slots(here, batch):
-            metadata = self._metadata(index, batch, slots)
-            context.slot_mapping.update(dict.fromkeys(groups[index].layer_names, slots))
-            context.attn_metadata.update(dict.fromkeys(groups[index].layer_names, metadata))
 
     def _common_metadata(self, batch: StageBatch, table: torch.Tensor, slots: torch.Tensor) -> CommonAttentionMetadata:
         row_starts = torch.from_numpy(batch.row_starts)
@@ -226,6 +185,39 @@ class StagedRunner(GPUModelRunner):
             is_prefilling=computed < self.input_batch.num_prompt_tokens_cpu_tensor[:num_requests],
         )
 
+    def _enter(self, step: StagedStep, stage: int) -> None:
+        """Lay a stage out anew in the running step: it has fewer rows than were planned for."""
+        context = get_forward_context()
+        batch = step.stages[stage]
+        groups = self.kv_cache_config.kv_cache_groups
+        here = [index for index, group in enumerate(groups) if group.kv_cache_spec.stage == stage]
+        for index, slots in self._slots(here, batch):
+            metadata = self._metadata(index, batch, slots)
+            context.slot_mapping.update(dict.fromkeys(groups[index].layer_names, slots))
+            context.attn_metadata.update(dict.fromkeys(groups[index].layer_names, metadata))
+
+    # The model: tower, layers, what stays in the caches, sampling.
+
+    def _execute_mm_encoder(self, scheduler_output: Any) -> Any:
+        """The vision tower of vLLM, once for each way in which this step's requests have their images encoded.
+
+        The scheduler has named the features by it, so that each are found by who may use them.
+        """
+        by_encoding: dict[str, dict[str, list[int]]] = {}
+        for request_id, images in scheduler_output.scheduled_encoder_inputs.items():
+            encoding = self.staged.record(self.requests[request_id]).plan.encoding
+            by_encoding.setdefault(encoding, {})[request_id] = images
+        outputs: list[torch.Tensor] = []
+        for encoding, inputs in by_encoding.items():
+            alike = replace(scheduler_output, scheduled_encoder_inputs=inputs)
+            with self.model.encoding(encoding) as found:
+                outputs += super()._execute_mm_encoder(alike)
+            if found:
+                identifiers = self._batch_mm_inputs_from_scheduler(alike)[0]
+                reduced = zip(identifiers, found, strict=True)
+                self.staged.reduced.update({name: each for name, each in reduced if each is not None})
+        return outputs
+
     def _model_forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -235,117 +227,63 @@ class StagedRunner(GPUModelRunner):
         **kwargs: Any,
     ) -> Any:
         """The staged loop when a pruned prompt is prefilled; else every row runs every layer: vLLM's own forward."""
-        if self.step is not None and self.planner.positions is PositionScheme.GROUPED:
-            self._group(self.step, positions)
-        if self.step is None or self.step.is_uniform:
+        step = self.step
+        if step is not None and self.planner.positions is PositionScheme.GROUPED:
+            self._group(step, positions)
+        if step is None or step.is_uniform:
             return super()._model_forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-        num_tokens = self.step.full.num_tokens
         assert inputs_embeds is not None
         assert positions is not None
-        step = self._with_reduced(self.step)
-        positions = torch.cat((positions[:num_tokens], *map(self._carried_positions, step.first_carried)))
-        outcome = self.model.forward_staged(step, inputs_embeds[:num_tokens], positions, self._enter)
-        self.step, self.selection_seconds, self.patches = outcome.step, outcome.selection_seconds, outcome.patches
-        self.states.update({self.orders.keep[name]: state for name, state in outcome.states.items()})
-        self._settle(outcome)
-        return outcome.hidden
+        step = replace(step, prefills=tuple(map(self._with_caches, step.prefills)))
+        carrying = (prefill for prefill in step.prefills if prefill.carried is not None)
+        carried = [torch.from_numpy(self.staged.carried_ids(prefill)).to(self.device) for prefill in carrying]
+        num_tokens = step.full.num_tokens
+        positions = torch.cat((positions[:num_tokens], *carried))
+        self.outcome = run_staged(self.model.decoder, step, inputs_embeds[:num_tokens], positions, self._enter)
+        for index, record in self.staged.ran(self.outcome):
+            self._close_up(index, record)
+        return self.outcome.hidden
 
-    def _carried_positions(self, index: int) -> torch.Tensor:
-        """RoPE ids of the rows that the request at ``index`` carries into its first cut, int64 [n]."""
-        plan = self.tracked[self.input_batch.req_ids[index]].plan
-        ids = np.array(plan.places_carried(int(self.input_batch.num_computed_tokens_cpu[index])), dtype=np.int64)
-        if self.planner.positions is PositionScheme.GROUPED:
-            ids = grouped_ids(ids, plan.spans)
-        elif plan.renumbered:
-            ids = np.arange(len(ids)) + plan.carried_from + plan.dropped[plan.first_cut - 1]
-        return torch.from_numpy(ids).to(self.device)
+    def _with_caches(self, prefill: PrunedPrefill) -> PrunedPrefill:
+        """The prompt with what the tower left of its images, and what reads its K from the caches."""
+        prefill = self.staged.with_reduced(prefill, self.requests[prefill.request_id].mm_features)
+        reads = prefill.num_computed > 0
+        return replace(prefill, read_keys=partial(self._read_keys, prefill.index) if reads else None)
 
-    def _with_reduced(self, step: StagedStep) -> StagedStep:
-        """The step with what the vision tower left of its images."""
-        if not self.reduced:
-            return step
-        return dataclasses.replace(step, prefills=tuple(self._prefill_with_reduced(p) for p in step.prefills))
-
-    def _prefill_with_reduced(self, prefill: PrunedPrefill) -> PrunedPrefill:
-        features = sorted(self.requests[prefill.request_id].mm_features, key=lambda feature: feature.mm_position.offset)
-        found = [self.reduced[each.identifier] for each in features if each.identifier in self.reduced]
-        if len(found) < len(features):
-            return prefill  # features came with the request: nothing was merged, and no patch is a key
-        return dataclasses.replace(prefill, reduced=tuple(found))
-
-    def _execute_mm_encoder(self, scheduler_output: Any) -> Any:
-        """The vision tower of vLLM, once for each way in which this step's requests have their images encoded.
-
-        The scheduler has named the features by it, so that each are found by who may use them.
-        """
-        by_encoding: dict[str, dict[str, list[int]]] = {}
-        for request_id, images in scheduler_output.scheduled_encoder_inputs.items():
-            by_encoding.setdefault(self._track(request_id).plan.encoding, {})[request_id] = images
-        outputs: list[torch.Tensor] = []
-        for encoding, inputs in by_encoding.items():
-            alike = dataclasses.replace(scheduler_output, scheduled_encoder_inputs=inputs)
-            with self.model.encoding(encoding) as found:
-                outputs += super()._execute_mm_encoder(alike)
-            if found:
-                identifiers = self._batch_mm_inputs_from_scheduler(alike)[0]
-                reduced = zip(identifiers, found, strict=True)
-                self.reduced.update({name: each for name, each in reduced if each is not None})
-        return outputs
-
-    def _settle(self, outcome: Outcome) -> None:
-        """Remember what was decided, and close up the caches that hold less than ran."""
-        for prefill in outcome.step.prefills:
-            if prefill.plan.adaptive:
-                tracked = self.tracked[prefill.request_id]
-                tracked.survivors = outcome.survivors[prefill.request_id]
-                tracked.plan = dataclasses.replace(prefill.plan, decided=True)
-                tracked.cached = tracked.plan.after_prefill(self.planner.schedule)
-                self._close_up(prefill.index, tracked)
-
-    def _close_up(self, index: int, tracked: Tracked) -> None:
+    def _close_up(self, index: int, record: WorkerRecord) -> None:
         """Move the K and V that stay in each stage's caches to a request's first slots."""
-        assert tracked.survivors is not None
+        assert record.survivors is not None
         for group_index, group in enumerate(self.kv_cache_config.kv_cache_groups):
             stage = group.kv_cache_spec.stage
-            if tracked.cached.dropped[stage] == tracked.plan.dropped[stage]:
+            distance = record.cached.dropped[stage] - record.plan.dropped[stage]
+            if not distance:
                 continue
-            table = self.input_batch.block_table[group_index]
-            source = places_cached(tracked.plan, tracked.survivors, stage, self.planner.schedule.stages[stage].cached)
-            blocks = table.block_table.np[index]
-            dropped = tracked.cached.dropped[stage] - tracked.plan.dropped[stage]
+            source = slots_that_stay(record.plan, record.survivors, stage, self.planner.schedule.stages[stage].cached)
+            blocks = self._blocks(group_index, index)
             for name in group.layer_names:
                 attention = self.compilation_config.static_forward_context[name]
                 layout = self._slot_layout(attention)
                 layout.close_up(attention.kv_cache, blocks, source)
-                if tracked.plan.renumbered:
+                if record.plan.renumbered:
                     # Generated tokens count on from what is left, and have the full sequence's ids: keys stand further.
-                    turn = self.model.turned_keys(extract_layer_index(name), dropped)
+                    layer: Any = self.model.decoder.layers[extract_layer_index(name)]
+                    turn = turned(layer.self_attn.rotary_emb, distance)
                     layout.change_keys(attention.kv_cache, blocks, len(source), turn)
-
-    def _slot_layout(self, attention: Any) -> SlotLayout:
-        """Learnt once for all layers whose pages are alike."""
-        key = attention.kv_cache.shape[1:], attention.kv_cache.dtype, type(attention.impl)
-        if key not in self.slot_layouts:
-            self.slot_layouts[key] = SlotLayout.of(attention)
-        return self.slot_layouts[key]
 
     def _group(self, step: StagedStep, positions: torch.Tensor | None) -> None:
         """Number the step's rows the grouped way, in place in the buffer that vLLM fills anew in every step."""
         assert positions is not None
-        ids = grouped_positions(step.full, [self.tracked[name].plan for name in self.input_batch.req_ids])
+        ids = grouped_positions(step.full, [self.staged.records[name].plan for name in self.input_batch.req_ids])
         positions[: len(ids)].copy_(torch.from_numpy(ids))
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sampling by vLLM, with the rows this step ran attached to its output."""
         with self._generators_at_rest():
             output = super().sample_tokens(grammar_output)
-        step, self.step = self.step, None
-        if step is not None and step.prefills:
+        self.step, outcome, self.outcome = None, self.outcome, None
+        if outcome is not None:
             # The asynchronous wrapper carries the plain output inside.
-            plain = getattr(output, "_model_runner_output", output)
-            plain.rows_run = step.rows_run()
-            plain.selection_seconds, plain.patches = self.selection_seconds, self.patches
-            plain.decided = {p.request_id: p.plan.kept for p in step.prefills if p.plan.adaptive}
+            attach_report(getattr(output, "_model_runner_output", output), outcome)
         return output
 
     @contextmanager
@@ -371,18 +309,10 @@ class StagedRunner(GPUModelRunner):
         return super()._dummy_run(*args, **kwargs)
 
 
-def adopt(runner: Any, planner: Planner) -> None:
+def make_staged(runner: Any, planner: Planner) -> None:
     """Make a freshly constructed V1 model runner staged.
 
-    Its class becomes a subclass of itself with :class:`StagedRunner` in front. vLLM's workers name their runner
-    class inside ``init_device``, so there is no constructor to pass a class to.
+    Its class becomes a subclass of itself with :class:`StagedRunner` in front.
     """
-    runner.__class__ = type(f"Staged{type(runner).__name__}", (StagedRunner, type(runner)), {})
-    runner.planner = planner
-    runner.tracked = {}
-    runner.reduced = {}
-    runner.slot_layouts = {}
-    runner.states = {}
-    runner.orders = Orders()
-    runner.carried = {}
-    runner.step = None
+    staged = type(f"Staged{type(runner).__name__}", (StagedRunner, type(runner)), {})
+    specialise(runner, staged, planner=planner, slot_layouts={}, step=None, outcome=None)

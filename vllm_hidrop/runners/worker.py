@@ -3,18 +3,18 @@
 from typing import Any
 
 from vllm_hidrop.plan.planner import Planner
-from vllm_hidrop.runners.v1 import adopt
+from vllm_hidrop.runners.v1 import make_staged
 
 
 def staged_worker(base: Any) -> type:
-    """A worker class like ``base`` that adopts its runner once it is constructed."""
+    """A worker class like ``base`` whose runner is made staged once it is constructed."""
 
     class StagedWorker(base):
         def init_device(self) -> None:
             super().init_device()
             planner = Planner.from_vllm_config(self.vllm_config)
             if planner.is_staged:
-                adopt(self.model_runner, planner)
+                make_staged(self.model_runner, planner)
 
     StagedWorker.__qualname__ = StagedWorker.__name__ = f"Staged{base.__name__}"
     return StagedWorker

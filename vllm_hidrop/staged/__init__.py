@@ -1,1 +1,1 @@
-"""Tensors of a staged step: rows, cuts, scores and the staged layer loop. Knows no runner and no scheduler."""
+"""Tensors of a staged step: rows, cuts, scores and the staged layer loop."""

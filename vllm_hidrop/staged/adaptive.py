@@ -1,36 +1,55 @@
-"""What is decided, while a step runs, about the images of prompts whose counts were only bounded.
+"""The images of prompts whose method decides, while a step runs, how many of their tokens stay."""
 
-Knows verdicts and survivors; not layers, not caches.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_hidrop.methods.adaptive import Decider, Memory, Verdict
-from vllm_hidrop.methods.scoring import Contribution, Signals, TextAttention
+from vllm_hidrop.methods.adaptive import Adaptive, Memory, Verdict
+from vllm_hidrop.methods.scoring import Signals, Statistic
+from vllm_hidrop.staged.image_runs import Key
 from vllm_hidrop.staged.merging import Reduced
 from vllm_hidrop.staged.step import PrunedPrefill, StagedStep, Survivors
 
-Key = tuple[int, int]
-"""A request's place in the batch, and an image of its."""
-
 
 @dataclass
-class _Image:
+class AdaptiveImage:
+    """One image of an adaptive prompt.
+
+    Attributes:
+        prefill: its prompt.
+        number: of the image in the prompt.
+        survivors: its tokens that go on, int32, zero-based inside the image, in row order.
+        memory: of the method, see ``Adaptive.remember``.
+        history: the survivors of every stage so far, after those of the full prompt.
+    """
+
     prefill: PrunedPrefill
-    decider: Decider
     number: int
     survivors: npt.NDArray[np.int32]
     memory: Memory = None
     history: list[npt.NDArray[np.int32]] = field(default_factory=list)
-    """Survivors of every stage so far, after those of the full prompt."""
+
+    @classmethod
+    def of(cls, prefill: PrunedPrefill, number: int) -> "AdaptiveImage":
+        """Before the first stage: every token, or those that the vision tower left."""
+        whole = np.arange(prefill.plan.spans[number].length, dtype=np.int32)
+        left = whole[_entering(prefill, prefill.reduced[number])] if prefill.reduced else whole
+        return cls(prefill, number, left, history=[whole])
+
+    def signals(self, layer: int, bound: int, statistic: Statistic) -> Signals:
+        """What the method decides by."""
+        device = statistic[0].device
+        survivors = torch.from_numpy(self.survivors.astype(np.int64)).to(device)
+        protected = None
+        if self.prefill.reduced:
+            protected = torch.from_numpy(self.prefill.reduced[self.number].keys[self.survivors]).to(device)
+        return Signals(layer, bound, self.prefill.plan.spans[self.number].length, survivors, statistic, protected)
 
 
-class Decisions:
+class AdaptiveImages:
     """The survivors of every image of a step's adaptive prompts, stage by stage.
 
     Args:
@@ -38,14 +57,12 @@ class Decisions:
     """
 
     def __init__(self, step: StagedStep) -> None:
-        self.images: dict[Key, _Image] = {}
-        for prefill in step.prefills:
-            if prefill.plan.adaptive:
-                assert isinstance(prefill.chooser, Decider)
-                for number, span in enumerate(prefill.plan.spans):
-                    whole = np.arange(span.length, dtype=np.int32)
-                    left = whole[_entering(prefill, prefill.reduced[number])] if prefill.reduced else whole
-                    self.images[prefill.index, number] = _Image(prefill, prefill.chooser, number, left, history=[whole])
+        self.images = {
+            (prefill.index, number): AdaptiveImage.of(prefill, number)
+            for prefill in step.prefills
+            if prefill.plan.adaptive
+            for number in range(len(prefill.plan.spans))
+        }
 
     def enter(self, step: StagedStep, stage: int) -> StagedStep:
         """The step with the counts that are known now for ``stage``, which bound the later ones."""
@@ -66,47 +83,29 @@ class Decisions:
         order = np.argsort(before)
         return order[np.searchsorted(before, now, sorter=order)]
 
-    def pending(self, index: int, layer: int) -> list[int]:
+    def undecided(self, index: int, layer: int) -> list[int]:
         """Images of the request at ``index`` about which to decide on entry to the stage that starts at ``layer``."""
         return [
             image.number
             for key, image in self.images.items()
             if key[0] == index and image.prefill.recorded is None and len(image.survivors)
-            if image.decider.judges(layer, image.memory)
+            if decider(image.prefill).judges(layer, image.memory)
         ]
 
-    def judge(self, key: Key, layer: int, bound: int, found: Contribution | TextAttention) -> Verdict:
-        """The method's verdict on one image, from the statistics of its rows."""
-        image = self.images[key]
-        device = found[0].device
-        protected = None
-        if image.prefill.reduced:
-            keys = image.prefill.reduced[image.number].keys[image.survivors]
-            protected = torch.from_numpy(keys).to(device)
-        survivors = torch.from_numpy(image.survivors.astype(np.int64)).to(device)
-        size = image.prefill.plan.spans[image.number].length
-        signals = Signals(
-            layer,
-            bound,
-            size,
-            survivors,
-            attention=None,
-            contribution=found if isinstance(found, Contribution) else None,
-            text_attention=found if isinstance(found, TextAttention) else None,
-            protected=protected,
-        )
-        return image.decider.judge(signals, image.memory)
-
-    def take(self, verdicts: Sequence[tuple[Key, Verdict]]) -> None:
-        """Act on verdicts; one transfer to the host for all of them."""
+    def decide(self, layer: int, bounds: Mapping[Key, int], statistics: Mapping[Key, Statistic]) -> None:
+        """Decide who enters the stage that starts at ``layer``; one transfer to the host for all images."""
+        verdicts: dict[Key, Verdict] = {}
+        for key, statistic in statistics.items():
+            image = self.images[key]
+            verdicts[key] = decider(image.prefill).judge(image.signals(layer, bounds[key], statistic), image.memory)
         if not verdicts:
             return
-        told = torch.cat([part.view(-1) for _, verdict in verdicts for part in verdict]).cpu().numpy()
+        told = torch.cat([part.view(-1) for verdict in verdicts.values() for part in verdict]).cpu().numpy()
         place = 0
-        for key, verdict in verdicts:
+        for key, verdict in verdicts.items():
             end = place + len(verdict.stays)
             image = self.images[key]
-            image.memory = image.decider.remember(image.memory, bool(told[end]))
+            image.memory = decider(image.prefill).remember(image.memory, bool(told[end]))
             image.survivors = image.survivors[told[place:end]]
             place = end + 1
 
@@ -116,6 +115,12 @@ class Decisions:
         for image in self.images.values():
             by_request.setdefault(image.prefill.request_id, []).append(image.history[1:])
         return {name: tuple(zip(*histories, strict=True)) for name, histories in by_request.items()}
+
+
+def decider(prefill: PrunedPrefill) -> Adaptive:
+    """The method of an adaptive prompt."""
+    assert isinstance(prefill.method, Adaptive)
+    return prefill.method
 
 
 def _entering(prefill: PrunedPrefill, reduced: Reduced) -> npt.NDArray[np.int64]:

@@ -1,7 +1,4 @@
-"""Edits of a prompt's attention between text and vision, and their result for the rows they touch.
-
-Knows one prompt's Q, K and V in one layer; not how it is cached, not which method asks.
-"""
+"""Edits of a prompt's attention between text and vision, and their result for the rows they touch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,4 @@
-"""A CLIP tower that runs its later layers on fewer rows, for methods that reduce an image before the language model.
-
-Knows the tower's layers; the arithmetic is in ``merging``.
-"""
+"""A CLIP tower that runs its later layers on fewer rows, for methods that reduce an image before the language model."""
 
 import re
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,6 @@
 """Which vision tokens every stage of a step really ran with, for the requests that ask.
 
-Read from the rows that the layers ran on, after every cut: not from plans, not from scores. Knows rows and indices; not
-layers, not requests' options.
+Read from the rows that the layers ran on, after every cut: not from plans, not from scores.
 """
 
 from collections.abc import Sequence

@@ -1,73 +1,68 @@
-"""The staged layer loop: each stage's layers on that stage's rows, cuts between them.
+"""The staged layer loop: every stage's layers on that stage's rows, cuts between them.
 
-Knows a decoder layer's standard form (norm, attention, norm, MLP on a residual pair); not which model it is.
+At a cut the first layer of the new stage computes Q, K and V of all current rows once, the method scores by them or by
+what the last layer of the old stage saw, and the layer goes on with the Q, K, V and residual of the rows that stay:
+nothing is projected twice. An injected row is the projector's output with residual 0. A decoder layer has the standard
+form: norm, attention, norm, MLP on vLLM's residual pair.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
 
-from vllm_hidrop.methods.scoring import Signals, select_top
+from vllm_hidrop.methods.scoring import Signals, Statistic, select_top
 from vllm_hidrop.plan.schedule import Schedule
-from vllm_hidrop.staged.adaptive import Decisions
-from vllm_hidrop.staged.attention_probe import Edit, Scores, Watch, attention_to, edit_output
+from vllm_hidrop.plan.signal import Under
 from vllm_hidrop.staged.explain import Patches, patches_run
-from vllm_hidrop.staged.image_runs import ImageRun, Selections, after_injection, gather_index, image_runs
+from vllm_hidrop.staged.image_runs import (
+    ImageRun,
+    Key,
+    ScoredPrompt,
+    Selections,
+    after_injection,
+    full_row,
+    gather_index,
+    image_runs,
+    scored_behind,
+    scored_under,
+)
 from vllm_hidrop.staged.norm import add_norm, can_fuse, fused_add_norm
+from vllm_hidrop.staged.position_ids import PersistentIds
 from vllm_hidrop.staged.rows import Rows, carry_in, keep_states, scatter
+from vllm_hidrop.staged.signals import SIGNALS
 from vllm_hidrop.staged.step import StagedStep, Survivors
 
-AttentionInputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Observer = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], AttentionInputs | None]
-"""(attention module, query [T, H * D], key and value [T, G * D]) -> what to attend with, or None for the same."""
+QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Query [T, H * D], key and value [T, G * D] of one layer's attention, after RoPE."""
+Observer = Callable[[Any, QKV], QKV | None]
+"""(attention module, its Q, K and V) -> those to attend with, or None for the same."""
+Editor = Callable[[Any, QKV, torch.Tensor], None]
+"""(attention module, its Q, K and V, its output [T, H * D]): changes the output in place."""
 Enter = Callable[[StagedStep, int], None]
 """(step, stage): called before a stage runs with other rows than were laid out for it."""
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What happens to the rows on entry to a stage.
+class Decoder:
+    """What the loop runs.
 
     Attributes:
-        step: with the counts known now.
-        stage: its index.
-        runs: the images that change, in the current rows; those that are injected have come in.
-        scores: by the last layer of the stage before.
-        watch: of the stage's layers.
+        layers: the decoder layers, in order.
+        norm: the final norm of (hidden, residual).
+        schedule: the server's stages.
+        ids: which RoPE ids rows have from a cut on.
     """
 
-    step: StagedStep
-    stage: int
-    runs: list[ImageRun]
-    scores: Scores
-    watch: Watch
-
-
-class Gathered:
-    """How a cut layer takes the Q and K of the rows that stay: as they are.
-
-    Args:
-        rotary: the layer's rotary embedding.
-    """
-
-    def __init__(self, rotary: nn.Module) -> None:
-        self.rotary = rotary
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def take(
-        self, query: torch.Tensor, key: torch.Tensor, index: torch.Tensor, ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query [T', H * D] and key [T', G * D] of the rows at ``index`` int64 [T'], which have these ids from here."""
-        return query[index], key[index]
+    layers: Sequence[nn.Module]
+    norm: nn.Module
+    schedule: Schedule
+    ids: PersistentIds
 
 
 @dataclass(frozen=True)
@@ -91,166 +86,168 @@ class Outcome:
     selection_seconds: float
 
 
-class StagedForward:
-    """Runs a step that prefills pruned prompts.
-
-    At a cut the first layer of the new stage computes Q, K and V of all current rows once, the scorer reads Q and K,
-    and the layer goes on with the gathered Q, K, V and residual: nothing is projected twice. An injected row is the
-    projector's output with residual 0. Rows keep the ids they come with, unless a subclass numbers them anew. What an
-    adaptive method decides under the last layer of a stage shortens the rows before the next one.
+class StagedLoop:
+    """One step that prefills pruned prompts, run through all layers.
 
     Args:
-        layers: the decoder layers, in order.
-        norm: the final norm of (hidden, residual).
-        schedule: the server's stages.
+        decoder: see :class:`Decoder`.
+        step: the step's layout.
+        embeds: [T, C], input embeddings of the full rows, projector outputs at the vision rows.
+        positions: int64 [T + T_carried], RoPE positions of the full rows and the carried ones.
     """
 
-    gathering: type[Gathered] = Gathered
+    def __init__(self, decoder: Decoder, step: StagedStep, embeds: torch.Tensor, positions: torch.Tensor) -> None:
+        self.decoder = decoder
+        self.add_norm = fused_add_norm if can_fuse(decoder.norm) else add_norm
+        self.step = step
+        self.embeds, self.positions = embeds, positions
+        self.full_rows = torch.arange(len(embeds), device=embeds.device)
+        self.rows = Rows(embeds, None, self.full_rows, positions[: len(embeds)])
+        self.statistics: dict[Key, Statistic] = {}
+        """Per image, the signal that its method scores by at the next cut."""
+        self.selection_seconds = 0.0
 
-    def __init__(self, layers: Sequence[nn.Module], norm: nn.Module, schedule: Schedule) -> None:
-        self.layers = layers
-        self.norm = norm
-        self.schedule = schedule
-        self.add_norm = fused_add_norm if can_fuse(norm) else add_norm
-
-    def __call__(self, step: StagedStep, embeds: torch.Tensor, positions: torch.Tensor, enter: Enter) -> Outcome:
-        """Run all layers.
-
-        Args:
-            step: the step's layout.
-            embeds: [T, C], input embeddings of the full rows, projector outputs at the vision rows.
-            positions: int64 [T + T_carried], RoPE positions of the full rows and the carried ones.
-            enter: see :data:`Enter`.
-        """
-        rows = Rows(embeds, None, torch.arange(embeds.shape[0], device=embeds.device), positions[: embeds.shape[0]])
-        decisions = Decisions(step)
-        scores: Scores = {}
+    def run(self) -> Outcome:
+        """Run all stages."""
         states: dict[str, torch.Tensor] = {}
         ran: list[torch.Tensor] = []
-        seconds = 0.0
-        for stage, laid_out in enumerate(step.stages):
-            step = decisions.enter(step, stage)
-            if step.stages[stage] is not laid_out:
-                enter(step, stage)
-            carry_in(rows, step, stage, positions)
-            states |= keep_states(rows, step, stage)
-            layers = range(self.schedule.stages[stage].first_layer, self.schedule.end_layers[stage])
-            runs = self._inject(rows, image_runs(step, stage), embeds, positions)
-            watch = Watch.of(step, stage, layers, decisions)
-            entry = Entry(step, stage, runs, scores, watch)
-            if any(run.cuts_inside for run in runs):
-                self._run_cut_layer(rows, entry)
-                layers = layers[1:]
-            elif runs:
-                self._cut(rows, entry)
-            else:
-                self._number(rows, entry)
-            assert rows.hidden.shape[0] == step.stages[stage].num_tokens, "rows differ from the plan"
-            for index in layers:
-                self._run_layer(index, rows, watch.observe if watch.looks_at(index) else None, watch.edits(index))
-            scores = watch.settle()
-            seconds += watch.seconds
-            ran.append(rows.full)
-        hidden, _ = self.add_norm(self.norm, rows.hidden, rows.residual)
-        scattered = scatter(hidden, rows.full, len(positions))[: embeds.shape[0]]
-        return Outcome(scattered, step, decisions.survivors(), states, patches_run(step, ran), seconds)
+        for stage, layers in enumerate(self.decoder.schedule.layer_ranges):
+            self.begin(stage)
+            carry_in(self.rows, self.step, stage, self.positions)
+            states |= keep_states(self.rows, self.step, stage)
+            runs = self.inject(image_runs(self.step, stage))
+            scored_inside = scored_under(Under.NEXT_LAYER, runs)
+            if not scored_inside:
+                self.cut(stage, runs)
+            for layer in layers:
+                observe = self.observer(stage) if layer == layers[-1] else None
+                if scored_inside and layer == layers[0]:
+                    self.run_cut_layer(stage, runs, scored_inside, observe)
+                else:
+                    self.run_layer(layer, observe)
+            ran.append(self.rows.full)
+            self.end(stage)
+        hidden, _ = self.add_norm(self.decoder.norm, self.rows.hidden, self.rows.residual)
+        hidden = scatter(hidden, self.rows.full, len(self.positions))[: len(self.embeds)]
+        patches = patches_run(self.step, ran)
+        return Outcome(hidden, self.step, self.survivors(), states, patches, self.selection_seconds)
 
-    def _inject(
-        self, rows: Rows, runs: list[ImageRun], embeds: torch.Tensor, positions: torch.Tensor
-    ) -> list[ImageRun]:
+    def inject(self, runs: list[ImageRun]) -> list[ImageRun]:
         """Bring in the images that start here; return the runs that are left, in the new rows."""
         coming = [run for run in runs if run.injects]
         if not coming:
             return runs
-        index = gather_index(coming, rows.hidden.shape[0], {}, embeds.device)
-        full_rows = torch.arange(embeds.shape[0], device=embeds.device)
-        rows.extend(embeds, full_rows, positions[: embeds.shape[0]])
-        rows.gather(index)
+        index = gather_index(self.step, coming, len(self.rows.hidden), {}, self.embeds.device)
+        self.rows.extend(self.embeds, self.full_rows, self.positions[: len(self.embeds)])
+        self.rows.gather(index)
         return after_injection(runs)
 
-    def _run_cut_layer(self, rows: Rows, entry: Entry) -> None:
-        """The first layer of a stage, shortened once its Q, K and V are there to score by."""
-        watch = entry.watch
-        index = watch.layers[0]
-        layer: Any = self.layers[index]
-        inside = [run for run in entry.runs if run.cuts_inside]
-
-        def select(attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> AttentionInputs:
-            start = perf_counter()
-            found = entry.scores | attention_to(inside, attention, query, key)
-            watch.seconds += perf_counter() - start
-            kept = self._cut(rows, replace(entry, scores=found))
-            shortened = *gathered.take(query, key, kept, rows.ids), value[kept]
-            if watch.looks_at(index):
-                watch.observe(attention, *shortened)
-            return shortened
-
-        with self.gathering(layer.self_attn.rotary_emb) as gathered:
-            self._run_layer(index, rows, select, watch.edits(index))
-
-    def _cut(self, rows: Rows, entry: Entry) -> torch.Tensor:
-        """Go on with the rows that the stage runs; return their index in those before, int64 [T']."""
-        start = perf_counter()
-        kept = self._select(rows, entry)
-        rows.gather(kept)
-        entry.watch.seconds += perf_counter() - start
-        self._number(rows, entry)
+    def cut(self, stage: int, runs: list[ImageRun]) -> torch.Tensor | None:
+        """Go on with the rows that the stage runs; return their index in those before, int64 [T'], None: all."""
+        kept = None
+        if runs:
+            with self.timed():
+                selections: Selections = {run.key: self.select(stage, run) for run in runs if run.selects}
+                kept = gather_index(self.step, runs, len(self.rows.hidden), selections, self.embeds.device)
+                self.rows.gather(kept)
+                self.statistics = {}
+        assert len(self.rows.full) == self.step.stages[stage].num_tokens, "rows differ from the plan"
+        self.rows.ids = self.decoder.ids.after_cut(self.rows.ids, self.step, stage, runs)
         return kept
 
-    def _number(self, rows: Rows, entry: Entry) -> None:
-        """Give the rows of a stage their ids: those they have."""
+    def select(self, stage: int, run: ImageRun) -> Any:
+        """The rows of an image that stay, int64 [keep], counted from its first row."""
+        prefill = run.prompt.prefill
+        survivors = self.rows.full[run.first_row : run.first_row + run.num_rows]
+        survivors = survivors - full_row(self.step, prefill, run.image)
+        layer = self.decoder.schedule.stages[stage].first_layer
+        size = prefill.plan.spans[run.image].length
+        signals = Signals(layer, run.keep, size, survivors, self.statistics.get(run.key))
+        return select_top(prefill.method.score(signals), run.keep)
 
-    def _run_layer(self, index: int, rows: Rows, observer: Observer | None, edits: list[Edit]) -> None:
-        """One decoder layer in the standard form; ``observer`` may shorten ``rows`` at its attention."""
-        layer: Any = self.layers[index]
+    def run_cut_layer(
+        self, stage: int, runs: list[ImageRun], scored: list[ScoredPrompt], observe: Observer | None
+    ) -> None:
+        """The first layer of a stage, shortened once its Q, K and V are there to score by."""
+        index = self.decoder.schedule.stages[stage].first_layer
+        layer: Any = self.decoder.layers[index]
+
+        def shorten(attention: Any, qkv: QKV) -> QKV:
+            self.compute_statistics(scored, attention, qkv)
+            kept = self.cut(stage, runs)
+            assert kept is not None
+            shortened = *rotated.take(qkv[0], qkv[1], kept, self.rows.ids), qkv[2][kept]
+            if observe is not None:
+                observe(attention, shortened)
+            return shortened
+
+        with self.decoder.ids.rotating(layer.self_attn.rotary_emb) as rotated:
+            self.run_layer(index, shorten)
+
+    def run_layer(self, index: int, observe: Observer | None) -> None:
+        """One decoder layer; ``observe`` may shorten the rows at its attention."""
+        layer: Any = self.decoder.layers[index]
+        rows = self.rows
         normed, rows.residual = self.add_norm(layer.input_layernorm, rows.hidden, rows.residual)
         rows.hidden = normed
-        with _Hooked(layer.self_attn.attn, observer, edits):
+        with hooked(layer.self_attn.attn, observe, self.editor(index)):
             attended = layer.self_attn(positions=rows.ids, hidden_states=normed)
         normed, rows.residual = self.add_norm(layer.post_attention_layernorm, attended, rows.residual)
         rows.hidden = layer.mlp(normed)
 
-    def _select(self, rows: Rows, entry: Entry) -> torch.Tensor:
-        """Choose in every image that must shrink; return the index of the rows that stay."""
-        watch = entry.watch
-        selections: Selections = {
-            run.key: watch.decisions.selection(run.key)
-            if run.prefill.plan.adaptive
-            else self._select_top(rows, run, watch.layers[0], entry.scores.get(run.key))
-            for run in entry.runs
-            if run.selects
-        }
-        return gather_index(entry.runs, rows.hidden.shape[0], selections, rows.hidden.device)
+    def observer(self, stage: int) -> Observer | None:
+        """What looks at the last layer of a stage for the cut behind it; None where nobody asks."""
+        scored = self.scored_behind(stage) if stage + 1 < len(self.step.stages) else []
+        return partial(self.compute_statistics, scored) if scored else None
 
-    def _select_top(self, rows: Rows, run: ImageRun, layer: int, attention: torch.Tensor | None) -> torch.Tensor:
-        survivors = rows.full[run.first_row : run.first_row + run.num_rows] - run.full_first_row
-        size = run.prefill.plan.spans[run.image].length
-        signals = Signals(layer, run.keep, size, survivors, attention)
-        return select_top(run.prefill.chooser.score(signals), run.keep)
+    def compute_statistics(self, scored: list[ScoredPrompt], attention: Any, qkv: QKV) -> None:
+        """The signals of some prompts' images in one layer."""
+        with self.timed():
+            for prompt, images in scored:
+                whole = SIGNALS[prompt.prefill.method.signal](prompt.attention(attention, *qkv))
+                for image in images:
+                    here = prompt.places.images[image]
+                    own = type(whole)(*(part[here.offset : here.end] for part in whole))
+                    self.statistics[prompt.prefill.index, image] = own
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """While entered, time counts as spent on selection."""
+        start = perf_counter()
+        yield
+        self.selection_seconds += perf_counter() - start
+
+    # What a loop with adaptive prompts has more to do.
+
+    def begin(self, stage: int) -> None:
+        """Before a stage."""
+
+    def end(self, stage: int) -> None:
+        """After a stage."""
+
+    def scored_behind(self, stage: int) -> list[ScoredPrompt]:
+        """Whom the last layer of a stage is to score."""
+        return scored_behind(self.step, stage)
+
+    def editor(self, layer: int) -> Editor | None:
+        """What edits the attention of a layer: nothing."""
+        return None
+
+    def survivors(self) -> dict[str, Survivors]:
+        """By request id, what was decided."""
+        return {}
 
 
-class _Hooked:
-    """While entered, ``observer`` sees an attention module's Q, K and V, and may replace them; its output is edited."""
-
-    def __init__(self, attention: nn.Module, observer: Observer | None, edits: list[Edit]) -> None:
-        self.attention = attention
-        self.observer = observer
-        self.edits = edits
-
-    def __enter__(self) -> None:
-        self.handles = []
-        if self.observer is not None:
-            self.handles.append(self.attention.register_forward_pre_hook(self._observe))
-        if self.edits:
-            self.handles.append(self.attention.register_forward_hook(self._edit))
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
+@contextmanager
+def hooked(attention: nn.Module, observe: Observer | None, edit: Editor | None) -> Iterator[None]:
+    """While entered, an attention module's Q, K and V are observed, and its output is edited."""
+    handles = []
+    if observe is not None:
+        handles.append(attention.register_forward_pre_hook(observe))
+    if edit is not None:
+        handles.append(attention.register_forward_hook(edit))
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
-
-    def _observe(self, attention: nn.Module, inputs: AttentionInputs) -> AttentionInputs | None:
-        assert self.observer is not None
-        return self.observer(attention, *inputs)
-
-    def _edit(self, attention: nn.Module, inputs: AttentionInputs, output: torch.Tensor) -> None:
-        edit_output(self.edits, attention, inputs, output)

@@ -1,7 +1,4 @@
-"""Fewer vision tokens inside the vision tower: merging of alike neighbours, and the choice of key tokens.
-
-Knows one image's rows on a square grid; not the tower they come from.
-"""
+"""Fewer vision tokens inside the vision tower: merging of alike neighbours, and the choice of key tokens."""
 
 from dataclasses import dataclass
 from fractions import Fraction

@@ -1,7 +1,4 @@
-"""The rows that a staged step runs, from stage to stage, and the states that come in or are kept on the way.
-
-Knows hidden states and indices; not layers, not scores.
-"""
+"""The rows that a staged step runs, from stage to stage, and the states that come in or are kept on the way."""
 
 from dataclasses import dataclass
 

@@ -1,13 +1,18 @@
 """Signals computed beside the paged attention: one query row per request, never an S x S matrix.
 
-Float32 statistics whatever the model's dtype. To add a signal: one function here and one name in ``scoring.Signal``.
+Float32 statistics whatever the model's dtype. To add a signal: one entry in ``plan.signal``, one function here and its
+row in :data:`SIGNALS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
-from vllm_hidrop.methods.scoring import Contribution, TextAttention
+from vllm_hidrop.methods.scoring import Contribution, RowAttention, Statistic, TextAttention
+from vllm_hidrop.plan.places import StagePlaces
+from vllm_hidrop.plan.signal import Signal
+from vllm_hidrop.staged.tensor_parallel import mean_over_ranks, sum_over_ranks
 
 AcrossRanks = Callable[[torch.Tensor], torch.Tensor]
 """Combines a statistic of one rank's heads with those of the other ranks' heads."""
@@ -130,3 +135,47 @@ def text_attention(
     if len(totals) == 1:
         return TextAttention(totals[0], peaks[0])
     return TextAttention(torch.stack(totals).sum(0), torch.stack(peaks).amax(0))
+
+
+@dataclass(frozen=True)
+class PromptAttention:
+    """One prompt in the attention of one layer, as signals read it; H query heads of size D, G key heads.
+
+    Attributes:
+        query: [N, H * D], after RoPE, of the prompt's rows in this step; the last is its last row.
+        key: [T, G * D], after RoPE, of all its tokens in the stage: those that were cached before the step come first.
+        value: [N, G * D], of the rows in this step.
+        places: of the prompt's tokens in the stage.
+        num_prompt_tokens: of the full prompt.
+        shape: (H, G, scale of the logits).
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    places: StagePlaces
+    num_prompt_tokens: int
+    shape: tuple[int, int, float]
+
+
+def _row_attention(prompt: PromptAttention) -> RowAttention:
+    return RowAttention(mean_over_ranks(row_attention(prompt.query[-1], prompt.key, *prompt.shape)))
+
+
+def _contribution(prompt: PromptAttention) -> Contribution:
+    return contribution(prompt.query[-1], prompt.key, prompt.value, *prompt.shape, sum_over_ranks)
+
+
+def _text_attention(prompt: PromptAttention) -> TextAttention:
+    assert len(prompt.query) == len(prompt.key), "the queries of all text rows are needed, none is cached"
+    rows = torch.from_numpy(prompt.places.text_behind_first_image(prompt.num_prompt_tokens))
+    return text_attention(prompt.query[rows.to(prompt.query.device)], prompt.key, rows, *prompt.shape, mean_over_ranks)
+
+
+SIGNALS: Mapping[Signal, Callable[[PromptAttention], Statistic]] = {
+    Signal.NEXT_ATTENTION: _row_attention,
+    Signal.PREVIOUS_ATTENTION: _row_attention,
+    Signal.CONTRIBUTION: _contribution,
+    Signal.TEXT_ATTENTION: _text_attention,
+}
+"""What each signal comes to for all T tokens of a prompt in a stage."""

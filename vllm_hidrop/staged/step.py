@@ -1,7 +1,4 @@
-"""One step's rows, stage by stage, as host data computed without looking at any token.
-
-Knows plans and counts; not vLLM, not tensors on a device.
-"""
+"""One step's rows, stage by stage, as host data computed without looking at any token."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_hidrop.methods.adaptive import Chooser
+from vllm_hidrop.methods.base import Method
 from vllm_hidrop.plan.plan import Plan
 from vllm_hidrop.plan.positions import grouped_ids
 from vllm_hidrop.staged.merging import Reduced
@@ -75,7 +72,7 @@ class PrunedPrefill:
     index: int
     """Place in the batch."""
     plan: Plan
-    chooser: Chooser
+    method: Method
     recorded: Survivors | None = None
     """What was decided when this prompt ran before it was preempted; it is not decided again."""
     reduced: tuple[Reduced, ...] = ()
@@ -184,8 +181,7 @@ def make_step(
     plans: Sequence[Plan],
     num_computed_tokens: IntArray,
     num_scheduled_tokens: IntArray,
-    choosers: Mapping[str, Chooser],
-    recorded: Callable[[str], Survivors | None],
+    methods: Mapping[str, Method],
 ) -> StagedStep:
     """Lay out one step.
 
@@ -194,8 +190,7 @@ def make_step(
         plans: [R].
         num_computed_tokens: int32 [R], tokens of the full sequence already in the cache.
         num_scheduled_tokens: int32 [R], tokens of the full sequence this step adds.
-        choosers: by method, what picks tokens.
-        recorded: of a request id, what was decided when its prompt ran before, if it did.
+        methods: by method, what picks tokens.
     """
     prompts = np.array([plan.num_prompt_tokens for plan in plans], dtype=np.int32)
     totals = num_computed_tokens + num_scheduled_tokens
@@ -216,14 +211,7 @@ def make_step(
             shared[key] = StageBatch(num_scheduled_tokens + missing - left, totals - left)
         stages.append(shared[key])
     prefills = tuple(
-        PrunedPrefill(
-            request_ids[i],
-            int(i),
-            plans[i],
-            choosers[plans[i].method],
-            recorded(request_ids[i]),
-            num_computed=int(num_computed_tokens[i]),
-        )
+        PrunedPrefill(request_ids[i], i, plans[i], methods[plans[i].method], num_computed=int(num_computed_tokens[i]))
         for i in prefilled
     )
     return StagedStep(full, tuple(stages), prefills)

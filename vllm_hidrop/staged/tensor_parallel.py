@@ -1,6 +1,6 @@
 """What tensor-parallel ranks, each with its own share of the heads, must agree on.
 
-Knows vLLM's tensor-parallel group; not what is summed. Nothing is exchanged where there is one rank.
+Nothing is exchanged where there is one rank.
 
 A reduction may add in another order on every rank (vLLM's shared-memory kernel starts with its own rank's part), and a
 last bit is enough to choose another token. So parts are gathered and added here, in rank order: the same on every rank.

@@ -16,7 +16,7 @@ from vllm_hidrop.lab.train.decoder import Decoder, Rotary, attend, rotate
 from vllm_hidrop.lab.train.dtopk import SMOOTH, gates
 from vllm_hidrop.lab.train.ratio import Ratio
 from vllm_hidrop.methods import Adaptive, Method, ModelShape
-from vllm_hidrop.methods.scoring import Scorer, Signals, select_top
+from vllm_hidrop.methods.scoring import RowAttention, Scorer, Signals, select_top
 from vllm_hidrop.plan.positions import PositionScheme
 from vllm_hidrop.plan.schedule import ALL, Keep, Schedule
 from vllm_hidrop.plan.signal import Signal
@@ -305,7 +305,7 @@ class StagedTraining(nn.Module):
                     kept[sample, here] = True
                     continue
                 first_column = int((full_rows.images[sample] == image).nonzero()[0])
-                seen = None if attention is None else attention[sample, here]
+                seen = None if attention is None else RowAttention(attention[sample, here])
                 signals = Signals(layer, num_kept, size, state.columns[sample, here] - first_column, seen)
                 scores = self.scorer(signals)
                 kept[sample, here[select_top(scores.detach(), num_kept)]] = True

@@ -1,0 +1,129 @@
+"""RoPE ids from a cut on, by position scheme; see ``plan.positions``."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
+
+from vllm_hidrop.plan.positions import PositionScheme
+from vllm_hidrop.staged.image_runs import ImageRun
+from vllm_hidrop.staged.step import StagedStep
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class Rotated:
+    """The Q and K of a layer that is cut, as its rotary embedding made them."""
+
+    def take(self, query: torch.Tensor, key: torch.Tensor, index: torch.Tensor, ids: torch.Tensor) -> Pair:
+        """Query [T', H * D] and key [T', G * D] of the rows at ``index`` int64 [T'], which have these ids from here."""
+        return query[index], key[index]
+
+
+class RotatedAgain(Rotated):
+    """The Q and K that a rotary embedding was given first, to be rotated by other ids; its kernel rotates in place.
+
+    The scores of a cut are computed under the old ids. The rows it keeps are then rotated once more, from before RoPE,
+    by their new ids: what is stored and attended to is what a layer given only these rows would compute.
+    """
+
+    def __init__(self, rotary: nn.Module) -> None:
+        self.rotary = rotary
+        self.handle = rotary.register_forward_pre_hook(self._remember)
+
+    def _remember(self, _: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+        self.handle.remove()
+        _positions, query, key = inputs
+        self.query, self.key = query.clone(), key.clone()
+
+    def take(self, query: torch.Tensor, key: torch.Tensor, index: torch.Tensor, ids: torch.Tensor) -> Pair:
+        """The same, rotated by the new ids."""
+        query, key = self.rotary(ids, self.query[index], self.key[index])
+        return query, key
+
+
+class PersistentIds:
+    """Rows keep the ids they come with: those of the full prompt, or grouped ones."""
+
+    @contextmanager
+    def rotating(self, rotary: nn.Module) -> Iterator[Rotated]:
+        """Entered around a layer that is cut."""
+        yield Rotated()
+
+    def after_cut(self, ids: torch.Tensor, step: StagedStep, stage: int, runs: Sequence[ImageRun]) -> torch.Tensor:
+        """Ids of the rows that a stage runs, int64 [T'].
+
+        Args:
+            ids: int64 [T'], what these rows had for ids.
+            step: the step.
+            stage: its index.
+            runs: the images that were cut on entry to the stage, in the rows before it.
+        """
+        return ids
+
+
+class _RenumberingIds(PersistentIds):
+    @contextmanager
+    def rotating(self, rotary: nn.Module) -> Iterator[Rotated]:
+        """See :class:`RotatedAgain`."""
+        rotated = RotatedAgain(rotary)
+        try:
+            yield rotated
+        finally:
+            rotated.handle.remove()
+
+
+class CompactedIds(_RenumberingIds):
+    """The survivors of every cut image are numbered on from the row before them.
+
+    **Source** arXiv 2602.23699 section 4.3.
+
+    **Differs** several images: each is numbered on from the row before it, as in training.
+    """
+
+    def after_cut(self, ids: torch.Tensor, step: StagedStep, stage: int, runs: Sequence[ImageRun]) -> torch.Tensor:
+        """See :meth:`PersistentIds.after_cut`."""
+        before, ids = ids, ids.clone()
+        num_gone = 0
+        for run in runs:
+            first = run.first_row - num_gone
+            num_gone += run.num_rows - run.keep
+            has_neighbour = run.first_row > run.prompt.first_row
+            start = before[first - 1] + 1 if has_neighbour else run.prompt.num_cached
+            ids[first : first + run.keep] = start + torch.arange(run.keep, device=ids.device)
+        return ids
+
+
+class RenumberedIds(_RenumberingIds):
+    """Every stage numbers all its rows anew; see ``PositionScheme.RENUMBERED``.
+
+    **Source** the released PyramidDrop (``pdrop_rank_drop``) and MustDrop (``LlamaDynamicvitModel``).
+
+    **Differs** stages that hold no vision number their text anew too, where the released programs have none.
+    """
+
+    def after_cut(self, ids: torch.Tensor, step: StagedStep, stage: int, runs: Sequence[ImageRun]) -> torch.Tensor:
+        """See :meth:`PersistentIds.after_cut`."""
+        if step.stages[stage] is (step.stages[stage - 1] if stage else step.full):
+            return ids
+        return torch.from_numpy(step.renumbered_ids(stage)).to(ids.device, non_blocking=True)
+
+
+def ids_of(positions: PositionScheme) -> PersistentIds:
+    """The ids of a scheme."""
+    schemes = {PositionScheme.COMPACTED: CompactedIds, PositionScheme.RENUMBERED: RenumberedIds}
+    return schemes.get(positions, PersistentIds)()
+
+
+def turned(rotary: Any, distance: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What gives rotated keys [n, G, D] ids that are higher by ``distance``: rotations add up."""
+    table = rotary.cos_sin_cache
+    cos, sin = (table[distance : distance + 1].float() / table[0, 0]).chunk(2, dim=-1)  # YaRN's table is scaled
+
+    def turn(keys: torch.Tensor) -> torch.Tensor:
+        return ApplyRotaryEmb.forward_static(keys.float(), cos, sin, rotary.is_neox_style).to(keys.dtype)
+
+    return turn
