@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: install serve demo monitor screenshots test test-slow soak loadtest check format bench lock clean help
+.PHONY: install serve demo monitor screenshots test test-fast test-slow soak loadtest check format bench lock clean help
 
 install: $(STAMP)  ## build .venv from the lock file
 
@@ -42,6 +42,9 @@ screenshots: $(STAMP)  ## draw docs/playground.png in a headless Chromium (scrip
 # A file's tests stay in one process; the order of files is that of tests/conftest.py.
 test: $(STAMP)  ## run the tests, except the slow ones, two at a time: make test WORKERS=0 in one process
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-fast: $(STAMP)  ## run the tests of the inner loop: a few minutes
+	$(BIN)/python -m pytest --fast -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(STAMP)  ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS)

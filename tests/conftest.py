@@ -40,12 +40,34 @@ LONG = ("server", "engine", "cli", "lab", "bench")
 """Folders whose files take longest; the files of others fill the gaps at the end."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first where several processes take one after the other."""
+ROOT = Path(__file__).parent
+ENGINE_FILES = frozenset(
+    ROOT / "engine" / f"test_{name}.py" for name in ("oracle_parity", "off_equals_stock", "blocks", "adaptive_parity")
+)
+"""Of the tests that start an engine, those of ``--fast``."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``make test-fast``."""
+    parser.addoption("--fast", action="store_true", help="no server, no training, of the engine parity and blocks only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What ``--fast`` leaves; the longest files first where several processes take one after the other."""
+    if config.getoption("--fast"):
+        left = [item for item in items if not _is_fast(item)]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if _is_fast(item)]
     if IS_ONE_OF_SEVERAL:
         items.sort(key=lambda item: _order(item.path))
 
 
+def _is_fast(item: pytest.Item) -> bool:
+    if any(item.get_closest_marker(name) for name in ("slow", "server")) or ROOT / "lab" / "train" in item.path.parents:
+        return False
+    return item.get_closest_marker("engine") is None or item.path in ENGINE_FILES
+
+
 def _order(path: Path) -> int:
-    folder = path.relative_to(Path(__file__).parent).parts[0]
+    folder = path.relative_to(ROOT).parts[0]
     return LONG.index(folder) if folder in LONG else len(LONG)
