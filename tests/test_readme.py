@@ -25,7 +25,11 @@ pytestmark = pytest.mark.engine
 ROOT = Path(__file__).parents[1]
 HISTORY = ("decisions.md", "accuracy.md", "changelog.md", "commands.md")
 """Pages that say what was, or that a measurement or Typer wrote."""
-PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in HISTORY)]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in HISTORY),
+]
 BLOCK = re.compile(r"```(?:console|bash)\n(.*?)```", re.DOTALL)
 SPAN = re.compile(r"`(hidrop [^`]+)`")
 PLACEHOLDERS = ("|", "...", "COMMAND")
@@ -132,8 +136,10 @@ def targets() -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_make_target_and_path_that_a_page_names_is_there(page: Path) -> None:
+def test_every_make_target_path_and_file_that_a_page_names_is_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert set(re.findall(r"(?:`|\$ )make ([a-z-]+)", text)) <= targets()
     for path in re.findall(r"`((?:vllm_hidrop|server|loadtests|deploy|docs|examples|scripts|tests)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
+    for path in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / path).exists(), path

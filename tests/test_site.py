@@ -1,12 +1,19 @@
-"""The documentation site: it builds without a warning, and its pages load nothing from elsewhere."""
+"""The documentation site: it builds without a warning, search finds its pages, and they load nothing from elsewhere."""
 
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from playwright.sync_api import expect
+
+from tests.server.playground.browser import ADVICE, chromium, chromium_path
 
 ROOT = Path(__file__).parents[1]
 LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
@@ -44,10 +51,30 @@ def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
         assert [each for each in loaded.addresses if urlsplit(each).netloc] == [], page.name
 
 
-def test_search_finds_pages_from_its_own_index(site: Path) -> None:
-    index = (site / "search" / "search_index.json").read_text(encoding="utf-8")
-    assert "hidrop_keep" in index
-    assert "HidropQueueGrows" in index
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address(site: Path) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.skipif(chromium_path() is None, reason=ADVICE)
+def test_search_finds_a_page_and_a_browser_asks_nobody_else(address: str) -> None:
+    asked: list[str] = []
+    with chromium() as browser:
+        page = browser.new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"{address}/index.html")
+        page.get_by_placeholder("Search").click()
+        page.keyboard.type("HidropQueueGrows")
+        expect(page.locator(".md-search-result__item").first).to_contain_text("Runbook", timeout=30_000)
+    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
 
 
 def test_a_dead_link_a_dead_anchor_and_a_page_outside_the_navigation_are_errors(tmp_path: Path) -> None:
