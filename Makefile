@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: install serve demo monitor screenshots test test-fast test-slow soak loadtest check format bench lock clean help
+.PHONY: install serve demo monitor screenshots docs test test-fast test-slow soak loadtest check format bench lock clean help
 
 install: $(STAMP)  ## build .venv from the lock file
 
@@ -38,6 +38,9 @@ monitor: $(STAMP)  ## serve, scrape with a real Prometheus, send traffic, draw d
 
 screenshots: $(STAMP)  ## draw docs/playground.png in a headless Chromium (scripts/chromium.sh installs one)
 	$(BIN)/python -m scripts.screenshot $(ARGS)
+
+docs: $(STAMP)  ## build the documentation site into site/; a dead link or a missing page is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 # A file's tests stay in one process; the order of files is that of tests/conftest.py.
 test: $(STAMP)  ## run the tests, except the slow ones, two at a time: make test WORKERS=0 in one process
@@ -71,7 +74,7 @@ lock:  ## resolve requirements-cpu.lock again
 	PYTHON=$(PYTHON) scripts/lock.sh $(PIP_EXTRA)
 
 clean:  ## delete .venv, caches and build outputs
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## show this list

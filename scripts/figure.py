@@ -1,31 +1,154 @@
-"""Draw docs/stages.png: vision tokens of one image per layer, by method, from the schedules themselves."""
+"""Draw docs/stages.png and docs/request.png from schedules and plan: ``python -m scripts.figure``.
 
+``stages.png`` compares methods by vision tokens per layer, ``request.png`` shows one request's rows and KV blocks. Each
+picture holds the numbers that it shows, so that a test can tell when it is stale.
+"""
+
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
 
+from vllm_hidrop.cli.plan import planned
 from vllm_hidrop.config import make_method
 from vllm_hidrop.methods import ModelShape
 
+DOCS = Path(__file__).parents[1] / "docs"
 SHAPE = ModelShape(32, 576)
-SHOWN = (("none", None), ("fastv", None), ("pyramiddrop", None), ("hidrop", "tok64"))
+METHOD, PRESET = "hidrop", "tok64"
+BESIDE = (("fastv", "FastV"), ("pyramiddrop", "PyramidDrop"))
+NUM_TEXT, BLOCK_SIZE = 64, 32
+OURS, STOCK, TEXT, INK = "#3b6ea5", "#dfe3e8", "#d98324", "#22272e"
+
+
+def kept_per_layer(name: str, preset: str | None = None) -> list[int]:
+    """Vision tokens of one image in every layer of LLaVA-1.5-7B."""
+    schedule = make_method(name, preset).schedule(SHAPE)
+    kept = schedule.kept(SHAPE.tokens_per_image)
+    return [kept[schedule.stage_of_layer(layer)] for layer in range(SHAPE.num_layers)]
+
+
+def stages_data() -> dict[str, list[int]]:
+    """What stages.png shows."""
+    return {METHOD: kept_per_layer(METHOD, PRESET)} | {name: kept_per_layer(name) for name, _ in BESIDE}
+
+
+def request_data() -> list[dict[str, int]]:
+    """What request.png shows: the stages of one request, by the arithmetic of ``hidrop plan``."""
+    _, _, _, costs = planned("7b", {"method": METHOD, "preset": PRESET}, [], NUM_TEXT, BLOCK_SIZE)
+    return [
+        {
+            "first_layer": stage.first_layer,
+            "end_layer": stage.end_layer,
+            "vision": stage.vision_tokens,
+            "rows": stage.rows,
+            "kv_blocks": stage.kv_blocks,
+            "dense_kv_blocks": stage.dense_kv_blocks,
+        }
+        for stage in costs.stages
+    ]
+
+
+def shown_in(file: Path) -> Any:
+    """The numbers that a picture of ours was drawn from."""
+    with Image.open(file) as picture:
+        return json.loads(picture.info["Description"])
+
+
+def _tidy(axis: Axes, title: str) -> None:
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xlim(0, SHAPE.num_layers)
+    axis.set_xticks(range(0, SHAPE.num_layers + 1, 8))
+
+
+def _steps(axis: Axes, heights: Sequence[float], edges: Sequence[int], colour: str) -> None:
+    axis.stairs(heights, edges, fill=True, color=colour, linewidth=0)
+
+
+def draw_stages(data: dict[str, list[int]]) -> Figure:
+    """HiDrop large, with the names of its four parts; two other methods small."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.1), sharey=True, layout="constrained", width_ratios=(2.2, 1, 1))
+    for axis, (name, shown) in zip(axes, ((METHOD, f"HiDrop {PRESET}"), *BESIDE), strict=True):
+        edges = range(SHAPE.num_layers + 1)
+        _steps(axis, [SHAPE.tokens_per_image] * SHAPE.num_layers, edges, STOCK)
+        _steps(axis, data[name], edges, OURS)
+        _tidy(axis, f"{shown}: mean {sum(data[name]) / SHAPE.num_layers:.0f}")
+        axis.set_xlabel("decoder layer")
+    axes[0].set_ylabel("vision tokens of one image\n(grey: stock vLLM)")
+    axes[0].set_ylim(0, 640)
+    kept = data[METHOD]
+    firsts = [layer for layer in range(SHAPE.num_layers) if layer == 0 or kept[layer] != kept[layer - 1]]
+    ends = [*firsts[1:], SHAPE.num_layers]
+    for first, end in zip(firsts, ends, strict=True):
+        axes[0].text((first + end) / 2, kept[first] + 8, f"{kept[first]}", ha="center", fontsize=9, color=INK)
+    inject, leave = firsts[1], firsts[-1]
+    for left, right, words in (
+        (0, inject, "late injection:\nno image yet"),
+        (ends[1], leave, "concave pyramid:\nwhat the question\nattends to"),
+        (leave, SHAPE.num_layers, "early exit:\nimage has\nbeen read"),
+    ):
+        axes[0].text((left + right) / 2, 380, words, ha="center", va="center", fontsize=9, color=INK)
+    return figure
+
+
+def draw_request(data: list[dict[str, int]]) -> Figure:
+    """Above: rows that every layer runs. Below: the KV blocks that every stage holds."""
+    figure, (rows, blocks) = plt.subplots(2, 1, figsize=(11, 5.2), sharex=True, layout="constrained")
+    dense = SHAPE.tokens_per_image + NUM_TEXT
+    edges = [*(stage["first_layer"] for stage in data), SHAPE.num_layers]
+    widths = [stage["end_layer"] - stage["first_layer"] for stage in data]
+    _steps(rows, [dense] * len(data), edges, STOCK)
+    _steps(rows, [stage["rows"] for stage in data], edges, OURS)
+    _steps(rows, [NUM_TEXT] * len(data), edges, TEXT)
+    per_layer = [stage["kv_blocks"] / width for stage, width in zip(data, widths, strict=True)]
+    _steps(blocks, [stage["dense_kv_blocks"] / width for stage, width in zip(data, widths, strict=True)], edges, STOCK)
+    _steps(blocks, per_layer, edges, OURS)
+    for stage, height in zip(data, per_layer, strict=True):
+        middle = (stage["first_layer"] + stage["end_layer"]) / 2
+        rows.text(middle, stage["rows"] + 10, f"{stage['rows']}", ha="center", fontsize=9)
+        blocks.text(middle, height + 0.15, f"{stage['kv_blocks']}", ha="center", fontsize=9)
+    rows.set_ylim(0, 720)
+    blocks.set_ylim(0, 11.5)
+    _tidy(
+        rows,
+        f"Rows that a layer runs in the prefill: {NUM_TEXT} of text (orange), the rest vision; grey: stock, {dense}",
+    )
+    held, of = (sum(stage[key] for stage in data) for key in ("kv_blocks", "dense_kv_blocks"))
+    _tidy(blocks, f"KV blocks per layer; numbers: of the whole stage, {held} in all, grey: stock, {of}")
+    for stage in data[1:]:
+        rows.axvline(stage["first_layer"], color=INK, linewidth=0.6, linestyle=":")
+    _mark_cuts(rows, data)
+    blocks.set_xlabel("decoder layer")
+    return figure
+
+
+def _mark_cuts(axis: Axes, data: list[dict[str, int]]) -> None:
+    """Say what happens where the image enters, is cut for the first time, and leaves."""
+    inject, first_cut, leave = data[1], data[2], data[-1]
+    for stage, words, place in (
+        (inject, f"inject {inject['vision']}", (2.2, 560)),
+        (first_cut, f"score under layer {first_cut['first_layer']}, keep {first_cut['vision']}", (14.5, 560)),
+        (leave, "drop the rest", (27.5, 300)),
+    ):
+        target = (stage["first_layer"], place[1])
+        axis.annotate(words, target, place, fontsize=9, va="center", ha="center", arrowprops={"arrowstyle": "->"})
 
 
 def main() -> None:
-    """One small panel per method, shared axes."""
+    """Draw both."""
     mpl.use("Agg")
-    figure, axes = plt.subplots(1, len(SHOWN), figsize=(11, 2.4), sharey=True, layout="constrained")
-    for axis, (name, preset) in zip(axes, SHOWN, strict=True):
-        schedule = make_method(name, preset).schedule(SHAPE)
-        kept = schedule.kept(SHAPE.tokens_per_image)
-        per_layer = [kept[schedule.stage_of_layer(layer)] for layer in range(SHAPE.num_layers)]
-        axis.bar(range(SHAPE.num_layers), per_layer, width=1.0, color="#3b6ea5")
-        axis.set_title(f"{name} {preset or ''}\nmean {schedule.mean_kept(SHAPE.tokens_per_image):.0f}", fontsize=10)
-        axis.set_xlabel("layer")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("vision tokens")
-    figure.savefig(Path(__file__).parents[1] / "docs" / "stages.png", dpi=110)
+    for name, draw, data in (
+        ("stages.png", draw_stages, stages_data()),
+        ("request.png", draw_request, request_data()),
+    ):
+        draw(data).savefig(DOCS / name, dpi=160, metadata={"Description": json.dumps(data)})  # type: ignore[operator]
 
 
 if __name__ == "__main__":

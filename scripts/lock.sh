@@ -10,7 +10,7 @@ python=${PYTHON:-python3}
 # In an empty environment, so that the answer does not depend on what is installed here.
 "$python" -m venv "$tmp/venv"
 "$tmp/venv/bin/python" -m pip install --dry-run --ignore-installed --report "$tmp/report.json" \
-    "$@" ".[cpu,train,loadtests,dev]"
+    "$@" ".[cpu,train,loadtests,docs,dev]"
 
 "$tmp/venv/bin/python" - "$tmp/report.json" > "$tmp/lock" <<'PY'
 import json

@@ -1,77 +1,208 @@
-"""Fill the generated parts of README.md and docs: gate, tables of docs/bench.json, metrics, methods' docstrings.
+"""Fill the generated parts of README.md and docs/ from code and from measured figures.
 
-``python scripts/readme.py`` writes, ``--check`` only compares (exit code 1 when one of them is out of date).
+``python scripts/readme.py`` writes, ``--check`` only compares (exit code 1 when a part is out of date, and which).
 """
 
+import json
 import re
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+import typer
+from typer.cli import get_docs_for_click
 
 from hidrop_server.metrics import METRICS
-from vllm_hidrop.bench.rows import read_rows
-from vllm_hidrop.bench.tables import markdown_sections, markdown_summary
+from vllm_hidrop.bench.rows import Row, read_rows
+from vllm_hidrop.bench.tables import cells, markdown_sections, measured_with
+from vllm_hidrop.cli.app import app
 from vllm_hidrop.cli.methods import about
+from vllm_hidrop.config import HidropConfig
 from vllm_hidrop.engine.gate import CHECKED, RULES
-from vllm_hidrop.methods import METHODS
+from vllm_hidrop.methods import METHODS, Method
+from vllm_hidrop.models.families import FAMILIES, Family
+from vllm_hidrop.plan.planner import REQUEST_KEYS
 
 ROOT = Path(__file__).parents[1]
+FIVE = (
+    ("one image: time of the prefill", "prefill hidrop, 1 image + 64 text"),
+    ("eight images: time of the prefill", "prefill hidrop, 8 images + 64 text"),
+    ("one image: KV cache held", "kv hidrop, bytes held, 1 image + 64 text"),
+    ("HTTP server, every request with an image", "serve hidrop, requests/s"),
+)
+"""The README's rows of docs/bench.json; the fifth is accuracy, from docs/embedded_eval.json."""
 
 
-def gate_table() -> str:
-    """One row per rule, then one per setting that works."""
-    refused = [f"| {rule.setting} | {rule.reason} |" for rule in RULES]
-    works = [f"| {each.setting} | `{each.test.replace('::', '` `')}` |" for each in CHECKED]
-    return "\n".join(
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    lines = [list(head), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
+
+
+def five_numbers(rows: Iterable[Row], accuracy: Mapping[str, Any]) -> str:
+    """Four measured rows, accuracy, and below them with what each was measured."""
+    found = {row["name"]: row for row in rows}
+    chosen = [(what, found[name]) for what, name in FIVE]
+    lines = [[what, *cells(row)[1:4], f"`{row['command']}`"] for what, row in chosen]
+    low, high = accuracy["intervals"]["retention"]
+    command = f"`hidrop eval --embedded --limit {accuracy['questions']} --seed {accuracy['seed']}`"
+    shares = [f"{accuracy[arm]:.1%}" for arm in ("dense", "hidrop")]
+    lines.append(
         [
-            "| refused | because |",
-            "|---|---|",
-            *refused,
-            "",
-            "| works | checked in tests/engine by |",
-            "|---|---|",
-            *works,
+            "answers right, dense and HiDrop checkpoint",
+            *shares,
+            f"{accuracy['retention']:.3f}x ({low:.3f} to {high:.3f})",
+            command,
         ]
     )
+    versions = ", ".join(f"{name} {version}" for name, version in accuracy["versions"].items())
+    return "\n\n".join(
+        (
+            table(("what", "stock vLLM", "HiDrop", "ratio", "printed by"), lines),
+            "Measured with:",
+            f"{measured_with([row for _, row in chosen])}\n"
+            "- the last row: the two embedded checkpoints (12 layers x 128, trained on synthetic scenes), bfloat16,"
+            f" {accuracy['questions']} questions; the same machine; {versions}; {accuracy['date'][:10]}",
+        )
+    )
+
+
+def paper_link(method: type[Method]) -> str:
+    """The paper's address, or what the method is."""
+    found = re.fullmatch(r"arXiv (\S+)", method.paper)
+    return f"[{method.paper}](https://arxiv.org/abs/{found[1]})" if found else method.paper.replace("-", "")
+
+
+def catalogue() -> str:
+    """One row per method."""
+    rows = ([f"`{name}`", method.summary, paper_link(method)] for name, method in METHODS.items())
+    return table(("method", "what it keeps", "paper"), rows)
+
+
+def method_sections() -> str:
+    """One section per method: its docstring, and its presets."""
+    return "\n\n".join(_method_section(name, method) for name, method in METHODS.items())
+
+
+def _method_section(name: str, method: type[Method]) -> str:
+    presets = ", ".join(f"`{each}`{' (default)' * (each == method.default_preset)}" for each in method.presets)
+    more = f"\n\n**Presets** {presets}." if presets else ""
+    return f"## `{name}`\n\n{paper_link(method)}\n\n{about(method)}{more}".replace("\n\n\n\n", "\n\n")
+
+
+def families_table() -> str:
+    """One row per text model and vision tower of a family, with the tests that run the pair."""
+    sources = {
+        path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests/engine").glob("test_*.py"))
+    }
+    rows = (
+        [f"`{family.stock}`", f"`{text}`", f"`{tower}`", _tests_with(sources, f"{text}-{tower.split('_')[0]}")]
+        for family in FAMILIES.values()
+        for text in family.text_models
+        for tower in family.vision_towers
+    )
+    return table(("architecture", "text model", "vision tower", "run with random weights in"), rows)
+
+
+def _tests_with(sources: Mapping[str, str], pair: str) -> str:
+    return ", ".join(f"`{name}`" for name, text in sources.items() if f'"{pair}"' in text) or "not run as a pair"
+
+
+def family_names() -> str:
+    """One line per family, for the README."""
+    return table(("family", "vision towers", "text models"), (_family_row(family) for family in FAMILIES.values()))
+
+
+def _family_row(family: Family) -> list[str]:
+    return [
+        f"`{family.stock}`",
+        ", ".join(f"`{tower}`" for tower in family.vision_towers),
+        ", ".join(f"`{text}`" for text in family.text_models),
+    ]
+
+
+def flags_as_code(text: str) -> str:
+    """The flags in a line, outside code, as code."""
+    return text if "`" in text else re.sub(r"--[\w.-]+", r"`\g<0>`", text)
+
+
+def gate_tables() -> str:
+    """One row per rule, then one per setting that works."""
+    refused = table(("setting", "because"), ([flags_as_code(rule.setting), rule.reason] for rule in RULES))
+    works = table(
+        ("setting", "checked in `tests/engine` by"),
+        ([flags_as_code(each.setting), f"`{each.test.replace('::', '` `')}`"] for each in CHECKED),
+    )
+    return f"## Settings refused at start\n\n{refused}\n\n## Settings that work\n\n{works}"
 
 
 def metrics_table() -> str:
     """One row per metric."""
     rows = (
-        f"| `{spec.shown}` | {spec.kind} | {', '.join(f'`{label}`' for label in spec.labels)} | {spec.help} |"
-        for spec in METRICS
+        [f"`{spec.shown}`", spec.kind, ", ".join(f"`{label}`" for label in spec.labels), spec.help] for spec in METRICS
     )
-    return "\n".join(["| metric | type | labels of its own | meaning |", "|---|---|---|---|", *rows])
+    return table(("metric", "type", "labels of its own", "meaning"), rows)
 
 
-def method_sections() -> str:
-    """One section per method: its docstring."""
-    return "\n\n".join(f"## `{name}` ({method.paper})\n\n{about(method)}" for name, method in METHODS.items())
+def choice_keys() -> str:
+    """One row per key of ``--hidrop-config``."""
+    fields = HidropConfig.model_fields.items()
+    return table(("key", "meaning"), ([f"`{name}`", field.description or ""] for name, field in fields))
+
+
+def request_keys() -> str:
+    """One row per key of ``vllm_xargs``."""
+    return table(("key", "meaning"), ([f"`{name}`", meaning] for name, meaning in REQUEST_KEYS.items()))
+
+
+def commands() -> str:
+    """Every command with its help, as Typer writes it, below the page's own heading."""
+    command = typer.main.get_command(app)
+    text = get_docs_for_click(obj=command, ctx=typer.Context(command, info_name="hidrop"), name="hidrop")
+    return text.partition("\n")[2].strip()
 
 
 def fill(text: str, part: str, content: str) -> str:
     """Put ``content`` between the markers of ``part``."""
     pattern = re.compile(rf"(<!-- {part}:begin[^>]*-->\n).*?(<!-- {part}:end -->)", re.DOTALL)
-    return pattern.sub(lambda found: f"{found[1]}\n{content}\n\n{found[2]}", text)
+    filled, times = pattern.subn(lambda found: f"{found[1]}\n{content}\n\n{found[2]}", text)
+    if times != 1:
+        raise ValueError(f"the markers of {part} are there {times} times")
+    return filled
 
 
 def main() -> int:
     """Write or check."""
     rows = read_rows(ROOT / "docs" / "bench.json")
+    accuracy = json.loads((ROOT / "docs" / "embedded_eval.json").read_text(encoding="utf-8"))
     parts = {
-        ROOT / "README.md": {"gate": gate_table(), "numbers": markdown_summary(rows)},
-        ROOT / "docs" / "performance.md": {"numbers": markdown_sections(rows)},
-        ROOT / "docs" / "metrics.md": {"metrics": metrics_table()},
-        ROOT / "docs" / "methods.md": {"methods": method_sections()},
+        "README.md": {
+            "numbers": five_numbers(rows, accuracy),
+            "methods": catalogue(),
+            "families": family_names(),
+        },
+        "docs/performance.md": {"numbers": markdown_sections(rows)},
+        "docs/metrics.md": {"metrics": metrics_table()},
+        "docs/methods.md": {"methods": method_sections()},
+        "docs/families.md": {"families": families_table()},
+        "docs/limits.md": {"gate": gate_tables()},
+        "docs/serving.md": {"choice": choice_keys(), "request": request_keys()},
+        "docs/commands.md": {"commands": commands()},
     }
-    is_current = True
-    for file, contents in parts.items():
-        old = new = file.read_text()
+    stale = []
+    for name, contents in parts.items():
+        file = ROOT / name
+        old = new = file.read_text(encoding="utf-8")
         for part, content in contents.items():
             new = fill(new, part, content)
-        is_current = is_current and new == old
+        if new != old:
+            stale.append(name)
         if "--check" not in sys.argv:
-            file.write_text(new)
-    return int("--check" in sys.argv and not is_current)
+            file.write_text(new, encoding="utf-8")
+    print("\n".join(stale), file=sys.stderr)
+    return int("--check" in sys.argv and bool(stale))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def program(variable: str, name: str) -> str:
     """Path of a program that is not in this environment; skips loudly without it."""
     found = os.environ.get(variable) or shutil.which(name)
     if not found:
-        pytest.skip(f"NOT TESTED: {name} is missing; install it elsewhere and set {variable} (deploy/README.md)")
+        pytest.skip(f"NOT TESTED: {name} is missing; install it elsewhere and set {variable} (docs/deploy.md)")
     return found
 
 

@@ -63,7 +63,7 @@ def _sum(url: str, name: str) -> float:
 
 @contextmanager
 def router(servers: tuple[str, str], log: Path) -> Iterator[tuple[str, str]]:
-    """The command that deploy/README.md names, on free ports."""
+    """The command that docs/scaling.md names, on free ports."""
     port, metrics_port = free_port(), free_port()
     command = [str(ROUTER), "--host", LOOPBACK, "--port", str(port), "--worker-urls", *servers]
     command += ["--policy", "round_robin", "--health-check-endpoint", "/ready", "--health-check-interval-secs", "1"]

@@ -78,9 +78,3 @@ def markdown_sections(rows: Sequence[Row]) -> str:
             commands = "\n".join(row["command"] for row in {row["command"]: row for row in own}.values())
             parts.append(f"### {title}\n\n{markdown(own)}\n\n```console\n{commands}\n```")
     return "\n\n".join([*parts, f"Measured with:\n\n{measured_with(rows)}"])
-
-
-def markdown_summary(rows: Sequence[Row]) -> str:
-    """The rows that have a goal, and each method's prefill as vLLM runs by default."""
-    chosen = [r for r in rows if goal_of(r) or (r["section"] == "prefill" and r["mode"] == "compiled")]
-    return f"{markdown(chosen)}\n\n{measured_with(chosen)}"

@@ -1,6 +1,6 @@
 """The compatibility gate: settings that pruning would silently break are refused at start, each with its reason.
 
-The tables in the README are generated from :data:`RULES` and :data:`CHECKED`.
+The tables of docs/limits.md are generated from :data:`RULES` and :data:`CHECKED`.
 """
 
 from collections.abc import Callable
