@@ -75,7 +75,6 @@ class Keep:
 
 
 ALL = Keep()
-NOTHING = Keep(count=0)
 
 
 class Cached(StrEnum):

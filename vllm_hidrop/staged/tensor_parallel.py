@@ -6,8 +6,6 @@ A reduction may add in another order on every rank (vLLM's shared-memory kernel 
 last bit is enough to choose another token. So parts are gathered and added here, in rank order: the same on every rank.
 """
 
-from collections.abc import Sequence
-
 import torch
 from vllm.distributed import get_tp_group
 
@@ -23,13 +21,6 @@ def sum_over_ranks(part: torch.Tensor) -> torch.Tensor:
 def mean_over_ranks(part: torch.Tensor) -> torch.Tensor:
     """Their mean: that over all heads, of means over each rank's equally many heads; one collective."""
     return sum_over_ranks(part) / get_tp_group().world_size
-
-
-def means_over_ranks(parts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """The mean of each of these vectors, in one collective together."""
-    if not parts or get_tp_group().world_size == 1:
-        return parts
-    return mean_over_ranks(torch.cat(list(parts))).split([len(part) for part in parts])
 
 
 def first_ranks(same: torch.Tensor) -> torch.Tensor:
