@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
     from vllm_hidrop.config import HidropConfig
 
+TORCHVISION = (
+    "the installed torchvision is built for CUDA and cannot be imported beside PyTorch for CPUs: pip install "
+    "--force-reinstall --no-deps torchvision==0.28.0 --index-url https://download.pytorch.org/whl/cpu"
+)
+"""What PyPI's build ends in; scripts/mend_torchvision.py has the story."""
+
 
 def main(
     model: str | None,
@@ -123,5 +129,6 @@ def _check_installation() -> None:
 
     try:
         check_vllm_version()
+        import torchvision  # noqa: F401
     except RuntimeError as error:
-        raise StartError(str(error)) from None
+        raise StartError(TORCHVISION if "torchvision::nms" in str(error) else str(error)) from None
