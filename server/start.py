@@ -8,8 +8,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from hidrop_server.control.choice import read_choice
-from hidrop_server.control.environment import set_defaults
-from hidrop_server.control.errors import StartError, one_line
+from hidrop_server.control.settings import set_variables
+from hidrop_server.errors import StartError, one_line
 from vllm_hidrop.embedded import CHECKPOINTS
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def configure(model: str | None, choice: "HidropConfig", vllm_args: list[str]) -
     """
     _check_installation()
     is_shipped = model in [str(directory) for directory in CHECKPOINTS.values()]
-    set_defaults(embedded=is_shipped or (not model and not any(arg == "--model" for arg in vllm_args)))
+    set_variables(embedded=is_shipped or (not model and not any(arg == "--model" for arg in vllm_args)))
 
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args

@@ -6,7 +6,7 @@ Knows no vLLM, so that a misspelt name is refused before vLLM is imported.
 from pathlib import Path
 from typing import Any
 
-from hidrop_server.control.errors import StartError
+from hidrop_server.errors import StartError
 from vllm_hidrop.config import HidropConfig, make_method
 from vllm_hidrop.json_text import parse_object, read_short_text
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from importlib.metadata import entry_points
 from typing import Any
 
-from hidrop_server.http.refusals import BodyRefused
+from hidrop_server.errors import BodyRefused
 from vllm_hidrop.plan.planner import REQUEST_KEYS
 
 VLLM_KEYS = ("kv_cache_report_mode", "session_id", "kv_transfer_params", "ec_transfer_params")

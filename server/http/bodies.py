@@ -12,11 +12,11 @@ from pydantic_core import from_json
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hidrop_server.errors import BodyRefused
 from hidrop_server.http.answers import OnRefused, error
 from hidrop_server.http.body_check import BodyCheck
 from hidrop_server.http.brief_errors import brief
 from hidrop_server.http.json_bounds import JsonBounds
-from hidrop_server.http.refusals import BodyRefused
 
 METHODS = ("POST", "PUT", "PATCH")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"

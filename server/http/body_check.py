@@ -4,13 +4,13 @@ Knows the fields of vLLM's routes that are lists, media, text or names; what the
 is read in the same way, also one that is not known here.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hidrop_server.control.options import check_options
+from hidrop_server.errors import BodyRefused
 from hidrop_server.http.body_walk import BodyLimits, BodyWalk
-from hidrop_server.http.grammar_fields import find_oversized
-from hidrop_server.http.refusals import BodyRefused
 from hidrop_server.http.scalar_fields import check_scalars
 from hidrop_server.http.typed_items import response_items, response_tools
 from hidrop_server.media.parts import SYSTEM_BLOCKS, MediaParts
@@ -121,6 +121,19 @@ class BodyCheck:
                 f"{sequences} sequences with these sampling fields are more than {4 * self.limits.max_values} values "
                 f"(4 x --max-json-values {self.limits.max_values})"
             )
+
+
+GRAMMAR_FIELDS = ("structured_outputs", "response_format", "text")
+"""Those that hold a constraint; the last is that of ``/v1/responses``, whose ``format`` is a response format."""
+
+
+def find_oversized(body: Mapping[str, Any], max_kb: int) -> str | None:
+    """What is wrong with a constraint in a parsed body, before vLLM's models parse it; None where all are small."""
+    for name in GRAMMAR_FIELDS:
+        num_bytes = len(json.dumps(body.get(name)))
+        if num_bytes > 2 * max_kb << 10:  # its text is looked at again, without the quotes and escapes of JSON
+            return f"{name} is {num_bytes >> 10} KiB large, over {max_kb} KiB (--max-grammar-kb)"
+    return None
 
 
 def _messages(value: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hidrop_server.http.refusals import BodyRefused
+from hidrop_server.errors import BodyRefused
 from hidrop_server.media.parts import MAX_PARTS, MediaParts
 
 MAX_INTEGER = (1 << 63) - 1

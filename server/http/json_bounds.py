@@ -5,7 +5,7 @@ Knows where strings begin and end and what stands between them; not what a body 
 
 import re
 
-from hidrop_server.http.refusals import BodyRefused
+from hidrop_server.errors import BodyRefused
 
 VALUES_PER_CONTAINER = 16
 """Objects and arrays cost a validator far more than plain values: there may be a sixteenth of them."""

@@ -6,7 +6,7 @@ A list of a wrong type costs vLLM's models an error for each element. Knows fiel
 from collections.abc import Mapping
 from typing import Any
 
-from hidrop_server.http.refusals import BodyRefused
+from hidrop_server.errors import BodyRefused
 
 MAX_NAME_CHARS = 1024
 MAX_ID_CHARS = 256

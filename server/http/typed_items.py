@@ -12,7 +12,7 @@ from openai.types.responses.tool import Tool
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from vllm.entrypoints.openai.responses.protocol import ResponseInputOutputItem
 
-from hidrop_server.http.refusals import BodyRefused
+from hidrop_server.errors import BodyRefused
 
 MAX_ITEMS = 1024
 """A valid one takes vLLM 0.05 to 0.3 ms."""

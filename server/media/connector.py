@@ -14,7 +14,7 @@ from vllm.exceptions import VLLMError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, ImageMediaIO, MediaConnector
 from vllm.multimodal.media.base import MediaIO
 
-from hidrop_server.control.environment import MEDIA_CONNECTOR
+from hidrop_server.control.settings import MEDIA_CONNECTOR
 from hidrop_server.media.addresses import Network
 from hidrop_server.media.fetching import CheckedConnection
 from hidrop_server.media.images import MediaRefused, check_image, check_size, limit_decoder

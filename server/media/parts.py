@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm.renderers.chat_utils import MM_PARSER_MAP
 
-from hidrop_server.http.refusals import BodyRefused
+from hidrop_server.errors import BodyRefused
 
 MAX_PARTS = 4096
 """Of a whole body. vLLM's validation takes about 30 us for each, in the event loop."""
@@ -45,7 +45,7 @@ OPENAI: Mapping[str, PartKind] = {
     "video_url": PartKind("video_url", "video"),
 }
 """Not among them: ``image_pil``, which only Python can send and which vLLM would fetch from a string, embeddings, whose
-flags :mod:`hidrop_server.control.doors` refuses, and parts without a type, whose kind vLLM guesses from their keys."""
+flags `control.settings` refuses, and parts without a type, whose kind vLLM guesses from their keys."""
 ANTHROPIC: Mapping[str, PartKind] = {
     "text": PartKind("text"),
     "image": PartKind("source", "image"),

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from hidrop_server.errors import BodyRefused
 from hidrop_server.http.body_check import BodyCheck
 from hidrop_server.http.body_walk import BodyLimits
-from hidrop_server.http.refusals import BodyRefused
 from hidrop_server.media.parts import MediaParts
 
 CHAT, BATCH, RESPONSES = "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses"

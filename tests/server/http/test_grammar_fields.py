@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from hidrop_server.http.grammar_fields import find_oversized
+from hidrop_server.http.body_check import find_oversized
 
 LARGE = "ab" * 100_000
 BODIES: dict[str, dict[str, Any]] = {

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hidrop_server.errors import BodyRefused
 from hidrop_server.http.json_bounds import MAX_DEPTH, MAX_NUMBER_CHARS, JsonBounds
-from hidrop_server.http.refusals import BodyRefused
 
 MAX_VALUES = 4096
 MIB = 1 << 20

@@ -24,9 +24,8 @@ from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
 from hidrop_server.app import build_middlewares
 from hidrop_server.http.access import Access
-from hidrop_server.http.answers import DRAIN_MIB, DRAIN_SECONDS
+from hidrop_server.http.answers import DRAIN_MIB, DRAIN_SECONDS, Heads
 from hidrop_server.http.exchanges import Exchanges, InFlight
-from hidrop_server.http.heads import Heads
 from hidrop_server.http.limits import SizeLimits
 from hidrop_server.playground.page import PATH as PLAYGROUND
 from hidrop_server.playground.page import router as playground
@@ -61,7 +60,7 @@ class Application:
         app.add_middleware(Heads)
         app.add_middleware(SizeLimits, max_header_kb=4, max_body_mb=1, on_refused=refused)
         app.add_middleware(Exchanges, in_flight=self.in_flight, seconds=self.seconds, on_refused=refused)
-        app.add_middleware(Access, api_keys=["k1", "k2"], metrics_key="m", on_refused=refused)
+        app.add_middleware(Access, api_keys=["k1", "k2"], metrics_keys=["m"], on_refused=refused)
         build_middlewares(app)
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, http="h11", log_level="error", lifespan="off"))
         serving = asyncio.ensure_future(self.server.serve([sock]))
