@@ -35,11 +35,11 @@ from hidrop_server.http.access import Access, drop_stock_authentication, hide_ro
 from hidrop_server.http.answers import Heads
 from hidrop_server.http.bodies import Bodies
 from hidrop_server.http.body_check import BodyCheck
-from hidrop_server.http.body_walk import BodyLimits
+from hidrop_server.http.body_limits import BodyLimits
 from hidrop_server.http.brief_errors import BriefErrors, validation_refusal
 from hidrop_server.http.exchanges import Exchanges
-from hidrop_server.http.limits import SizeLimits
 from hidrop_server.http.listening import refused_in_one_line
+from hidrop_server.http.typed_fields import TypedFields, request_models
 from hidrop_server.media.connector import register_connector
 from hidrop_server.media.parts import MediaParts
 from hidrop_server.playground.page import PATH
@@ -139,9 +139,9 @@ def protect(app: FastAPI, engine: HidropLLM, args: Namespace) -> None:
     # Starlette declares a handler's argument as any exception; this one is called for its own only.
     app.add_exception_handler(RequestValidationError, validation_refusal)  # type: ignore[arg-type]
     app.add_middleware(BriefErrors)
-    app.add_middleware(Bodies, check=body_check(engine, args), on_refused=refused)
+    sizes = {"max_header_kb": args.max_header_kb, "max_body_mb": args.max_body_mb}
+    app.add_middleware(Bodies, check=body_check(app, engine, args), **sizes, on_refused=refused)
     app.add_middleware(Heads)
-    app.add_middleware(SizeLimits, max_header_kb=args.max_header_kb, max_body_mb=args.max_body_mb, on_refused=refused)
     seconds = args.request_timeout
     app.add_middleware(Exchanges, in_flight=engine.in_flight, seconds=seconds, on_refused=refused)
     keys = {"api_keys": keys_of(args, API_KEY), "metrics_keys": keys_of(args, METRICS_KEY)}
@@ -149,11 +149,11 @@ def protect(app: FastAPI, engine: HidropLLM, args: Namespace) -> None:
     build_middlewares(app)
 
 
-def body_check(engine: HidropLLM, args: Namespace) -> BodyCheck:
-    """What this server's model and flags allow in a body."""
+def body_check(app: FastAPI, engine: HidropLLM, args: Namespace) -> BodyCheck:
+    """What this server's routes, model and flags allow in a body."""
     limits = BodyLimits.of(args.max_json_values, engine.model_config.max_model_len, args.max_grammar_kb)
     modalities = [name for name, most in engine.allowed_media.items() if most > 0]
-    return BodyCheck(limits, MediaParts(modalities))
+    return BodyCheck(limits, MediaParts(modalities), TypedFields(request_models(app)))
 
 
 OUTERMOST = (CORSMiddleware, XRequestIdMiddleware)

@@ -1,7 +1,4 @@
-"""vLLM's asynchronous engine client, with requests planned before they enter and reports counted when they end.
-
-Knows vLLM's ``AsyncLLM`` and the planner; not HTTP.
-"""
+"""vLLM's asynchronous engine client, with requests planned before they enter and reports counted when they end."""
 
 import asyncio
 from argparse import Namespace
@@ -122,7 +119,7 @@ class HidropLLM(AsyncLLM):
         """Plan first, while the route can still answer 400 (a stream has sent its 200 by the first output).
 
         Raises:
-            VLLMValidationError: the request's own pruning options are bad, or its grammar is too large.
+            VLLMValidationError: the request's own pruning options are bad.
         """
         self.check(prompt, sampling_params)
         return super().generate(prompt, sampling_params, request_id, **kwargs)
@@ -133,7 +130,6 @@ class HidropLLM(AsyncLLM):
         Raises:
             VLLMValidationError: as :meth:`generate`.
         """
-        self.grammars.check_size(params)
         _begun.get([]).append(params)
         self.check_options(prompt, params)
 

@@ -1,7 +1,4 @@
-"""The user's pruning choice, from the three options of `hidrop serve` to a checked `HidropConfig`.
-
-Knows no vLLM, so that a misspelt name is refused before vLLM is imported.
-"""
+"""The user's pruning choice, checked without vLLM, so that a misspelt name is refused before vLLM is imported."""
 
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,4 @@
-"""Which grammars enter the engine: those of a bounded size that another process could compile in bounded time.
-
-Knows vLLM's sampling parameters and the judge's process; not HTTP, and no grammar's syntax.
-"""
+"""Which grammars enter the engine: those of a bounded size that another process could compile in bounded time."""
 
 import asyncio
 import hashlib
@@ -108,32 +105,22 @@ class Grammars:
         """Why no constraint can be admitted any more."""
         return None if self._judge.lives else "the process that tries grammars has ended: restart this server"
 
-    def check_size(self, params: SamplingParams) -> None:
-        """Refuse what is too large to be tried.
-
-        Raises:
-            VLLMValidationError: names the limit.
-        """
-        if params.structured_outputs is None:
-            return
-        num_bytes = _size(params.structured_outputs)
-        if num_bytes > self._max_kb << 10:
-            self._refuse(
-                f"the grammar, schema, pattern or choices are {num_bytes >> 10} KiB large, "
-                f"over {self._max_kb} KiB (--max-grammar-kb)"
-            )
-
     async def admit(self, params: SamplingParams, stop_token_ids: Sequence[int]) -> None:
         """Wait for the verdict, and write into ``params`` what vLLM's own validation would have.
 
         Raises:
-            VLLMValidationError: the constraint is bad, too slow to compile, or not to be spelt.
+            VLLMValidationError: the constraint is too large, bad, too slow to compile, or not to be spelt.
             GracefulHTTPError: no verdict for now.
         """
         structured = params.structured_outputs
         if structured is None or structured.all_constraints_none():
             return
-        self.check_size(params)
+        num_bytes = _size(structured)
+        if num_bytes > self._max_kb << 10:
+            self._refuse(
+                f"the grammar, schema, pattern or choices are {num_bytes >> 10} KiB large, "
+                f"over {self._max_kb} KiB (--max-grammar-kb)"
+            )
         asked = question(structured, stop_token_ids)
         verdict = await self._verdict(asked)
         if "refused" in verdict:

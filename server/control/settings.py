@@ -77,7 +77,7 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("--max-body-mb", 32, "http.limits", "Largest request body, in MiB; over it: 413.", positive, "MIB"),
+    Setting("--max-body-mb", 32, "http.bodies", "Largest request body, in MiB; over it: 413.", positive, "MIB"),
     Setting(
         "--max-json-values",
         1 << 18,
@@ -87,7 +87,7 @@ SETTINGS = (
         positive,
         "COUNT",
     ),
-    Setting("--max-header-kb", 32, "http.limits", "Largest request header, in KiB; over it: 431.", positive, "KIB"),
+    Setting("--max-header-kb", 32, "http.bodies", "Largest request header, in KiB; over it: 431.", positive, "KIB"),
     Setting(
         "--max-grammar-kb",
         64,

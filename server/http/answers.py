@@ -1,7 +1,4 @@
-"""Answers of the middlewares, in the shape of vLLM's own errors, and the routes they treat apart.
-
-Knows ASGI and vLLM's error object; decides nothing.
-"""
+"""Answers of the middlewares, in the shape of vLLM's own errors, and the routes they treat apart."""
 
 import asyncio
 from collections.abc import Callable, Mapping

@@ -1,7 +1,6 @@
 """What a parsed body may hold, read once before any of vLLM's models sees it; the first fault ends the reading.
 
-Knows the fields of vLLM's routes that are lists, media, text or names; what they mean is vLLM's business. Every route
-is read in the same way, also one that is not known here.
+Every route is read in the same way, also one that is not known here.
 """
 
 import json
@@ -10,16 +9,11 @@ from typing import Any
 
 from hidrop_server.control.options import check_options
 from hidrop_server.errors import BodyRefused
-from hidrop_server.http.body_walk import BodyLimits, BodyWalk
-from hidrop_server.http.scalar_fields import check_scalars
-from hidrop_server.http.typed_items import response_items, response_tools
+from hidrop_server.http.body_limits import MAX_FIELDS, MAX_MESSAGES, MAX_TOOLS, BodyLimits
+from hidrop_server.http.body_walk import BodyWalk
+from hidrop_server.http.typed_fields import TypedFields, response_items, response_tools
 from hidrop_server.media.parts import SYSTEM_BLOCKS, MediaParts
 
-MAX_FIELDS = 256
-"""Of a body, at its top."""
-MAX_MESSAGES = 4096
-"""Of a body, all its conversations together."""
-MAX_TOOLS = 512
 CONTENT_FIELDS = ("messages", "prompt", "input", "items", "tools")
 """Shared by all sequences of a body, or divided among them."""
 ANTHROPIC_PATH = "/v1/messages"
@@ -46,11 +40,13 @@ class BodyCheck:
     Args:
         limits: of this server.
         parts: that it takes.
+        fields: of its routes.
     """
 
-    def __init__(self, limits: BodyLimits, parts: MediaParts) -> None:
+    def __init__(self, limits: BodyLimits, parts: MediaParts, fields: TypedFields) -> None:
         self.limits = limits
         self.parts = parts
+        self.fields = fields
         self.items = response_items()
         self.response_tools = response_tools()
 
@@ -68,7 +64,7 @@ class BodyCheck:
         if oversized is not None:
             raise BodyRefused(oversized, "grammar")
         check_options(body.get("vllm_xargs"))
-        check_scalars(body)
+        self.fields.check(body)
         read = READ.get(path.removesuffix("/render"))
         walk = BodyWalk(self.limits, self.parts, path.startswith(ANTHROPIC_PATH), read)
         walk.read(body)

@@ -1,7 +1,4 @@
-"""Fetch and decode media under rules that answer 4xx, not 500, to what a client should not send.
-
-Knows vLLM's connector, which `VLLM_MEDIA_CONNECTOR` names; not HTTP routes.
-"""
+"""Fetch and decode media under rules that answer 4xx, not 500, to what a client should not send."""
 
 import base64
 import binascii

@@ -7,8 +7,9 @@ import pytest
 
 from hidrop_server.errors import BodyRefused
 from hidrop_server.http.body_check import BodyCheck
-from hidrop_server.http.body_walk import BodyLimits
+from hidrop_server.http.body_limits import BodyLimits
 from hidrop_server.media.parts import MediaParts
+from tests.server.http.fields import typed_fields
 
 CHAT, BATCH, RESPONSES = "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses"
 MESSAGES, COMPLETIONS, TOKENIZE = "/v1/messages", "/v1/completions", "/tokenize"
@@ -19,7 +20,7 @@ URL = {"url": "http://127.0.0.1:9/x"}
 
 @cache
 def checking(*takes: str) -> BodyCheck:
-    return BodyCheck(LIMITS, MediaParts(takes))
+    return BodyCheck(LIMITS, MediaParts(takes), typed_fields())
 
 
 def check(path: str, body: Any, *takes: str) -> None:
@@ -249,6 +250,7 @@ FIELDS: dict[str, Any] = {
     "max_tokens": False,
     "temperature": True,
     "truncate_prompt_tokens": True,
+    "stream_interval": True,
     "request_id": "x" * 257,
     "session_id": "x" * 257,
     "user": "x" * 1025,
@@ -275,6 +277,25 @@ def test_a_field_too_long_or_of_a_wrong_type_is_refused_by_its_name(name: str) -
     refused = refusal(CHAT, {"messages": [], name: FIELDS[name]})
     assert refused.says.startswith(("vllm_xargs.x", name))
     assert "xxx" not in refused.says
+
+
+def test_fields_are_those_of_vllms_models() -> None:
+    """Names that vLLM has for what it reads: one that a later version has is bounded without a word here."""
+    fields = typed_fields()
+    assert {
+        "n",
+        "best_of",
+        "top_p",
+        "seed",
+        "stream_interval",
+        "max_output_tokens",
+        "prompt_logprobs",
+    } <= fields.numbers
+    assert not {"logprobs", "stream", "echo"} & fields.numbers
+    assert {"model", "user", "request_id", "cache_salt", "tool_choice", "stop", "service_tier"} <= fields.names
+    assert not {"prompt", "input", "chat_template", "instructions", "system", "query"} & fields.names
+    assert fields.words == {"bad_words", "include", "stop", "stop_sequences"}
+    assert {"allowed_token_ids", "stop_token_ids", "logprob_token_ids", "label_token_ids", "tokens"} == fields.tokens
 
 
 def test_many_small_texts_are_one_prompt_and_several_prompts_are_several() -> None:
