@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import socket
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from http import HTTPStatus
@@ -16,12 +15,13 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.utils.cache import LRUCache
 
 from hidrop_server.control.grammar_judge import MEMORY_MIB, question, serve_judge, wall_seconds
 from hidrop_server.metrics import HidropMetrics
 
 REMEMBERED = 4096
-"""Verdicts kept, the least recently used forgotten first."""
+"""Verdicts kept."""
 AT_ONCE = max(2, os.cpu_count() or 1)
 """Grammars tried at the same time; more wait for one of them to end."""
 PARAMETER = "structured_outputs"
@@ -96,7 +96,7 @@ class Grammars:
         self._judge = judge
         self._max_kb = max_kb
         self._metrics = metrics
-        self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
+        self._verdicts: LRUCache[bytes, Verdict] = LRUCache(REMEMBERED)
         self._asking: dict[bytes, asyncio.Task[Verdict]] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
 
@@ -132,7 +132,6 @@ class Grammars:
     async def _verdict(self, asked: bytes) -> Verdict:
         key = hashlib.sha256(asked).digest()
         if key in self._verdicts:
-            self._verdicts.move_to_end(key)
             return self._verdicts[key]
         if key not in self._asking:
             task = asyncio.ensure_future(self._ask(asked))
@@ -171,8 +170,6 @@ class Grammars:
         self._metrics.grammars_wait(len(self._asking))
         with suppress(GracefulHTTPError, asyncio.CancelledError):
             self._verdicts[key] = done.result()
-        while len(self._verdicts) > REMEMBERED:
-            self._verdicts.popitem(last=False)
 
     def _refuse(self, why: str) -> None:
         self._metrics.refused("grammar")

@@ -60,9 +60,7 @@ class BodyCheck:
             raise BodyRefused("the body must be a JSON object")
         if len(body) > MAX_FIELDS:
             raise BodyRefused(f"the body has more than {MAX_FIELDS} fields")
-        oversized = find_oversized(body, self.limits.max_grammar_kb)
-        if oversized is not None:
-            raise BodyRefused(oversized, "grammar")
+        check_grammars(body, self.limits.max_grammar_kb)
         check_options(body.get("vllm_xargs"))
         self.fields.check(body)
         read = READ.get(path.removesuffix("/render"))
@@ -70,9 +68,9 @@ class BodyCheck:
         walk.read(body)
         self._check_media(path, body)
         self._check_lists(path, body)
-        self._check_product(body)
-        num_texts = max(1, *(len(each) for each in _batches(body)), 1)
-        if walk.num_chars > num_texts * self.limits.max_text_chars:
+        num_prompts = max([1, *map(len, _batches(body))])
+        self._check_product(body, num_prompts)
+        if walk.num_chars > num_prompts * self.limits.max_text_chars:
             raise BodyRefused(self.limits.too_long("the text of the body"))
 
     def _check_media(self, path: str, body: Mapping[str, Any]) -> None:
@@ -108,10 +106,10 @@ class BodyCheck:
             if anthropic and message["role"] == "system" and isinstance(message.get("content"), list):
                 _check_system(message["content"], f"{where}.content")
 
-    def _check_product(self, body: Mapping[str, Any]) -> None:
+    def _check_product(self, body: Mapping[str, Any], num_prompts: int) -> None:
         """Each sequence takes the sampling fields along."""
         own = {key: value for key, value in body.items() if key not in CONTENT_FIELDS}
-        sequences = _number(body.get("n")) * max(1, *(len(each) for each in _batches(body)), 1)
+        sequences = _number(body.get("n")) * num_prompts
         if sequences > 1 and sequences * _num_values(own) > 4 * self.limits.max_values:
             raise BodyRefused(
                 f"{sequences} sequences with these sampling fields are more than {4 * self.limits.max_values} values "
@@ -123,13 +121,17 @@ GRAMMAR_FIELDS = ("structured_outputs", "response_format", "text")
 """Those that hold a constraint; the last is that of ``/v1/responses``, whose ``format`` is a response format."""
 
 
-def find_oversized(body: Mapping[str, Any], max_kb: int) -> str | None:
-    """What is wrong with a constraint in a parsed body, before vLLM's models parse it; None where all are small."""
+def check_grammars(body: Mapping[str, Any], max_kb: int) -> None:
+    """Look at the sizes of constraints, before vLLM's models parse them.
+
+    Raises:
+        BodyRefused: one is too large.
+    """
     for name in GRAMMAR_FIELDS:
         num_bytes = len(json.dumps(body.get(name)))
         if num_bytes > 2 * max_kb << 10:  # its text is looked at again, without the quotes and escapes of JSON
-            return f"{name} is {num_bytes >> 10} KiB large, over {max_kb} KiB (--max-grammar-kb)"
-    return None
+            says = f"{name} is {num_bytes >> 10} KiB large, over {max_kb} KiB (--max-grammar-kb)"
+            raise BodyRefused(says, "grammar")
 
 
 def _messages(value: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
