@@ -159,8 +159,6 @@ METRICS = (
     MetricSpec("grammars_waiting", Kind.GAUGE, "Grammars being tried, or waiting for it; 0 on an idle server."),
     MetricSpec("stage_first_layer", Kind.GAUGE, "First layer of each of the server's stages.", ("stage",)),
 )
-BY_NAME = {spec.name: spec for spec in METRICS}
-
 
 TIMES = ("time_to_first_token_seconds", "prefill_seconds", "time_per_output_token_seconds")
 OBSERVED = ("keep_ratio", "cut_layer", "exit_layer", "selection_seconds")
