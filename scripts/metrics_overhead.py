@@ -49,7 +49,6 @@ def make_engine(model: str | None, clock: Clock) -> Any:
     """An engine in this process with the server's output processor, timed."""
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from hidrop_server.adopt import adopt
     from hidrop_server.control.choice import read_choice
     from hidrop_server.engine import HidropOutputProcessor, metrics_of
     from hidrop_server.start import configure
@@ -57,8 +56,10 @@ def make_engine(model: str | None, clock: Clock) -> Any:
 
     _, config = configure(model, read_choice(None, None, None), ["--distributed-executor-backend", "uni"])
     engine = LLMEngine.from_vllm_config(config)
-    processor = adopt(HidropOutputProcessor, engine.output_processor)
-    processor.reports, processor.metrics = {}, metrics_of(config, Planner.from_vllm_config(config))
+    metrics, stock = metrics_of(config, Planner.from_vllm_config(config)), engine.output_processor
+    processor = HidropOutputProcessor(
+        metrics, stock.tokenizer, log_stats=stock.log_stats, stream_interval=stock.stream_interval
+    )
     engine.output_processor = processor
     clock.wrap(processor, "_hand_on", "handing on")
     clock.wrap(processor.metrics, "ended", "counting")

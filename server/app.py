@@ -26,34 +26,31 @@ from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.entrypoints.serve.middleware.x_request_id import XRequestIdMiddleware
 from vllm.utils.system_utils import decorate_logs
 
-from hidrop_server.adopt import adopt
-from hidrop_server.control.doors import hide_routes
 from hidrop_server.control.grammars import Grammars, Judge
 from hidrop_server.control.redaction import hide_in_logs
 from hidrop_server.control.routes import describe, router
-from hidrop_server.control.safety import api_keys, metrics_key
+from hidrop_server.control.settings import API_KEY, METRICS_KEY, keys_of
 from hidrop_server.engine import HidropLLM, run_engine
-from hidrop_server.http.access import Access, drop_stock_authentication
+from hidrop_server.http.access import Access, drop_stock_authentication, hide_routes
+from hidrop_server.http.answers import Heads
 from hidrop_server.http.bodies import Bodies
 from hidrop_server.http.body_check import BodyCheck
-from hidrop_server.http.body_walk import BodyLimits
+from hidrop_server.http.body_limits import BodyLimits
 from hidrop_server.http.brief_errors import BriefErrors, validation_refusal
 from hidrop_server.http.exchanges import Exchanges
-from hidrop_server.http.heads import Heads
-from hidrop_server.http.limits import SizeLimits
 from hidrop_server.http.listening import refused_in_one_line
+from hidrop_server.http.typed_fields import TypedFields, request_models
 from hidrop_server.media.connector import register_connector
 from hidrop_server.media.parts import MediaParts
 from hidrop_server.playground.page import PATH
 from hidrop_server.playground.page import router as playground
 from hidrop_server.serving import (
     HidropServingChat,
-    HidropServingChatBatch,
     HidropServingCompletion,
     HidropServingMessages,
-    HidropServingModels,
     HidropServingResponses,
 )
+from hidrop_server.subclassing import subclass
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 END_SECONDS = 2
@@ -77,7 +74,7 @@ def listen(args: Namespace) -> tuple[str, socket]:
     hide_keys(args)
     with refused_in_one_line(args):
         address, sock = setup_server(args, reuse_port=False)
-    if not api_keys(args) and args.uds is None and args.host not in LOOPBACK:
+    if not keys_of(args, API_KEY) and args.uds is None and args.host not in LOOPBACK:
         print(f"hidrop serve: no --api-key: whoever reaches {address} may use it", file=sys.stderr, flush=True)
     return address, sock
 
@@ -124,6 +121,7 @@ async def make_app(engine: HidropLLM, args: Namespace) -> FastAPI:
     """Stock application, extended."""
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
+    hide_routes(app, admin_too=not args.enable_admin_routes)
     app.include_router(router)
     app.include_router(playground)
     register_connector(partial(engine.metrics.refused, "media"), args.allowed_media_networks)
@@ -135,27 +133,27 @@ async def make_app(engine: HidropLLM, args: Namespace) -> FastAPI:
 
 def protect(app: FastAPI, engine: HidropLLM, args: Namespace) -> None:
     """Put our middlewares around the application; the last one added meets a request first."""
-    hide_routes(app, admin_too=not args.enable_admin_routes)
     drop_stock_authentication(app)
     refused = engine.metrics.refused
     undo_middlewares(app)
     # Starlette declares a handler's argument as any exception; this one is called for its own only.
     app.add_exception_handler(RequestValidationError, validation_refusal)  # type: ignore[arg-type]
     app.add_middleware(BriefErrors)
-    app.add_middleware(Bodies, check=body_check(engine, args), on_refused=refused)
+    sizes = {"max_header_kb": args.max_header_kb, "max_body_mb": args.max_body_mb}
+    app.add_middleware(Bodies, check=body_check(app, engine, args), **sizes, on_refused=refused)
     app.add_middleware(Heads)
-    app.add_middleware(SizeLimits, max_header_kb=args.max_header_kb, max_body_mb=args.max_body_mb, on_refused=refused)
     seconds = args.request_timeout
     app.add_middleware(Exchanges, in_flight=engine.in_flight, seconds=seconds, on_refused=refused)
-    app.add_middleware(Access, api_keys=api_keys(args), metrics_key=metrics_key(args), on_refused=refused)
+    keys = {"api_keys": keys_of(args, API_KEY), "metrics_keys": keys_of(args, METRICS_KEY)}
+    app.add_middleware(Access, **keys, on_refused=refused)
     build_middlewares(app)
 
 
-def body_check(engine: HidropLLM, args: Namespace) -> BodyCheck:
-    """What this server's model and flags allow in a body."""
+def body_check(app: FastAPI, engine: HidropLLM, args: Namespace) -> BodyCheck:
+    """What this server's routes, model and flags allow in a body."""
     limits = BodyLimits.of(args.max_json_values, engine.model_config.max_model_len, args.max_grammar_kb)
     modalities = [name for name, most in engine.allowed_media.items() if most > 0]
-    return BodyCheck(limits, MediaParts(modalities))
+    return BodyCheck(limits, MediaParts(modalities), TypedFields(request_models(app)))
 
 
 OUTERMOST = (CORSMiddleware, XRequestIdMiddleware)
@@ -194,20 +192,25 @@ def undo_middlewares(app: FastAPI) -> None:
 
 def hide_keys(args: Namespace) -> None:
     """Keep the keys out of this process's log."""
-    hide_in_logs([*api_keys(args), metrics_key(args) or ""])
+    hide_in_logs([*keys_of(args, API_KEY), *keys_of(args, METRICS_KEY)])
+
+
+HANDLERS = {
+    "openai_serving_chat": HidropServingChat,
+    "openai_serving_completion": HidropServingCompletion,
+    "openai_serving_responses": HidropServingResponses,
+    "anthropic_serving_messages": HidropServingMessages,
+}
+HANDLERS_WHY = "init_app_state names the handlers' classes and makes them of twenty arguments; until it takes classes"
 
 
 def extend_state(state: State, engine: HidropLLM) -> None:
-    """Put our handlers where vLLM's routes look for them."""
+    """Put our handlers where vLLM's routes look for them; that of batches is a chat's, too."""
     state.hidrop = describe(engine.planner)
-    state.openai_serving_chat = adopt(HidropServingChat, state.openai_serving_chat)
-    state.openai_serving_chat_batch = adopt(HidropServingChatBatch, state.openai_serving_chat_batch)
-    state.openai_serving_completion = adopt(HidropServingCompletion, state.openai_serving_completion)
-    state.openai_serving_responses = adopt(HidropServingResponses, state.openai_serving_responses)
-    state.anthropic_serving_messages = adopt(HidropServingMessages, state.anthropic_serving_messages)
-    models = adopt(HidropServingModels, state.openai_serving_models)
-    models.hidrop = state.hidrop
-    state.openai_serving_models = models
+    state.openai_serving_chat = state.openai_serving_chat_batch
+    for name, handler in HANDLERS.items():
+        setattr(state, name, subclass(getattr(state, name), handler, why=HANDLERS_WHY))
+    state.openai_serving_chat_batch = state.openai_serving_chat
 
 
 def uvicorn_options(args: Namespace) -> dict[str, Any]:

@@ -1,7 +1,4 @@
-"""vLLM's asynchronous engine client, with requests planned before they enter and reports counted when they end.
-
-Knows vLLM's ``AsyncLLM`` and the planner; not HTTP.
-"""
+"""vLLM's asynchronous engine client, with requests planned before they enter and reports counted when they end."""
 
 import asyncio
 from argparse import Namespace
@@ -23,7 +20,6 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestOutputCollector, RequestState
 from vllm.v1.metrics.stats import RequestStateStats
 
-from hidrop_server.adopt import adopt
 from hidrop_server.control.grammars import PARAMETER, Grammars
 from hidrop_server.control.options import check_keys, others_are_read
 from hidrop_server.control.reports import REPORT_KEY
@@ -123,7 +119,7 @@ class HidropLLM(AsyncLLM):
         """Plan first, while the route can still answer 400 (a stream has sent its 200 by the first output).
 
         Raises:
-            VLLMValidationError: the request's own pruning options are bad, or its grammar is too large.
+            VLLMValidationError: the request's own pruning options are bad.
         """
         self.check(prompt, sampling_params)
         return super().generate(prompt, sampling_params, request_id, **kwargs)
@@ -134,7 +130,6 @@ class HidropLLM(AsyncLLM):
         Raises:
             VLLMValidationError: as :meth:`generate`.
         """
-        self.grammars.check_size(params)
         _begun.get([]).append(params)
         self.check_options(prompt, params)
 
@@ -187,12 +182,20 @@ class HidropLLM(AsyncLLM):
         return await super().add_request(request_id, prompt, params, *args, **kwargs)
 
     def _run_output_handler(self) -> None:
-        """Start vLLM's output loop, which holds on to the output processor; so ours goes in before."""
+        """Start vLLM's output loop, which holds on to the output processor; so ours goes in before.
+
+        ``AsyncLLM`` names the classes of both processors in its constructor: they are made anew, as it makes them.
+        """
         if self.output_handler is None:
-            processor = adopt(HidropOutputProcessor, self.output_processor)
-            processor.reports, processor.metrics = {}, self.metrics
-            self.output_processor = processor
-            self.input_processor = adopt(HidropInputProcessor, self.input_processor)
+            self.input_processor = HidropInputProcessor(self.vllm_config, self.renderer)
+            self.output_processor = HidropOutputProcessor(
+                self.metrics,
+                self.renderer.tokenizer,
+                log_stats=self.log_stats,
+                stream_interval=self.scheduler_config.stream_interval,
+                tracing_enabled=self.observability_config.otlp_traces_endpoint is not None,
+                admission_stats=self.admission_stats,
+            )
         super()._run_output_handler()
 
 
@@ -232,8 +235,10 @@ class HidropOutputProcessor(OutputProcessor):
     a sequence here and the engine's last word on it never arrives.
     """
 
-    reports: dict[str, dict[str, Any]]
-    metrics: HidropMetrics
+    def __init__(self, metrics: HidropMetrics, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.metrics = metrics
+        self.reports: dict[str, dict[str, Any]] = {}
 
     def process_outputs(
         self, engine_core_outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any

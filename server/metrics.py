@@ -1,6 +1,6 @@
 """Every metric of ours, in one table, and the object that counts.
 
-Knows prometheus_client and the report of a finished sequence; not vLLM. Metrics of the process's default registry work
+Metrics of the process's default registry work
 in multi-process mode as well: prometheus_client then keeps them in files that vLLM's ``/metrics`` adds up.
 """
 
@@ -48,7 +48,8 @@ class Kind(StrEnum):
 class MetricSpec(NamedTuple):
     """One metric; labels are those besides :data:`SERVER_LABELS`, buckets None are the stages' first layers.
 
-    A counter's name is shown by Prometheus with ``_total``. ``field`` is the report's, where the metric is its sum.
+    A counter's name is shown by Prometheus with ``_total``. ``values`` are those of a counter's or a histogram's label
+    that is not the stage. ``field`` is the report's, where the metric is its sum.
     """
 
     name: str
@@ -57,6 +58,7 @@ class MetricSpec(NamedTuple):
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] | None = None
     field: str | None = None
+    values: tuple[str, ...] = ()
 
     @property
     def shown(self) -> str:
@@ -64,12 +66,15 @@ class MetricSpec(NamedTuple):
         return PREFIX + self.name + ("_total" if self.kind is Kind.COUNTER else "")
 
 
-def _counter(name: str, text: str, *labels: str, field: str | None = None) -> MetricSpec:
-    return MetricSpec(name, Kind.COUNTER, text, labels, field=field)
+def _counter(
+    name: str, text: str, label: str | None = None, values: tuple[str, ...] = (), *, field: str | None = None
+) -> MetricSpec:
+    return MetricSpec(name, Kind.COUNTER, text, (label,) if label else (), field=field, values=values)
 
 
-def _histogram(name: str, text: str, *labels: str, buckets: tuple[float, ...] | None) -> MetricSpec:
-    return MetricSpec(name, Kind.HISTOGRAM, text, labels, buckets)
+def _histogram(name: str, text: str, buckets: tuple[float, ...] | None, by_mode: bool = False) -> MetricSpec:
+    labels, values = (("mode",), TIMED_MODES) if by_mode else ((), ())
+    return MetricSpec(name, Kind.HISTOGRAM, text, labels, buckets, values=values)
 
 
 METRICS = (
@@ -78,9 +83,15 @@ METRICS = (
         "Sequences that ended, by what pruning did. text: no image; fallback: could not be pruned; "
         "aborted: the client went away; unreported: ended before the engine had reported.",
         "mode",
+        MODES,
     ),
-    _counter("fallback_requests", "Sequences with images that could not be pruned, by reason.", "reason"),
-    _counter("refused_requests", "Requests answered with a 4xx or 504 by us, not by vLLM.", "reason"),
+    _counter(
+        "fallback_requests",
+        "Sequences with images that could not be pruned, by reason.",
+        "reason",
+        tuple(FALLBACKS.values()),
+    ),
+    _counter("refused_requests", "Requests answered with a 4xx or 504 by us, not by vLLM.", "reason", REFUSALS),
     _counter("vision_tokens_in", "Vision tokens in the prompts of reported sequences.", field="vision_tokens"),
     _counter("vision_tokens_kept", "Vision tokens held, by layer stage.", "stage"),
     _counter("vision_tokens_cached", "Vision tokens in the KV cache after prefill, by layer stage.", "stage"),
@@ -112,7 +123,7 @@ METRICS = (
         "Prompt tokens taken from the prefix cache instead of being run.",
         field="reused_tokens",
     ),
-    _counter("prefix_reuse_off", "Sequences whose images cannot be reused, by reason.", "reuse_off"),
+    _counter("prefix_reuse_off", "Sequences whose images cannot be reused, by reason.", "reuse_off", REUSE_OFF),
     _histogram(
         "keep_ratio", "Vision tokens kept of those in the prompt, mean over layers, per sequence.", buckets=RATIOS
     ),
@@ -130,26 +141,24 @@ METRICS = (
         buckets=STEP_SECONDS,
     ),
     _histogram(
-        "time_to_first_token_seconds", "From arrival to the first token, by what pruning did.", "mode", buckets=SECONDS
+        "time_to_first_token_seconds", "From arrival to the first token, by what pruning did.", SECONDS, by_mode=True
     ),
     _histogram(
         "prefill_seconds",
         "From being scheduled to the first token, by what pruning did: no queue in it.",
-        "mode",
-        buckets=SECONDS,
+        SECONDS,
+        by_mode=True,
     ),
     _histogram(
         "time_per_output_token_seconds",
         "Mean time between a sequence's tokens after the first, by what pruning did.",
-        "mode",
-        buckets=SECONDS,
+        SECONDS,
+        by_mode=True,
     ),
     MetricSpec("plan_info", Kind.GAUGE, "1; what the server was started with.", ("preset", "positions", "version")),
     MetricSpec("grammars_waiting", Kind.GAUGE, "Grammars being tried, or waiting for it; 0 on an idle server."),
     MetricSpec("stage_first_layer", Kind.GAUGE, "First layer of each of the server's stages.", ("stage",)),
 )
-BY_NAME = {spec.name: spec for spec in METRICS}
-
 
 TIMES = ("time_to_first_token_seconds", "prefill_seconds", "time_per_output_token_seconds")
 OBSERVED = ("keep_ratio", "cut_layer", "exit_layer", "selection_seconds")
@@ -266,19 +275,13 @@ class HidropMetrics:
     def _show_zeros(self) -> None:
         """Let every series exist from the start: ``rate()`` does not see the first value of a new one."""
         stages = tuple(str(index) for index in range(self._num_stages))
-        values = {"mode": MODES, "reuse_off": REUSE_OFF, "stage": stages}
-        own: dict[str, dict[str, tuple[str, ...]]] = {
-            "fallback_requests": {"reason": tuple(FALLBACKS.values())},
-            "refused_requests": {"reason": REFUSALS},
-            **{spec.name: {"mode": TIMED_MODES} for spec in METRICS if spec.kind is Kind.HISTOGRAM},
-        }
         for spec in METRICS:
             if spec.kind is Kind.GAUGE:
                 continue
             if not spec.labels:
                 self._series(spec.name)
             for label in spec.labels:
-                for value in own.get(spec.name, {}).get(label, values.get(label, ())):
+                for value in stages if label == "stage" else spec.values:
                     self._series(spec.name, **{label: value})
 
 

@@ -1,7 +1,6 @@
 """`--api-server-count`: several processes of our application over one engine, with one socket and one `/metrics`.
 
-In the order of vLLM's ``run_multi_api_server``, whose processes would serve its stock application. Knows processes and
-signals; not HTTP.
+In the order of vLLM's ``run_multi_api_server``, whose processes would serve its stock application.
 """
 
 import signal

@@ -1,7 +1,4 @@
-"""vLLM's request handlers and model list, with the `hidrop` object in what they answer.
-
-Knows vLLM's handlers; not the engine.
-"""
+"""vLLM's request handlers, with the `hidrop` object in what they answer."""
 
 import copy
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Mapping
@@ -14,13 +11,11 @@ from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
-from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
-from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelList
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import GenerationError, RetryableRequestError, VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
@@ -118,14 +113,20 @@ class _Generating:
             raise RetryableRequestError from None
 
 
-class HidropServingChat(_Generating, OpenAIServingChat):
-    """Chat completions with a report."""
+class HidropServingChat(_Generating, OpenAIServingChatBatch):
+    """Chat completions with a report, and batches of chats, admitted as one."""
 
     async def render_chat_request(self, request: Any) -> Any:
         """Stock rendering; a truncation that cuts an image is the client's fault."""
         WISHES.set(request.vllm_xargs)
         with truncating(request):
             return await super().render_chat_request(request)
+
+    async def render_batch_chat_request(self, request: Any) -> Any:
+        """Stock rendering, once it is known that there is a place for every conversation."""
+        self.engine_client.check_admission(len(request.messages))
+        with truncating(request):
+            return await super().render_batch_chat_request(request)
 
     async def chat_completion_full_generator(
         self, request: Any, result_generator: AsyncIterator[RequestOutput], *args: Any, **kwargs: Any
@@ -144,18 +145,6 @@ class HidropServingChat(_Generating, OpenAIServingChat):
         seen = ReportSeen()
         chunks = super().chat_completion_stream_generator(request, seen.watch(result_generator), *args, **kwargs)
         return with_report(chunks, seen)
-
-
-class HidropServingChatBatch(OpenAIServingChatBatch):
-    """A batch of chats, admitted as one."""
-
-    engine_client: HidropLLM
-
-    async def render_batch_chat_request(self, request: Any) -> Any:
-        """Stock rendering, once it is known that there is a place for every conversation."""
-        self.engine_client.check_admission(len(request.messages))
-        with truncating(request):
-            return await super().render_batch_chat_request(request)
 
 
 class HidropServingCompletion(_Generating, OpenAIServingCompletion):
@@ -270,16 +259,3 @@ class HidropServingMessages(HidropServingChat, AnthropicServingMessages):
         async with aclosing(super().message_stream_converter(noting())) as events:
             async for event in events:
                 yield in_message_delta(event, report)
-
-
-class HidropServingModels(OpenAIServingModels):
-    """The model list with what is pruned."""
-
-    hidrop: dict[str, Any]
-
-    async def show_available_models(self) -> ModelList:
-        """Stock list, and ``hidrop`` in every entry."""
-        models = await super().show_available_models()
-        for card in models.data:
-            card.hidrop = self.hidrop
-        return models

@@ -8,14 +8,20 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from hidrop_server.control.choice import read_choice
-from hidrop_server.control.environment import set_defaults
-from hidrop_server.control.errors import StartError, one_line
+from hidrop_server.control.settings import set_variables
+from hidrop_server.errors import StartError, one_line
 from vllm_hidrop.embedded import CHECKPOINTS
 
 if TYPE_CHECKING:
     from argparse import Namespace
 
     from vllm_hidrop.config import HidropConfig
+
+TORCHVISION = (
+    "the installed torchvision is built for CUDA and cannot be imported beside PyTorch for CPUs: pip install "
+    "--force-reinstall --no-deps torchvision==0.28.0 --index-url https://download.pytorch.org/whl/cpu"
+)
+"""What PyPI's build ends in; scripts/mend_torchvision.py has the story."""
 
 
 def main(
@@ -54,7 +60,7 @@ def configure(model: str | None, choice: "HidropConfig", vllm_args: list[str]) -
     """
     _check_installation()
     is_shipped = model in [str(directory) for directory in CHECKPOINTS.values()]
-    set_defaults(embedded=is_shipped or (not model and not any(arg == "--model" for arg in vllm_args)))
+    set_variables(embedded=is_shipped or (not model and not any(arg == "--model" for arg in vllm_args)))
 
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
@@ -123,5 +129,6 @@ def _check_installation() -> None:
 
     try:
         check_vllm_version()
+        import torchvision  # noqa: F401
     except RuntimeError as error:
-        raise StartError(str(error)) from None
+        raise StartError(TORCHVISION if "torchvision::nms" in str(error) else str(error)) from None

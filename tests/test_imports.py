@@ -56,7 +56,6 @@ RULES = {
     "vllm_hidrop.runners": Rule((*ENGINE, "torch", "vllm")),
     "vllm_hidrop.models": Rule((*CONFIG, *RUNNERS, "torch", "vllm")),
     "vllm_hidrop.plugin": Rule(lazily=(*MODELS, "torch", "vllm")),
-    "vllm_hidrop.torchvision_compat": Rule(lazily=("torch",)),
     "vllm_hidrop.json_text": Rule(),
     "vllm_hidrop.outputs": Rule(),
     "vllm_hidrop.terminal": Rule(),
@@ -78,7 +77,7 @@ RULES = {
     ),
     "hidrop_loadtests": Rule(lazily=("vllm.benchmarks",)),
 }
-# The package file of `vllm_hidrop` runs in every Python process of the environment.
+# The package file of `vllm_hidrop` runs before every command and in vLLM's search for plug-ins.
 PACKAGE_RULE = Rule()
 
 
@@ -149,7 +148,7 @@ def modules() -> Iterator[tuple[str, Path]]:
 
 def test_every_module_imports_only_what_its_rule_allows() -> None:
     found = dict(modules())
-    assert "vllm_hidrop.torchvision_compat" in found
+    assert "vllm_hidrop.plugin" in found
     broken = [
         violation
         for module, path in found.items()

@@ -1,7 +1,4 @@
-"""The rest of the command line, by vLLM's own parser, with our choice put where the engine reads it.
-
-Knows vLLM's argument parser and the families; starts nothing.
-"""
+"""The rest of the command line, by vLLM's own parser, with our choice put where the engine reads it."""
 
 from argparse import Namespace
 from typing import Any, NoReturn
@@ -12,23 +9,13 @@ from vllm.transformers_utils.config import get_config
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from hidrop_server.control.choice import check_choice
-from hidrop_server.control.doors import find_open_door
-from hidrop_server.control.errors import StartError
-from hidrop_server.control.safety import add_flags, api_keys
-from hidrop_server.metrics import VLLM_BUCKETS
+from hidrop_server.control.settings import API_KEY, add_flags, find_refused, flag_defaults, keys_of
+from hidrop_server.errors import StartError
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.embedded import CHECKPOINTS, MODEL_DIR, MODEL_METHOD
 from vllm_hidrop.models.families import FAMILIES, Family
 
 LOOPBACK = "127.0.0.1"
-EMBEDDED_NAME = "hidrop-embedded"
-EMBEDDED_DEFAULTS: dict[str, Any] = {
-    "served_model_name": [EMBEDDED_NAME],
-    "max_model_len": 4096,
-    "block_size": 32,
-    "limit_mm_per_prompt": {"image": 4},
-    "enforce_eager": True,  # compiling takes longer than the whole demo
-}
 
 
 class _Parser(FlexibleArgumentParser):
@@ -47,16 +34,17 @@ def parse(model: str | None, vllm_args: list[str], method: str | None = None) ->
         StartError: what vLLM's parser and its checks refuse, and what opens the engine to requests.
     """
     parser = _make_parser(_Parser(prog="hidrop serve", add_json_tip=False))
-    parser.set_defaults(custom_histogram_buckets=VLLM_BUCKETS)
     argv = [model, *vllm_args] if model else vllm_args
     args = parser.parse_args(argv)
     named = args.model_tag or (args.model if _has_model_flag(vllm_args) else None)
     if named is None:
-        parser.set_defaults(**EMBEDDED_DEFAULTS, **_dtype())
+        parser.set_defaults(**flag_defaults(embedded=True), **_dtype())
         args = parser.parse_args(argv)
         named = str(MODEL_DIR if method in (None, MODEL_METHOD) else CHECKPOINTS["dense"])
     args.model = named
-    _refuse_doors(args)
+    refused = find_refused(args)
+    if refused is not None:
+        raise StartError(f"{refused.name} is not supported by hidrop serve: {refused.reason}")
     _listen_on_loopback(args)
     _count_processes(args)
     try:
@@ -109,15 +97,9 @@ def _dtype() -> dict[str, str]:
     return {"dtype": "float32"} if current_platform.is_cpu() else {}
 
 
-def _refuse_doors(args: Namespace) -> None:
-    door = find_open_door(args)
-    if door is not None:
-        raise StartError(f"{door.setting} is not supported by hidrop serve: {door.reason}")
-
-
 def _listen_on_loopback(args: Namespace) -> None:
     """Without a key, strangers get no address to ask, unless the user names one; vLLM's default is all addresses."""
-    if args.host is None and args.uds is None and not api_keys(args):
+    if args.host is None and args.uds is None and not keys_of(args, API_KEY):
         args.host = LOOPBACK
 
 

@@ -1,12 +1,9 @@
-"""The user's pruning choice, from the three options of `hidrop serve` to a checked `HidropConfig`.
-
-Knows no vLLM, so that a misspelt name is refused before vLLM is imported.
-"""
+"""The user's pruning choice, checked without vLLM, so that a misspelt name is refused before vLLM is imported."""
 
 from pathlib import Path
 from typing import Any
 
-from hidrop_server.control.errors import StartError
+from hidrop_server.errors import StartError
 from vllm_hidrop.config import HidropConfig, make_method
 from vllm_hidrop.json_text import parse_object, read_short_text
 

@@ -2,7 +2,7 @@
 
 Compilers of grammars are C++ in a thread: once begun, nothing in their process can stop them. Here each runs in a fork
 that has bounds for CPU time, wall time and memory, so that a grammar can cost that much and no more, and holds up no
-other. Knows vLLM's structured outputs; not HTTP.
+other.
 """
 
 import json

@@ -1,7 +1,4 @@
-"""Which grammars enter the engine: those of a bounded size that another process could compile in bounded time.
-
-Knows vLLM's sampling parameters and the judge's process; not HTTP, and no grammar's syntax.
-"""
+"""Which grammars enter the engine: those of a bounded size that another process could compile in bounded time."""
 
 import asyncio
 import hashlib
@@ -10,7 +7,6 @@ import multiprocessing
 import os
 import socket
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from http import HTTPStatus
@@ -19,12 +15,13 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.utils.cache import LRUCache
 
 from hidrop_server.control.grammar_judge import MEMORY_MIB, question, serve_judge, wall_seconds
 from hidrop_server.metrics import HidropMetrics
 
 REMEMBERED = 4096
-"""Verdicts kept, the least recently used forgotten first."""
+"""Verdicts kept."""
 AT_ONCE = max(2, os.cpu_count() or 1)
 """Grammars tried at the same time; more wait for one of them to end."""
 PARAMETER = "structured_outputs"
@@ -99,7 +96,7 @@ class Grammars:
         self._judge = judge
         self._max_kb = max_kb
         self._metrics = metrics
-        self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
+        self._verdicts: LRUCache[bytes, Verdict] = LRUCache(REMEMBERED)
         self._asking: dict[bytes, asyncio.Task[Verdict]] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
 
@@ -108,32 +105,22 @@ class Grammars:
         """Why no constraint can be admitted any more."""
         return None if self._judge.lives else "the process that tries grammars has ended: restart this server"
 
-    def check_size(self, params: SamplingParams) -> None:
-        """Refuse what is too large to be tried.
-
-        Raises:
-            VLLMValidationError: names the limit.
-        """
-        if params.structured_outputs is None:
-            return
-        num_bytes = _size(params.structured_outputs)
-        if num_bytes > self._max_kb << 10:
-            self._refuse(
-                f"the grammar, schema, pattern or choices are {num_bytes >> 10} KiB large, "
-                f"over {self._max_kb} KiB (--max-grammar-kb)"
-            )
-
     async def admit(self, params: SamplingParams, stop_token_ids: Sequence[int]) -> None:
         """Wait for the verdict, and write into ``params`` what vLLM's own validation would have.
 
         Raises:
-            VLLMValidationError: the constraint is bad, too slow to compile, or not to be spelt.
+            VLLMValidationError: the constraint is too large, bad, too slow to compile, or not to be spelt.
             GracefulHTTPError: no verdict for now.
         """
         structured = params.structured_outputs
         if structured is None or structured.all_constraints_none():
             return
-        self.check_size(params)
+        num_bytes = _size(structured)
+        if num_bytes > self._max_kb << 10:
+            self._refuse(
+                f"the grammar, schema, pattern or choices are {num_bytes >> 10} KiB large, "
+                f"over {self._max_kb} KiB (--max-grammar-kb)"
+            )
         asked = question(structured, stop_token_ids)
         verdict = await self._verdict(asked)
         if "refused" in verdict:
@@ -145,7 +132,6 @@ class Grammars:
     async def _verdict(self, asked: bytes) -> Verdict:
         key = hashlib.sha256(asked).digest()
         if key in self._verdicts:
-            self._verdicts.move_to_end(key)
             return self._verdicts[key]
         if key not in self._asking:
             task = asyncio.ensure_future(self._ask(asked))
@@ -184,8 +170,6 @@ class Grammars:
         self._metrics.grammars_wait(len(self._asking))
         with suppress(GracefulHTTPError, asyncio.CancelledError):
             self._verdicts[key] = done.result()
-        while len(self._verdicts) > REMEMBERED:
-            self._verdicts.popitem(last=False)
 
     def _refuse(self, why: str) -> None:
         self._metrics.refused("grammar")

@@ -1,16 +1,16 @@
-"""Which keys of `vllm_xargs` somebody reads. Knows names; what the values mean is the planner's business."""
+"""Which keys of `vllm_xargs` somebody reads."""
 
 from collections.abc import Iterable
 from importlib.metadata import entry_points
 from typing import Any
 
-from hidrop_server.http.refusals import BodyRefused
+from hidrop_server.errors import BodyRefused
+from hidrop_server.http.body_limits import MAX_OPTION_ELEMENTS
 from vllm_hidrop.plan.planner import REQUEST_KEYS
 
 VLLM_KEYS = ("kv_cache_report_mode", "session_id", "kv_transfer_params", "ec_transfer_params")
 """What vLLM 0.32 itself reads there; its routes put the last two in from fields of their own."""
 BOOLEAN_KEY = "hidrop_explain"
-MAX_LIST = 4096
 SCALARS = {str, int, float, bool}
 PROCESSORS = "vllm.logits_processors"
 """Entry points of logits processors, which read what they like."""
@@ -44,8 +44,8 @@ def check_options(found: Any) -> None:
     if not isinstance(found, dict):
         return
     for key, value in found.items():
-        if isinstance(value, list) and len(value) > MAX_LIST:
-            raise BodyRefused(f"vllm_xargs.{key[:80]}: at most {MAX_LIST} elements", "options")
+        if isinstance(value, list) and len(value) > MAX_OPTION_ELEMENTS:
+            raise BodyRefused(f"vllm_xargs.{key[:80]}: at most {MAX_OPTION_ELEMENTS} elements", "options")
         if isinstance(value, list) and not set(map(type, value)) <= SCALARS:
             raise BodyRefused(f"vllm_xargs.{key[:80]}: must be a list of texts and numbers", "options")
         is_ours = key in REQUEST_KEYS and key != BOOLEAN_KEY

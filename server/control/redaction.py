@@ -1,7 +1,4 @@
-"""Keep keys out of the log.
-
-Knows the standard library's logging; not where the keys come from.
-"""
+"""Keep keys out of the log."""
 
 import logging
 from collections.abc import Iterable

@@ -1,7 +1,4 @@
-"""Carry the engine's report from the final output into the response.
-
-Knows vLLM's outputs and the text of server-sent events; not what a report says.
-"""
+"""Carry the engine's report from the final output into the response."""
 
 import json
 from collections.abc import AsyncGenerator, AsyncIterator

@@ -1,7 +1,4 @@
-"""`GET /hidrop`: what this server prunes and what a request may say. `GET /ready`: whether to send it requests.
-
-Knows the planner and what the engine client says of itself; not the engine's processes.
-"""
+"""Routes of ours: what is pruned, whether to send requests, and vLLM's model list with what is pruned."""
 
 from typing import Any
 
@@ -32,6 +29,16 @@ async def show_ready(raw_request: Request) -> JSONResponse:
     if reason is None:
         return JSONResponse({"ready": True, "integrity": engine.integrity})
     return JSONResponse({"ready": False, "reason": reason, "integrity": engine.integrity}, status_code=503)
+
+
+@router.get("/v1/models")
+async def show_models(raw_request: Request) -> JSONResponse:
+    """Stock list, and ``hidrop`` in every entry."""
+    state = raw_request.app.state
+    models = await state.openai_serving_models.show_available_models()
+    for card in models.data:
+        card.hidrop = state.hidrop
+    return JSONResponse(models.model_dump())
 
 
 def describe(planner: Planner) -> dict[str, Any]:

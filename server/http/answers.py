@@ -1,7 +1,4 @@
-"""Answers of the middlewares, in the shape of vLLM's own errors, and the routes they treat apart.
-
-Knows ASGI and vLLM's error object; decides nothing.
-"""
+"""Answers of the middlewares, in the shape of vLLM's own errors, and the routes they treat apart."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -10,7 +7,7 @@ from http import HTTPStatus
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
 PROBES = ("/health", "/ready")
@@ -75,3 +72,15 @@ async def _drain(receive: Receive) -> None:
 def is_metrics(path: str) -> bool:
     """Whether vLLM's metrics application answers; it is mounted on a prefix."""
     return path.startswith(METRICS)
+
+
+class Heads:
+    """`HEAD` wherever there is `GET`: the same status and header; the HTTP server, which knows it, sends no body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Turn one method into the other."""
+        is_head = scope["type"] == "http" and scope["method"] == "HEAD"
+        await self.app({**scope, "method": "GET"} if is_head else scope, receive, send)

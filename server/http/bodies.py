@@ -1,43 +1,44 @@
-"""Reads every request body before the application does, and hands on those that are taken.
-
-Knows ASGI; what a body may hold, :mod:`hidrop_server.http.body_check` says.
-"""
+"""Reads every request body before the application does, and hands on those that are taken."""
 
 import json
 from http import HTTPStatus
 from io import BytesIO
 
-from fastapi import HTTPException
 from pydantic_core import from_json
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hidrop_server.http.answers import OnRefused, error
+from hidrop_server.errors import BodyRefused
+from hidrop_server.http.answers import CLOSE, OnRefused, error, refuse
 from hidrop_server.http.body_check import BodyCheck
+from hidrop_server.http.body_limits import MAX_ID_CHARS
 from hidrop_server.http.brief_errors import brief
 from hidrop_server.http.json_bounds import JsonBounds
-from hidrop_server.http.refusals import BodyRefused
 
 METHODS = ("POST", "PUT", "PATCH")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BYTES_PER_CHAR = 4
 """Of UTF-8, at most."""
 LARGE_BYTES = 4 << 20
-MAX_ID_CHARS = 256
 ID_HEADERS = ("x-request-id", "x-session-id")
 """vLLM makes these part of the names it gives requests, and of its log."""
 
 
 class Bodies:
-    """400 for a body that is no JSON in UTF-8, too costly, or not what vLLM's routes take.
+    """431 for a header and 413 for a body over its limit; 400 for a body that is not what vLLM's routes take.
 
-    Counted as it comes, parsed and checked when it is whole, and then given to the application as one piece. A form
-    with files (``multipart/form-data``) is left alone: only routes for audio take one.
+    A body is counted as it comes, of a stated length or not; the first byte too many ends it, whatever is still to
+    come. When it is whole it is parsed, checked, and given to the application as one piece: no JSON in UTF-8, or too
+    costly, is a 400. A form with files (``multipart/form-data``) is only counted: routes for audio alone take one.
     """
 
-    def __init__(self, app: ASGIApp, check: BodyCheck, on_refused: OnRefused) -> None:
+    def __init__(
+        self, app: ASGIApp, check: BodyCheck, max_header_kb: int, max_body_mb: int, on_refused: OnRefused
+    ) -> None:
         self.app = app
         self.check = check
+        self.max_header_kb = max_header_kb
+        self.max_body_mb = max_body_mb
         self.on_refused = on_refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,43 +47,61 @@ class Bodies:
             await self.app(scope, receive, send)
             return
         try:
-            headers = Headers(scope=scope)
-            _check_ids(headers)
-            has_body = scope["method"] in METHODS and not headers.get("content-type", "").startswith("multipart/")
-            body = await self._checked(scope, receive) if has_body else None
+            self._check_header(scope)
+            body = await self._checked(scope, receive) if scope["method"] in METHODS else None
         except BodyRefused as refused:
             self.on_refused(refused.reason)
-            await error(HTTPStatus.BAD_REQUEST, brief(refused.says))(scope, receive, send)
-        except HTTPException as refused:  # a layer outside of this one has found the body too large
-            await error(HTTPStatus(refused.status_code), str(refused.detail))(scope, receive, send)
+            if refused.status is HTTPStatus.BAD_REQUEST:
+                await error(refused.status, brief(refused.says))(scope, receive, send)
+            else:
+                await refuse(error(refused.status, refused.says, CLOSE), scope, receive, send)
         except _Disconnected:
             return
         else:
             await self.app(scope, receive if body is None else _again(body, receive), send)
 
+    def _check_header(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > self.max_header_kb << 10:
+            says = f"the request's header is larger than {self.max_header_kb} KiB (--max-header-kb)"
+            raise BodyRefused(says, "header", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        self._check_size(int(headers.get("content-length", "0")))
+        for name in ID_HEADERS:
+            if len(headers.get(name, "")) > MAX_ID_CHARS:
+                raise BodyRefused(f"{name}: longer than {MAX_ID_CHARS} characters")
+
+    def _check_size(self, num_bytes: int) -> None:
+        if num_bytes > self.max_body_mb << 20:
+            says = f"the request's body is larger than {self.max_body_mb} MiB (--max-body-mb)"
+            raise BodyRefused(says, status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+
     async def _checked(self, scope: Scope, receive: Receive) -> bytes:
-        body = await self._whole(receive)
-        if not body:
+        is_form = Headers(scope=scope).get("content-type", "").startswith("multipart/")
+        body = await self._whole(receive, is_form)
+        if not body or is_form:
             return body
         parsed = _parsed(body)
         self.check.check(scope["path"].removeprefix(scope.get("root_path", "")), parsed)
         return body if len(body) <= LARGE_BYTES or body.isascii() else _in_ascii(parsed)
 
-    async def _whole(self, receive: Receive) -> bytes:
-        """Read to the end, also what is refused before: a client that sends all before it reads would see no answer."""
+    async def _whole(self, receive: Receive, is_form: bool) -> bytes:
+        """Read to the end, also what is a 400 before: a client that sends all before it reads would see no answer."""
         bounds = JsonBounds(self.check.limits.max_values, BYTES_PER_CHAR * self.check.limits.max_text_chars)
         held = BytesIO()  # one growing piece: many small ones would not be given back to the system
         refused: BodyRefused | None = None
-        more = True
+        num_bytes, more = 0, True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise _Disconnected
-            more = message.get("more_body", False)
+            piece, more = message.get("body", b""), message.get("more_body", False)
+            num_bytes += len(piece)
+            self._check_size(num_bytes)
             if refused is None:
-                held.write(message.get("body", b""))
+                held.write(piece)
                 try:
-                    bounds.feed(message.get("body", b""))
+                    if not is_form:
+                        bounds.feed(piece)
                 except BodyRefused as fault:
                     refused = fault
                     held = BytesIO()
@@ -116,9 +135,3 @@ def _again(body: bytes, receive: Receive) -> Receive:
         return waiting.pop() if waiting else await receive()
 
     return receive_again
-
-
-def _check_ids(headers: Headers) -> None:
-    for name in ID_HEADERS:
-        if len(headers.get(name, "")) > MAX_ID_CHARS:
-            raise BodyRefused(f"{name}: longer than {MAX_ID_CHARS} characters")

@@ -1,25 +1,19 @@
 """What a parsed body may hold, read once before any of vLLM's models sees it; the first fault ends the reading.
 
-Knows the fields of vLLM's routes that are lists, media, text or names; what they mean is vLLM's business. Every route
-is read in the same way, also one that is not known here.
+Every route is read in the same way, also one that is not known here.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hidrop_server.control.options import check_options
-from hidrop_server.http.body_walk import BodyLimits, BodyWalk
-from hidrop_server.http.grammar_fields import find_oversized
-from hidrop_server.http.refusals import BodyRefused
-from hidrop_server.http.scalar_fields import check_scalars
-from hidrop_server.http.typed_items import response_items, response_tools
+from hidrop_server.errors import BodyRefused
+from hidrop_server.http.body_limits import MAX_FIELDS, MAX_MESSAGES, MAX_TOOLS, BodyLimits
+from hidrop_server.http.body_walk import BodyWalk
+from hidrop_server.http.typed_fields import TypedFields, response_items, response_tools
 from hidrop_server.media.parts import SYSTEM_BLOCKS, MediaParts
 
-MAX_FIELDS = 256
-"""Of a body, at its top."""
-MAX_MESSAGES = 4096
-"""Of a body, all its conversations together."""
-MAX_TOOLS = 512
 CONTENT_FIELDS = ("messages", "prompt", "input", "items", "tools")
 """Shared by all sequences of a body, or divided among them."""
 ANTHROPIC_PATH = "/v1/messages"
@@ -46,11 +40,13 @@ class BodyCheck:
     Args:
         limits: of this server.
         parts: that it takes.
+        fields: of its routes.
     """
 
-    def __init__(self, limits: BodyLimits, parts: MediaParts) -> None:
+    def __init__(self, limits: BodyLimits, parts: MediaParts, fields: TypedFields) -> None:
         self.limits = limits
         self.parts = parts
+        self.fields = fields
         self.items = response_items()
         self.response_tools = response_tools()
 
@@ -64,19 +60,17 @@ class BodyCheck:
             raise BodyRefused("the body must be a JSON object")
         if len(body) > MAX_FIELDS:
             raise BodyRefused(f"the body has more than {MAX_FIELDS} fields")
-        oversized = find_oversized(body, self.limits.max_grammar_kb)
-        if oversized is not None:
-            raise BodyRefused(oversized, "grammar")
+        check_grammars(body, self.limits.max_grammar_kb)
         check_options(body.get("vllm_xargs"))
-        check_scalars(body)
+        self.fields.check(body)
         read = READ.get(path.removesuffix("/render"))
         walk = BodyWalk(self.limits, self.parts, path.startswith(ANTHROPIC_PATH), read)
         walk.read(body)
         self._check_media(path, body)
         self._check_lists(path, body)
-        self._check_product(body)
-        num_texts = max(1, *(len(each) for each in _batches(body)), 1)
-        if walk.num_chars > num_texts * self.limits.max_text_chars:
+        num_prompts = max([1, *map(len, _batches(body))])
+        self._check_product(body, num_prompts)
+        if walk.num_chars > num_prompts * self.limits.max_text_chars:
             raise BodyRefused(self.limits.too_long("the text of the body"))
 
     def _check_media(self, path: str, body: Mapping[str, Any]) -> None:
@@ -112,15 +106,32 @@ class BodyCheck:
             if anthropic and message["role"] == "system" and isinstance(message.get("content"), list):
                 _check_system(message["content"], f"{where}.content")
 
-    def _check_product(self, body: Mapping[str, Any]) -> None:
+    def _check_product(self, body: Mapping[str, Any], num_prompts: int) -> None:
         """Each sequence takes the sampling fields along."""
         own = {key: value for key, value in body.items() if key not in CONTENT_FIELDS}
-        sequences = _number(body.get("n")) * max(1, *(len(each) for each in _batches(body)), 1)
+        sequences = _number(body.get("n")) * num_prompts
         if sequences > 1 and sequences * _num_values(own) > 4 * self.limits.max_values:
             raise BodyRefused(
                 f"{sequences} sequences with these sampling fields are more than {4 * self.limits.max_values} values "
                 f"(4 x --max-json-values {self.limits.max_values})"
             )
+
+
+GRAMMAR_FIELDS = ("structured_outputs", "response_format", "text")
+"""Those that hold a constraint; the last is that of ``/v1/responses``, whose ``format`` is a response format."""
+
+
+def check_grammars(body: Mapping[str, Any], max_kb: int) -> None:
+    """Look at the sizes of constraints, before vLLM's models parse them.
+
+    Raises:
+        BodyRefused: one is too large.
+    """
+    for name in GRAMMAR_FIELDS:
+        num_bytes = len(json.dumps(body.get(name)))
+        if num_bytes > 2 * max_kb << 10:  # its text is looked at again, without the quotes and escapes of JSON
+            says = f"{name} is {num_bytes >> 10} KiB large, over {max_kb} KiB (--max-grammar-kb)"
+            raise BodyRefused(says, "grammar")
 
 
 def _messages(value: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:

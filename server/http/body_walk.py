@@ -1,22 +1,11 @@
-"""One pass over all of a parsed body: sizes, texts, parts of messages, options in the wrong place.
-
-Knows which keys hold what on vLLM's routes; not routes.
-"""
+"""One pass over all of a parsed body: sizes, texts, parts of messages, options in the wrong place."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from hidrop_server.http.refusals import BodyRefused
-from hidrop_server.media.parts import MAX_PARTS, MediaParts
-
-MAX_INTEGER = (1 << 63) - 1
-MAX_ELEMENTS = 8192
-"""Of an array that is not all numbers, or of an object. A wrong one costs vLLM an error for each."""
-MAX_KEY_CHARS = 1024
-CHARS_PER_TOKEN = 32
-"""A text longer than this many characters for each token of the model's length cannot become a prompt."""
-MIN_TEXT_CHARS = 1 << 16
+from hidrop_server.errors import BodyRefused
+from hidrop_server.http.body_limits import MAX_ELEMENTS, MAX_INTEGER, MAX_KEY_CHARS, MAX_PARTS, BodyLimits
+from hidrop_server.media.parts import MediaParts
 
 CONTENTS = ("content", "output", "system")
 """Keys of lists of parts, on whatever route."""
@@ -50,30 +39,6 @@ DATA = ("data", "url", "image_url")
 MAX_SHOWN_CHARS = 40
 """Of a key in an error."""
 MAX_WHERE_CHARS = 200
-
-
-@dataclass(frozen=True)
-class BodyLimits:
-    """Limits of a server.
-
-    Attributes:
-        max_values: of a body; ``--max-json-values``.
-        max_text_chars: of one prompt.
-        max_grammar_kb: of a constraint as text; ``--max-grammar-kb``.
-    """
-
-    max_values: int
-    max_text_chars: int
-    max_grammar_kb: int
-
-    @classmethod
-    def of(cls, max_values: int, max_model_len: int, max_grammar_kb: int) -> "BodyLimits":
-        """For a model's length."""
-        return cls(max_values, max(MIN_TEXT_CHARS, CHARS_PER_TOKEN * max_model_len), max_grammar_kb)
-
-    def too_long(self, what: str) -> str:
-        """Says that a text is."""
-        return f"{what} is longer than {self.max_text_chars} characters ({CHARS_PER_TOKEN} x --max-model-len)"
 
 
 class BodyWalk:
@@ -163,7 +128,6 @@ class BodyWalk:
 
 
 def _check_integers(numbers: Sequence[int], where: str) -> None:
-    """What goes to the engine has 64 bits."""
     if min(numbers) < -MAX_INTEGER - 1 or max(numbers) > MAX_INTEGER:
         raise BodyRefused(f"{where}: a whole number of more than 64 bits")
 

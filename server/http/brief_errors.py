@@ -1,7 +1,4 @@
-"""Errors in one line that do not repeat what the client sent, whichever handler of vLLM's wrote them.
-
-Knows ASGI and the shapes of OpenAI's and Anthropic's error objects.
-"""
+"""Errors in one line that do not repeat what the client sent, whichever handler of vLLM's wrote them."""
 
 import re
 from http import HTTPStatus

@@ -1,7 +1,4 @@
-"""The life of a request: admitted or not, counted, and given up with an answer when its time or the server's is over.
-
-Knows ASGI and server-sent events; not the engine.
-"""
+"""The life of a request: admitted or not, counted, and given up with an answer when time is over."""
 
 import asyncio
 import time

@@ -1,19 +1,10 @@
-"""What parsing a JSON body would cost, counted while it comes; nothing is parsed.
-
-Knows where strings begin and end and what stands between them; not what a body means.
-"""
+"""What parsing a JSON body would cost, counted while it comes; nothing is parsed."""
 
 import re
 
-from hidrop_server.http.refusals import BodyRefused
+from hidrop_server.errors import BodyRefused
+from hidrop_server.http.body_limits import ESCAPES_PER_VALUE, MAX_DEPTH, MAX_NUMBER_CHARS, VALUES_PER_CONTAINER
 
-VALUES_PER_CONTAINER = 16
-"""Objects and arrays cost a validator far more than plain values: there may be a sixteenth of them."""
-ESCAPES_PER_VALUE = 4
-"""A text in ``\\uXXXX``, as Python writes it, has an escape for every character."""
-MAX_DEPTH = 64
-MAX_NUMBER_CHARS = 128
-"""Python takes a time to read digits that grows with their square."""
 SLICE_BYTES = 1 << 16
 
 _ESCAPE = re.compile(rb"\\.", re.DOTALL)

@@ -12,7 +12,7 @@ from socket import AF_INET, AF_INET6, AF_UNIX, SO_REUSEADDR, SOCK_STREAM, SOL_SO
 
 from vllm.utils.network_utils import is_valid_ipv6_address
 
-from hidrop_server.control.errors import StartError
+from hidrop_server.errors import StartError
 
 
 def check_listening(args: Namespace) -> None:

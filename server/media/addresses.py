@@ -1,7 +1,4 @@
-"""Which network addresses a stranger's URL may send this server to.
-
-Knows the standard library's address classes; resolves nothing.
-"""
+"""Which network addresses a stranger's URL may send this server to."""
 
 from collections.abc import Sequence
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network

@@ -1,7 +1,4 @@
-"""Fetch and decode media under rules that answer 4xx, not 500, to what a client should not send.
-
-Knows vLLM's connector, which `VLLM_MEDIA_CONNECTOR` names; not HTTP routes.
-"""
+"""Fetch and decode media under rules that answer 4xx, not 500, to what a client should not send."""
 
 import base64
 import binascii
@@ -14,7 +11,7 @@ from vllm.exceptions import VLLMError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, ImageMediaIO, MediaConnector
 from vllm.multimodal.media.base import MediaIO
 
-from hidrop_server.control.environment import MEDIA_CONNECTOR
+from hidrop_server.control.settings import MEDIA_CONNECTOR
 from hidrop_server.media.addresses import Network
 from hidrop_server.media.fetching import CheckedConnection
 from hidrop_server.media.images import MediaRefused, check_image, check_size, limit_decoder

@@ -1,7 +1,4 @@
-"""Fetch remote media without being sent where a stranger wants: names, addresses and redirects are all checked.
-
-Knows aiohttp and vLLM's connection class; not what the bytes are.
-"""
+"""Fetch remote media without being sent where a stranger wants: names, addresses and redirects are all checked."""
 
 import asyncio
 import socket

@@ -1,7 +1,4 @@
-"""What an image file may be, read from its header before a pixel is decoded.
-
-Knows Pillow and the limits that vLLM's environment variables name; not where the file came from.
-"""
+"""What an image file may be, read from its header before a pixel is decoded."""
 
 import io
 import warnings

@@ -1,7 +1,4 @@
-"""Which parts a message may have: the one place that decides what a client can make this server fetch or decode.
-
-Knows the parts of OpenAI's and Anthropic's messages as vLLM reads them; not routes, and not what a URL leads to.
-"""
+"""Which parts a message may have: the one place that decides what a client can make this server fetch or decode."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,11 +6,8 @@ from typing import Any
 
 from vllm.renderers.chat_utils import MM_PARSER_MAP
 
-from hidrop_server.http.refusals import BodyRefused
-
-MAX_PARTS = 4096
-"""Of a whole body. vLLM's validation takes about 30 us for each, in the event loop."""
-MAX_ID_CHARS = 256
+from hidrop_server.errors import BodyRefused
+from hidrop_server.http.body_limits import MAX_ID_CHARS
 
 
 @dataclass(frozen=True)
@@ -45,7 +39,7 @@ OPENAI: Mapping[str, PartKind] = {
     "video_url": PartKind("video_url", "video"),
 }
 """Not among them: ``image_pil``, which only Python can send and which vLLM would fetch from a string, embeddings, whose
-flags :mod:`hidrop_server.control.doors` refuses, and parts without a type, whose kind vLLM guesses from their keys."""
+flags `control.settings` refuses, and parts without a type, whose kind vLLM guesses from their keys."""
 ANTHROPIC: Mapping[str, PartKind] = {
     "text": PartKind("text"),
     "image": PartKind("source", "image"),

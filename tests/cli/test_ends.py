@@ -15,12 +15,9 @@ from typer.testing import CliRunner
 from tests.cli.command_line import COMMAND, commands, run, the_line
 from tests.cli.stub_server import Stub, stub_server
 from tests.lab.calibrate.test_calibrate_cli import QUICK
-from vllm_hidrop import torchvision_compat
 from vllm_hidrop.bench.rows import read_rows
 from vllm_hidrop.cli import bench as engines
 from vllm_hidrop.cli.app import app
-
-torchvision_compat.install()
 
 FULL = Path("/dev/full")
 CAPACITY = ("capacity", "--tflops", "1", "--bandwidth", "100", "--kv-gib", "20")

@@ -9,15 +9,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from vllm_hidrop import torchvision_compat
 from vllm_hidrop.cli.app import app
 from vllm_hidrop.cli.plan import SHAPES, Workload, request_costs
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.methods import METHODS, ModelShape
 from vllm_hidrop.plan.shapes import LLAVA_7B_VISION, TextShape, text_shape, vision_shape
-
-# What the package's .pth file does where the package is installed: transformers imports torchvision.
-torchvision_compat.install()
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlavaForConditionalGeneration"],

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from hidrop_server.control.choice import read_choice
-from hidrop_server.control.errors import StartError
+from hidrop_server.errors import StartError
 from vllm_hidrop.embedded import MODEL_DIR
 
 COMMAND = (sys.executable, "-c", "from vllm_hidrop.cli.app import app; app()")

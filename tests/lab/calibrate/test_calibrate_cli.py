@@ -10,14 +10,10 @@ from typer.testing import CliRunner, Result
 from tests.lab.calibrate.tiny_qwen import NUM_LAYERS as QWEN_LAYERS
 from tests.lab.calibrate.tiny_qwen import make_qwen
 from tests.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
-from vllm_hidrop import torchvision_compat
 from vllm_hidrop.cli.app import app
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.embedded import MODEL_DIR
 from vllm_hidrop.methods import ModelShape
-
-# What the package's .pth file does where the package is installed: transformers imports torchvision.
-torchvision_compat.install()
 
 QUICK = ("--samples", "4", "--data", "synthetic")
 

@@ -10,21 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
+from transformers import AutoModelForImageTextToText
 
 from tests.lab.calibrate.tiny_qwen import make_qwen
 from tests.tiny_models import make_llava
-from vllm_hidrop import torchvision_compat
-
-# What the package's .pth file does where the package is installed: transformers imports torchvision.
-torchvision_compat.install()
-
-from transformers import AutoModelForImageTextToText  # noqa: E402
-
-from vllm_hidrop.embedded import MODEL_DIR  # noqa: E402
-from vllm_hidrop.lab.calibrate.checkpoint import Checkpoint, check_family  # noqa: E402
-from vllm_hidrop.lab.calibrate.curves import Curves, Settings, check_settings, measure  # noqa: E402
-from vllm_hidrop.lab.calibrate.recording import recorded, states_without_vision  # noqa: E402
-from vllm_hidrop.lab.calibrate.samples import Sample, read_samples  # noqa: E402
+from vllm_hidrop.embedded import MODEL_DIR
+from vllm_hidrop.lab.calibrate.checkpoint import Checkpoint, check_family
+from vllm_hidrop.lab.calibrate.curves import Curves, Settings, check_settings, measure
+from vllm_hidrop.lab.calibrate.recording import recorded, states_without_vision
+from vllm_hidrop.lab.calibrate.samples import Sample, read_samples
 
 SETTINGS = Settings(windows=(2, 3), top_tokens=9, max_answer_tokens=4)
 MODELS: dict[str, Callable[[Path], Path]] = {

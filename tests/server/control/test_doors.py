@@ -9,8 +9,9 @@ import httpx
 import pytest
 
 from hidrop_server.control.arguments import parse
-from hidrop_server.control.doors import ADMIN_ROUTES, DOORS
-from hidrop_server.control.errors import StartError
+from hidrop_server.control.settings import REFUSED, Refused
+from hidrop_server.errors import StartError
+from hidrop_server.http.access import ADMIN_ROUTES
 from tests.server.conftest import serving
 from tests.server.harness import Server, content, image_url
 
@@ -64,15 +65,15 @@ def parsed(*flags: str) -> Namespace:
     return parse("any/model", list(flags))
 
 
-@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.setting)
-def test_a_door_is_shut_with_its_reason(door: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = OPENED_BY.get(door.setting, [door.setting])
-    if not door.setting.startswith("--"):
-        monkeypatch.setenv(door.setting, "1")
+@pytest.mark.parametrize("door", REFUSED, ids=lambda door: door.name)
+def test_a_door_is_shut_with_its_reason(door: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = OPENED_BY.get(door.name, [door.name])
+    if not door.name.startswith("--"):
+        monkeypatch.setenv(door.name, "1")
         flags = []
     with pytest.raises(StartError) as refused:
         parsed(*flags)
-    assert f"{door.setting} is not supported by hidrop serve: {door.reason}" in str(refused.value)
+    assert f"{door.name} is not supported by hidrop serve: {door.reason}" in str(refused.value)
 
 
 @pytest.mark.parametrize("value", ["0", "", "false"])

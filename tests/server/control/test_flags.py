@@ -1,10 +1,13 @@
 """Our safety flags, and what stands when none is given; no engine."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 
-from hidrop_server.control.safety import METRICS_KEY_VARIABLE, SAFER_DEFAULTS, add_flags, metrics_key
+from hidrop_server.control.settings import METRICS_KEY, SETTINGS, Setting, add_flags, keys_of
+
+ROOT = Path(__file__).parents[3]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,13 +41,20 @@ def test_nothing_is_unbounded_by_default() -> None:
     assert args.max_json_values == 262144
     assert not args.enable_admin_routes
     assert args.allowed_media_networks == []
-    assert {name: getattr(args, name) for name in SAFER_DEFAULTS} == SAFER_DEFAULTS
+    assert (args.limit_mm_per_prompt, args.max_num_queued_reqs, args.shutdown_timeout) == ({"image": 16}, 1024, 20)
 
 
 def test_help_does_not_print_the_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(METRICS_KEY_VARIABLE, "the-key")
+    monkeypatch.setenv("HIDROP_METRICS_API_KEY", "the-key")
     formatted = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_flags(formatted)
     assert "the-key" not in formatted.format_help()
-    assert metrics_key(formatted.parse_args([])) == "the-key"
-    assert metrics_key(formatted.parse_args(["--metrics-api-key", "another"])) == "another"
+    assert keys_of(formatted.parse_args([]), METRICS_KEY) == ["the-key"]
+    assert keys_of(formatted.parse_args(["--metrics-api-key", "another"]), METRICS_KEY) == ["another"]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_a_row_names_the_modules_that_apply_it(setting: Setting) -> None:
+    names = [name.replace(".", "/") for name in setting.applied.split(", ") if "vLLM" not in name]
+    for name in names:
+        assert (ROOT / f"{name}.py").exists() or (ROOT / "server" / f"{name}.py").exists() or " " in name, name

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from starlette.types import Message, Scope
 
 from hidrop_server.http.bodies import LARGE_BYTES, Bodies
 from hidrop_server.http.body_check import BodyCheck
-from hidrop_server.http.body_walk import BodyLimits
+from hidrop_server.http.body_limits import BodyLimits
 from hidrop_server.media.parts import MediaParts
+from tests.server.http.fields import typed_fields
 
 MAX_VALUES = 1024
 
@@ -33,14 +34,14 @@ def application(refused: list[str]) -> Bodies:
     async def echo(raw: Request) -> Any:
         return {"length": len(await raw.body()), "body": await raw.json() if await raw.body() else None}
 
-    check = BodyCheck(BodyLimits.of(MAX_VALUES, 4096, 64), MediaParts(["image"]))
-    return Bodies(app, check=check, on_refused=refused.append)
+    check = BodyCheck(BodyLimits.of(MAX_VALUES, 4096, 64), MediaParts(["image"]), typed_fields())
+    return Bodies(app, check, max_header_kb=4, max_body_mb=32, on_refused=refused.append)
 
 
 class Exchange:
     """One request, given piece by piece."""
 
-    def __init__(self, pieces: Sequence[bytes | Exception], headers: dict[str, str] | None = None) -> None:
+    def __init__(self, pieces: Sequence[bytes], headers: dict[str, str] | None = None) -> None:
         self.pieces = list(pieces)
         self.num_read = 0
         self.ends = True
@@ -60,8 +61,6 @@ class Exchange:
             return {"type": "http.disconnect"}
         piece = self.pieces[self.num_read]
         self.num_read += 1
-        if isinstance(piece, Exception):
-            raise piece
         return {"type": "http.request", "body": piece, "more_body": not self.ends or self.num_read < len(self.pieces)}
 
     async def send(self, message: Message) -> None:
@@ -122,9 +121,13 @@ def test_a_body_refused_at_its_beginning_is_read_to_its_end() -> None:
     assert exchange.num_read == 51
 
 
-def test_what_an_outer_layer_finds_too_large_is_its_answer() -> None:
-    told = Exchange([b"{", HTTPException(413, "too large")]).run()
-    assert (told.status, told.body["error"]["message"]) == (413, "too large")
+@pytest.mark.parametrize("content_type", ["application/json", "multipart/form-data; boundary=x", "text/plain"])
+def test_a_body_too_large_ends_with_the_first_byte_too_many(content_type: str) -> None:
+    exchange = Exchange([b" " * (1 << 20)] * 40, {"content-type": content_type})
+    told = exchange.run()
+    assert (told.status, exchange.refused) == (413, ["body"])
+    assert "--max-body-mb" in told.body["error"]["message"]
+    assert b"close" in dict(exchange.sent[0]["headers"])[b"connection"]
 
 
 def test_a_client_that_leaves_is_not_answered() -> None:

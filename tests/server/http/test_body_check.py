@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
+from hidrop_server.errors import BodyRefused
 from hidrop_server.http.body_check import BodyCheck
-from hidrop_server.http.body_walk import BodyLimits
-from hidrop_server.http.refusals import BodyRefused
+from hidrop_server.http.body_limits import BodyLimits
 from hidrop_server.media.parts import MediaParts
+from tests.server.http.fields import typed_fields
 
 CHAT, BATCH, RESPONSES = "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses"
 MESSAGES, COMPLETIONS, TOKENIZE = "/v1/messages", "/v1/completions", "/tokenize"
@@ -19,7 +20,7 @@ URL = {"url": "http://127.0.0.1:9/x"}
 
 @cache
 def checking(*takes: str) -> BodyCheck:
-    return BodyCheck(LIMITS, MediaParts(takes))
+    return BodyCheck(LIMITS, MediaParts(takes), typed_fields())
 
 
 def check(path: str, body: Any, *takes: str) -> None:
@@ -249,6 +250,7 @@ FIELDS: dict[str, Any] = {
     "max_tokens": False,
     "temperature": True,
     "truncate_prompt_tokens": True,
+    "stream_interval": True,
     "request_id": "x" * 257,
     "session_id": "x" * 257,
     "user": "x" * 1025,
@@ -275,6 +277,74 @@ def test_a_field_too_long_or_of_a_wrong_type_is_refused_by_its_name(name: str) -
     refused = refusal(CHAT, {"messages": [], name: FIELDS[name]})
     assert refused.says.startswith(("vllm_xargs.x", name))
     assert "xxx" not in refused.says
+
+
+MESSAGE = {"role": "user", "content": "x"}
+TEXT = {"type": "text", "text": "x"}
+SHAPES: dict[str, tuple[str, Any]] = {
+    "the body has more than 256 fields": (CHAT, {f"f{n}": 1 for n in range(257)}),
+    "the body: a key is longer than 1024": (CHAT, {"x" * 1025: 1}),
+    "response_format is 195 KiB large": (CHAT, {"messages": [], "response_format": {"x": "x" * 200_000}}),
+    "messages: at most 4096": (CHAT, {"messages": [MESSAGE] * 4097}),
+    "messages.0: must be an object": (CHAT, {"messages": ["x"]}),
+    "messages.0.0: must be an object": (BATCH, {"messages": [["x"]]}),
+    "messages.0.role: must be a string": (CHAT, {"messages": [{"role": 5, "content": "x"}]}),
+    "messages.0.content: must be a string or a list": (CHAT, {"messages": [{"role": "user", "content": 5}]}),
+    "messages.0.tool_calls: must be a list": (CHAT, {"messages": [{"role": "assistant", "tool_calls": {}}]}),
+    "messages.0.tool_calls.0: must be an object with": (
+        CHAT,
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": 5}}]}]},
+    ),
+    "messages.0.tool_calls.0.function.arguments: must": (
+        CHAT,
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 5}}]}]},
+    ),
+    "messages.0.content: the body has more than 4096 parts": (CHAT, holding(CHAT, [TEXT] * 4097)),
+    "messages.0.content.0: a part must be an object": (CHAT, holding(CHAT, ["x"])),
+    "messages.0.content.0.text: must be a string": (CHAT, holding(CHAT, [{"type": "text", "text": 5}])),
+    "messages.0.content.0.uuid: must be a string of at most 256": (
+        CHAT,
+        holding(CHAT, [{"type": "image_url", "image_url": URL, "uuid": "x" * 257}]),
+    ),
+    "messages.0.content.0.source.media_type: must": (
+        MESSAGES,
+        holding(MESSAGES, [{"type": "image", "source": {"type": "base64", "data": "AAAA", "media_type": 5}}]),
+    ),
+    "prompt: at most 8192 prompts": (COMPLETIONS, {"prompt": ["x"] * 8193}),
+    "prompt.1: must be a list of whole numbers": (COMPLETIONS, {"prompt": [[1], ["x"]]}),
+    "documents.0: must be an object of texts": (CHAT, {"messages": [], "documents": [{"x": None}]}),
+    "stop.1: must be a string": (CHAT, {"messages": [], "stop": ["x", 5]}),
+    "input: at most 1024 items": (RESPONSES, {"input": [MESSAGE] * 1025}),
+    "input.0: must be an object": (RESPONSES, {"input": [5]}),
+    "input.0.call_id: Input should be a valid string": (
+        RESPONSES,
+        {"input": [{"type": "function_call", "call_id": 5, "name": "f", "arguments": "{}"}]},
+    ),
+}
+
+
+@pytest.mark.parametrize("says", SHAPES)
+def test_a_wrong_shape_is_named_with_its_place(says: str) -> None:
+    assert refusal(*SHAPES[says]).says.startswith(says)
+
+
+def test_fields_are_those_of_vllms_models() -> None:
+    """Names that vLLM has for what it reads: one that a later version has is bounded without a word here."""
+    fields = typed_fields()
+    assert {
+        "n",
+        "best_of",
+        "top_p",
+        "seed",
+        "stream_interval",
+        "max_output_tokens",
+        "prompt_logprobs",
+    } <= fields.numbers
+    assert not {"logprobs", "stream", "echo"} & fields.numbers
+    assert {"model", "user", "request_id", "cache_salt", "tool_choice", "stop", "service_tier"} <= fields.names
+    assert not {"prompt", "input", "chat_template", "instructions", "system", "query"} & fields.names
+    assert fields.words == {"bad_words", "include", "stop", "stop_sequences"}
+    assert {"allowed_token_ids", "stop_token_ids", "logprob_token_ids", "label_token_ids", "tokens"} == fields.tokens
 
 
 def test_many_small_texts_are_one_prompt_and_several_prompts_are_several() -> None:

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from hidrop_server.http.grammar_fields import find_oversized
+from hidrop_server.errors import BodyRefused
+from hidrop_server.http.body_check import check_grammars
 
 LARGE = "ab" * 100_000
 BODIES: dict[str, dict[str, Any]] = {
@@ -16,11 +17,11 @@ BODIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", BODIES)
 def test_a_large_constraint_is_named(name: str) -> None:
-    says = find_oversized(BODIES[name], max_kb=64)
-    assert says is not None
-    assert says.startswith(f"{name} is 195 KiB large, over 64 KiB (--max-grammar-kb)")
+    with pytest.raises(BodyRefused, match=rf"^{name} is 195 KiB large, over 64 KiB \(--max-grammar-kb\)") as refused:
+        check_grammars(BODIES[name], max_kb=64)
+    assert refused.value.reason == "grammar"
 
 
 def test_small_constraints_and_large_prompts_pass() -> None:
     body = {"structured_outputs": {"regex": "a" * 60_000}, "prompt": LARGE, "messages": [{"content": LARGE}]}
-    assert find_oversized(body, max_kb=64) is None
+    check_grammars(body, max_kb=64)

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hidrop_server.http.json_bounds import MAX_DEPTH, MAX_NUMBER_CHARS, JsonBounds
-from hidrop_server.http.refusals import BodyRefused
+from hidrop_server.errors import BodyRefused
+from hidrop_server.http.body_limits import MAX_DEPTH, MAX_NUMBER_CHARS
+from hidrop_server.http.json_bounds import JsonBounds
 
 MAX_VALUES = 4096
 MIB = 1 << 20

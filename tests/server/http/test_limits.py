@@ -24,10 +24,13 @@ from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
 from hidrop_server.app import build_middlewares
 from hidrop_server.http.access import Access
-from hidrop_server.http.answers import DRAIN_MIB, DRAIN_SECONDS
+from hidrop_server.http.answers import DRAIN_MIB, DRAIN_SECONDS, Heads
+from hidrop_server.http.bodies import Bodies
+from hidrop_server.http.body_check import BodyCheck
+from hidrop_server.http.body_limits import BodyLimits
 from hidrop_server.http.exchanges import Exchanges, InFlight
-from hidrop_server.http.heads import Heads
-from hidrop_server.http.limits import SizeLimits
+from hidrop_server.http.typed_fields import TypedFields
+from hidrop_server.media.parts import MediaParts
 from hidrop_server.playground.page import PATH as PLAYGROUND
 from hidrop_server.playground.page import router as playground
 from hidrop_server.serving import HidropServingChat
@@ -58,10 +61,11 @@ class Application:
         refused = self.refused.append
         app.add_middleware(CORSMiddleware, allow_origins=[ORIGIN], allow_methods=["*"])
         app.add_middleware(XRequestIdMiddleware)
+        check = BodyCheck(BodyLimits.of(1024, 4096 * 8, 64), MediaParts([]), TypedFields([]))
+        app.add_middleware(Bodies, check=check, max_header_kb=4, max_body_mb=1, on_refused=refused)
         app.add_middleware(Heads)
-        app.add_middleware(SizeLimits, max_header_kb=4, max_body_mb=1, on_refused=refused)
         app.add_middleware(Exchanges, in_flight=self.in_flight, seconds=self.seconds, on_refused=refused)
-        app.add_middleware(Access, api_keys=["k1", "k2"], metrics_key="m", on_refused=refused)
+        app.add_middleware(Access, api_keys=["k1", "k2"], metrics_keys=["m"], on_refused=refused)
         build_middlewares(app)
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, http="h11", log_level="error", lifespan="off"))
         serving = asyncio.ensure_future(self.server.serve([sock]))
@@ -164,7 +168,7 @@ def message(response: httpx.Response) -> str:
 
 
 def test_a_body_within_the_limit_is_read(http: httpx.Client) -> None:
-    body = json.dumps({"text": "x" * 1_000_000})
+    body = json.dumps({"prompt": "x" * 1_000_000})
     assert http.post("/v1/length", content=body).json() == len(body)
     assert http.post("/v1/length", content=iter([body.encode()])).json() == len(body)
 

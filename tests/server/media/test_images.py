@@ -11,7 +11,7 @@ from PIL import Image
 from vllm import envs
 from vllm.multimodal.media import ImageMediaIO
 
-from hidrop_server.control.environment import SAFE_DEFAULTS
+from hidrop_server.control.settings import SETTINGS
 from hidrop_server.media.connector import Decoder, HidropMediaConnector
 from hidrop_server.media.images import MediaRefused, limit_decoder
 from tests.server.harness import data_url, picture, png_that_claims
@@ -32,8 +32,9 @@ from tests.server.media.files import (
 @pytest.fixture(autouse=True)
 def limits(monkeypatch: pytest.MonkeyPatch) -> None:
     envs.disable_envs_cache()  # an engine of an earlier test has frozen them
-    for name, value in SAFE_DEFAULTS.items():
-        monkeypatch.setenv(name, value)
+    for each in SETTINGS:
+        if not each.name.startswith("--") and not each.embedded:
+            monkeypatch.setenv(each.name, each.default)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
     limit_decoder()
 

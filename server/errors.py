@@ -1,11 +1,26 @@
-"""Start-up refusals: one line for the person at the terminal.
+"""What this server refuses: a command line before it starts, a request body before vLLM reads it."""
 
-Knows no vLLM.
-"""
+from http import HTTPStatus
 
 
 class StartError(Exception):
     """A start-up choice that cannot be honoured; the message is one line."""
+
+
+class BodyRefused(Exception):
+    """A body that this server does not take.
+
+    Attributes:
+        says: one line for the client; names the field and never repeats its value.
+        reason: of ``vllm_hidrop_refused_requests_total``.
+        status: of the answer.
+    """
+
+    def __init__(self, says: str, reason: str = "body", status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> None:
+        super().__init__(says)
+        self.says = says
+        self.reason = reason
+        self.status = status
 
 
 def one_line(error: BaseException) -> str:
