@@ -50,7 +50,7 @@ from hidrop_server.serving import (
     HidropServingMessages,
     HidropServingResponses,
 )
-from hidrop_server.subclassing import subclass
+from vllm_hidrop.engine.compat import subclass
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 END_SECONDS = 2

@@ -25,11 +25,11 @@ class Counted:
 def processor(monkeypatch: pytest.MonkeyPatch) -> Any:
     from vllm.v1.engine.output_processor import OutputProcessor
 
-    from hidrop_server.adopt import adopt
     from hidrop_server.engine import HidropOutputProcessor
+    from vllm_hidrop.engine.compat import subclass
 
     monkeypatch.setattr(OutputProcessor, "process_outputs", lambda self, outputs: outputs)
-    extended = adopt(HidropOutputProcessor, OutputProcessor(None, log_stats=False))
+    extended = subclass(OutputProcessor(None, log_stats=False), HidropOutputProcessor, why="a test")
     extended.reports, extended.metrics = {}, Counted()  # type: ignore[assignment]
     extended.request_states = {
         "r": SimpleNamespace(
@@ -62,10 +62,10 @@ def test_outputs_of_a_request_that_is_gone_are_left_alone(processor: Any) -> Non
 
 
 def test_a_class_that_vllm_no_longer_builds_is_not_adopted() -> None:
-    from hidrop_server.adopt import adopt
+    from vllm_hidrop.engine.compat import subclass
 
     with pytest.raises(TypeError, match="extends another class"):
-        adopt(dict, object.__new__(type("Other", (), {})))
+        subclass(object.__new__(type("Other", (), {})), dict, why="a test")
 
 
 @pytest.mark.parametrize(("reason", "status"), [(None, 503), (7, 503), ("no way", 400)])

@@ -1,6 +1,6 @@
 """The vLLM version this package is written for, the check that it is the one installed, and what we do to its classes.
 
-Two of its objects become ours after construction (:func:`specialise`), ``EngineCore`` gets a method more
+Some of its objects become ours after construction (:func:`subclass`), ``EngineCore`` gets a method more
 (:func:`let_clients_ask`), its processes a watch on the server (:func:`end_with_parent`).
 """
 
@@ -10,9 +10,10 @@ import signal
 import threading
 import time
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypeVar
 
 VLLM_VERSION = "0.32.0"
+T = TypeVar("T")
 END_WITH_PARENT = "HIDROP_END_WITH_PARENT"
 """Environment variable by which a server asks its processes to end when it is killed."""
 
@@ -38,20 +39,25 @@ def check_vllm_version() -> None:
         raise RuntimeError(f"vllm_hidrop needs vLLM {VLLM_VERSION}, found {found or 'none'}")
 
 
-def specialise(instance: Any, cls: type, **state: Any) -> None:
-    """Make an object that vLLM has just constructed one of a subclass of its class, with more attributes.
+def subclass(instance: Any, cls: type[T], *, why: str, **state: Any) -> T:
+    """Make an object that vLLM has just constructed one of a subclass of its class; the only place where we do.
 
-    Why: vLLM names the class inside a method that does much else, so there is no seam to pass a class through (the
-    runner in a worker's ``init_device``, the cache manager in the scheduler's constructor). How: the subclass only
-    overrides methods, and its own attributes are set here. Delete it where vLLM takes the class as an argument.
+    How: the subclass only overrides methods; attributes of its own are set here, no constructor runs.
+
+    Args:
+        instance: of a class that ``cls`` extends.
+        cls: the subclass.
+        why: there is no other way, and until when: for the reader.
+        state: the subclass's own attributes.
 
     Raises:
         TypeError: ``cls`` extends another class; vLLM builds something else than we know.
     """
     if not issubclass(cls, type(instance)):
-        raise TypeError(f"{cls.__name__} extends another class than {type(instance).__name__}")
+        raise TypeError(f"{cls.__name__} extends another class than {type(instance).__name__} ({why})")
     instance.__class__ = cls
     vars(instance).update(state)
+    return instance  # type: ignore[no-any-return]
 
 
 INTEGRITY_CALL = "hidrop_integrity"

@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
-from vllm_hidrop.engine.compat import specialise
+from vllm_hidrop.engine.compat import subclass
 from vllm_hidrop.engine.records import Record
 
 
@@ -197,7 +197,8 @@ class StagedCacheManager(KVCacheManager):
 
 def count_by(manager: KVCacheManager, records: Mapping[str, Record]) -> None:
     """Make a freshly constructed manager ours, and its stages' managers count by these records, by request id."""
-    specialise(manager, StagedCacheManager, records=records, reach={})
+    why = "the scheduler's constructor names its cache manager's class; until it takes one"
+    subclass(manager, StagedCacheManager, why=why, records=records, reach={})
     for of_group in manager.coordinator.single_type_managers:
         assert isinstance(of_group, StageManager)
         of_group.follow(records)

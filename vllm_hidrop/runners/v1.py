@@ -19,7 +19,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_hidrop.engine.compat import specialise
+from vllm_hidrop.engine.compat import subclass
 from vllm_hidrop.engine.kv_cache import StageSpec, block_size_of
 from vllm_hidrop.plan.planner import Planner
 from vllm_hidrop.plan.positions import PositionScheme
@@ -315,4 +315,5 @@ def make_staged(runner: Any, planner: Planner) -> None:
     Its class becomes a subclass of itself with :class:`StagedRunner` in front.
     """
     staged = type(f"Staged{type(runner).__name__}", (StagedRunner, type(runner)), {})
-    specialise(runner, staged, planner=planner, slot_layouts={}, step=None, outcome=None)
+    why = "a worker's init_device names its runner's class; until a worker takes one"
+    subclass(runner, staged, why=why, planner=planner, slot_layouts={}, step=None, outcome=None)
