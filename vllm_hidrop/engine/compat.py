@@ -57,7 +57,7 @@ def subclass(instance: Any, cls: type[T], *, why: str, **state: Any) -> T:
         raise TypeError(f"{cls.__name__} extends another class than {type(instance).__name__} ({why})")
     instance.__class__ = cls
     vars(instance).update(state)
-    return instance  # type: ignore[no-any-return]
+    return instance
 
 
 INTEGRITY_CALL = "hidrop_integrity"
