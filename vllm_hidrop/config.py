@@ -11,6 +11,7 @@ from typing import Any, Self, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from vllm_hidrop.methods import METHODS, Method, ModelShape
+from vllm_hidrop.plan.names import nearest, unknown
 from vllm_hidrop.plan.positions import PositionScheme
 from vllm_hidrop.plan.schedule import Schedule
 
@@ -42,7 +43,18 @@ class HidropConfig(BaseModel):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             known = ", ".join(cls.model_fields)
-            raise ValueError(f"hidrop configuration: {where}: {first['msg']}; known keys: {known}") from None
+            hint = _meant(where, data) if first["type"] == "extra_forbidden" else ""
+            raise ValueError(f"hidrop configuration: {where}: {first['msg']}; known keys: {known}{hint}") from None
+
+
+def _meant(key: str, data: Mapping[str, Any]) -> str:
+    """What an unknown key was meant to be: a method's option in the wrong place, or a key that is written like it."""
+    method = data.get("method")
+    candidates = {method: METHODS[method]} if isinstance(method, str) and method in METHODS else METHODS
+    owners = [name for name, cls in candidates.items() if key in cls.option_names()]
+    if not owners:
+        return nearest(key, HidropConfig.model_fields)
+    return f'; {key!r} is an option of {", ".join(owners)}: put it under "options"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +124,10 @@ def make_method(name: str, preset: str | None = None, options: Mapping[str, Any]
     """
     cls = METHODS[_known(name)]
     method = cls() if preset is None else cls.from_preset(preset)
-    known = [field.name for field in dataclasses.fields(cls)]
+    known = cls.option_names()
     for key in options or {}:
         if key not in known:
-            raise ValueError(f"method {name!r} has no option {key!r}; known: {', '.join(known) or 'none'}")
+            raise ValueError(unknown(f"method {name!r} has no option", key, known))
     changes = {key: _option(cls, key, value) for key, value in (options or {}).items()}
     try:
         return dataclasses.replace(method, **changes)
@@ -135,5 +147,5 @@ def _option(cls: type[Method], key: str, value: object) -> Any:
 
 def _known(name: str) -> str:
     if name not in METHODS:
-        raise ValueError(f"unknown pruning method {name!r}; known: {', '.join(METHODS)}")
+        raise ValueError(unknown("unknown pruning method", name, METHODS))
     return name

@@ -12,6 +12,7 @@ import torch
 
 from vllm_hidrop.methods.adaptive import AttentionEdit, EncoderReduction, Memory, Verdict
 from vllm_hidrop.methods.scoring import Signals
+from vllm_hidrop.plan.names import unknown
 from vllm_hidrop.plan.positions import PositionScheme
 from vllm_hidrop.plan.schedule import Schedule
 from vllm_hidrop.plan.signal import Signal
@@ -66,6 +67,11 @@ class Method:
     default_preset: ClassVar[str | None] = None
 
     @classmethod
+    def option_names(cls) -> tuple[str, ...]:
+        """The hyper-parameters that a user may set."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
     def from_preset(cls, preset: str) -> Self:
         """The method with a preset's values.
 
@@ -73,8 +79,7 @@ class Method:
             ValueError: no such preset; the message lists the known ones.
         """
         if preset not in cls.presets:
-            known = ", ".join(cls.presets) or "none"
-            raise ValueError(f"method {cls.name!r} has no preset {preset!r}; known: {known}")
+            raise ValueError(unknown(f"method {cls.name!r} has no preset", preset, cls.presets))
         return cls(**cls.presets[preset])
 
     @classmethod
