@@ -50,12 +50,12 @@ def make_engine(model: str | None, clock: Clock) -> Any:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from hidrop_server.adopt import adopt
-    from hidrop_server.control.choice import read_choice
+    from hidrop_server.control.choice import check_choice
     from hidrop_server.engine import HidropOutputProcessor, metrics_of
     from hidrop_server.start import configure
     from vllm_hidrop.plan.planner import Planner
 
-    _, config = configure(model, read_choice(None, None, None), ["--distributed-executor-backend", "uni"])
+    _, config = configure(model, check_choice({}), ["--distributed-executor-backend", "uni"])
     engine = LLMEngine.from_vllm_config(config)
     processor = adopt(HidropOutputProcessor, engine.output_processor)
     processor.reports, processor.metrics = {}, metrics_of(config, Planner.from_vllm_config(config))

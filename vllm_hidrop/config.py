@@ -15,6 +15,9 @@ from vllm_hidrop.plan.names import nearest, unknown
 from vllm_hidrop.plan.positions import PositionScheme
 from vllm_hidrop.plan.schedule import Schedule
 
+FORCE = 'force it with --force (in a configuration, "force": true)'
+"""How a person insists on a choice that the checkpoint was not trained for."""
+
 
 class HidropConfig(BaseModel):
     """What a user may set; unknown keys are errors."""
@@ -85,8 +88,7 @@ def resolve(config: HidropConfig, shape: ModelShape, trained: Mapping[str, Any] 
     positions = config.positions or trained_positions
     if trained and positions is not trained_positions and not config.force:
         raise ValueError(
-            f"this checkpoint was trained with {trained_positions} positions, not {positions}; "
-            'serve those, or set "force": true'
+            f"this checkpoint was trained with {trained_positions} positions, not {positions}; serve those, or {FORCE}"
         )
     if config.method is None and config.preset is None and not config.options:
         config = config.model_copy(update=own.model_dump(exclude={"force", "positions", "prefix_state_bytes"}))
@@ -95,7 +97,7 @@ def resolve(config: HidropConfig, shape: ModelShape, trained: Mapping[str, Any] 
     if own.method and name == own.method and preset != own.preset and not config.force:
         raise ValueError(
             f"this checkpoint was trained for {own.method} preset {own.preset!r}, not {preset!r}; "
-            'serve that one, or set "force": true'
+            f"serve that one, or {FORCE}"
         )
     is_own = name == own.method and preset == own.preset
     options = own.options | config.options if is_own else config.options
@@ -103,9 +105,25 @@ def resolve(config: HidropConfig, shape: ModelShape, trained: Mapping[str, Any] 
     if is_own and not config.force and schedule != _schedule(name, preset, own.options, shape):
         raise ValueError(
             f"this checkpoint was trained for {own.method} with options {own.options}, not {options}; "
-            'serve those, or set "force": true'
+            f"serve those, or {FORCE}"
         )
     return Resolved(make_method(name, preset, options).fitted(shape), preset, options, schedule, positions)
+
+
+def training_warning(resolved: Resolved, trained: Mapping[str, Any] | None) -> str | None:
+    """One line where a method is used that models must be trained with, and the checkpoint does not say it was.
+
+    Args:
+        resolved: what is served.
+        trained: the ``hidrop`` entry of the checkpoint's ``config.json``.
+    """
+    name = resolved.method.name
+    if not resolved.method.needs_training or (trained or {}).get("method") == name:
+        return None
+    return (
+        f"method {name!r} is for checkpoints trained with it, and this one does not say that it was: expect wrong "
+        "answers. Train it (hidrop train), or choose a method that needs no training (hidrop methods)"
+    )
 
 
 def _schedule(name: str, preset: str | None, options: Mapping[str, Any], shape: ModelShape) -> Schedule:

@@ -18,7 +18,7 @@ from vllm_hidrop.bench.paired import EngineProcess, Measured, Pair, Workload, ru
 from vllm_hidrop.bench.rows import Row, make_row, provenance, ratio, write_rows
 from vllm_hidrop.bench.shapes import SHAPES, make_checkpoint
 from vllm_hidrop.bench.tables import print_rows
-from vllm_hidrop.cli import plan as planning
+from vllm_hidrop.cli import costing
 from vllm_hidrop.config import HidropConfig, Resolved, resolve
 from vllm_hidrop.methods import Adaptive, ModelShape
 from vllm_hidrop.plan.costs import RequestCosts, ideal_decode_ratio
@@ -74,9 +74,9 @@ class Bench:
         return make_checkpoint(SHAPES[self.shape], cache / f"bench-{self.shape}")
 
     @cached_property
-    def known(self) -> planning.Model:
+    def known(self) -> costing.Model:
         """Sizes of the model."""
-        return planning.read_model(str(self.model))
+        return costing.read_model(str(self.model))
 
     @cached_property
     def resolved(self) -> Resolved:
@@ -98,8 +98,8 @@ class Bench:
 
     def costs(self, images: int, text: int, decided: Sequence[int] | None = None) -> RequestCosts:
         """What a pruned request costs on paper."""
-        workload = planning.Workload((TOKENS_PER_IMAGE,) * images, text, BLOCK_SIZE)
-        return planning.request_costs(self.known, self.resolved, workload, decided)
+        workload = costing.Workload((TOKENS_PER_IMAGE,) * images, text, BLOCK_SIZE)
+        return costing.request_costs(self.known, self.resolved, workload, decided)
 
     def command(self, section: str, **flags: Any) -> str:
         """The command line that measures one row."""

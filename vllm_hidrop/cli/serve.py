@@ -1,15 +1,20 @@
 """``hidrop serve``: hand over to the server package."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
-def run(method: str | None, preset: str | None, hidrop_config: str | None, arguments: Sequence[str]) -> int:
-    """Serve until stopped; returns the exit code."""
+def run(choice: Mapping[str, Any], arguments: Sequence[str]) -> int:
+    """Serve until stopped; returns the exit code.
+
+    Args:
+        choice: keys of ``vllm_hidrop.config.HidropConfig``.
+        arguments: of vLLM; the first one, if it is no flag, is the model.
+    """
     from hidrop_server import main
 
     has_model = bool(arguments) and not arguments[0].startswith("-")
-    model = arguments[0] if has_model else None
-    return main(model, method, preset, hidrop_config, list(arguments[has_model:]))
+    return main(arguments[0] if has_model else None, choice, list(arguments[has_model:]))
 
 
 def vllm_help(topic: str) -> None:

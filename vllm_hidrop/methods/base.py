@@ -61,6 +61,8 @@ class Method:
     paper: ClassVar[str]
     summary: ClassVar[str]
     signal: ClassVar[Signal] = Signal.NONE
+    needs_training: ClassVar[bool] = False
+    """Whether a model answers badly by it unless it was trained with its schedule on."""
     trained_positions: ClassVar[PositionScheme | None] = None
     """Those that the authors' own checkpoints of this method were trained with, where it is no part of their config."""
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
