@@ -54,6 +54,7 @@ def test_the_wheel_contains_every_tracked_kind_of_file_once(wheel: Path) -> None
     assert len(data) > 10
     data |= {f"hidrop_server/playground/{p.name}" for p in (ROOT / "server" / "playground").glob("*.[hcj]*")}
     assert {f"hidrop_server/playground/{name}" for name in ("page.html", "style.css", "start.js")} <= data
+    data |= {"hidrop_loadtests/report.html", "hidrop_loadtests/scenarios.toml"}
     packages = {f"{p}/__init__.py" for p in ("vllm_hidrop", "hidrop_server", "hidrop_loadtests")}
     assert {HOOK, "vllm_hidrop/py.typed", *packages, *data} <= set(names)
     top_level = {name.split("/")[0] for name in names}
