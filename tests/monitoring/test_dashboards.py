@@ -10,7 +10,8 @@ import yaml
 
 from hidrop_server.metrics import METRICS
 from vllm_hidrop.monitoring import grafana, rules
-from vllm_hidrop.monitoring.panels import DASHBOARDS, Dashboard, fill
+from vllm_hidrop.monitoring.dashboards import DASHBOARDS
+from vllm_hidrop.monitoring.panels import Dashboard, fill
 from vllm_hidrop.monitoring.prometheus import Tools, find_tools
 
 ROOT = Path(__file__).parents[2]

@@ -123,12 +123,16 @@ def serve(
     ] = None,
 ) -> None:
     """Serve MODEL, a directory or hub name, or the embedded one, by vLLM's OpenAI-compatible server."""
-    from vllm_hidrop.cli import serve as command
-
     if vllm_help is not None:
-        command.vllm_help(vllm_help)
+        from hidrop_server.control.arguments import print_vllm_help
+
+        print_vllm_help(vllm_help)
     else:
-        raise typer.Exit(command.run(choice.read(), context.args))
+        from hidrop_server import main
+
+        has_model = bool(context.args) and not context.args[0].startswith("-")
+        model = context.args[0] if has_model else None
+        raise typer.Exit(main(model, choice.read(), context.args[has_model:]))
 
 
 @app.command("train")
@@ -192,6 +196,7 @@ def loadtest(  # noqa: PLR0913, PLR0917 (one argument is one option)
     ] = False,
 ) -> None:
     """Load a server by vLLM's benchmark client, with and without pruning, and write one HTML report."""
+    from hidrop_loadtests import scenarios
     from hidrop_loadtests.running import Keys
     from vllm_hidrop.cli import loadtest as command
 
@@ -200,7 +205,7 @@ def loadtest(  # noqa: PLR0913, PLR0917 (one argument is one option)
     else:
         compare = compare if compare in command.SAME_SERVER else parse_address(compare, "--compare")
         target = command.Target(url, compare, Keys(api_key, metrics_api_key), allow_remote)
-        chosen = command.choose(scenario, file, length)
+        chosen = scenarios.lengthened(scenarios.choose(scenario, file or scenarios.SHIPPED), length)
         raise typer.Exit(command.run(scenario, chosen, target, out, pairs))
 
 
