@@ -1,7 +1,7 @@
 """The user's choice of method, checked and resolved for one model.
 
 The choice travels as ``additional_config={"hidrop": {...}}`` in vLLM's configuration; its keys are the fields of
-:class:`HidropConfig`. Knows no vLLM.
+:class:`HidropConfig`.
 """
 
 import dataclasses

@@ -1,7 +1,4 @@
-"""Tables on whatever standard output is: a terminal of any width, a file, a pipe whose reader left.
-
-Knows rich; not what is shown.
-"""
+"""Tables on whatever standard output is: a terminal of any width, a file, a pipe whose reader left."""
 
 from rich.console import Console
 from rich.measure import Measurement

@@ -105,9 +105,10 @@ def read_model(model: str) -> Model:
     Raises:
         ValueError: there is no such model, or ``hidrop serve`` would refuse it.
     """
+    from vllm_hidrop.embedded import MODEL_DIR
     from vllm_hidrop.models.families import family_of
 
-    config = _read_config(_embedded_directory() if model == EMBEDDED else model)
+    config = _read_config(str(MODEL_DIR) if model == EMBEDDED else model)
     family = family_of(next(iter(config.architectures or []), None))
     family.check(config)
     text = text_shape(config.get_text_config())
@@ -140,13 +141,3 @@ def _ask_hub_once(name: str) -> None:
 
     if not isinstance(try_to_load_from_cache(name, "config.json"), str):
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=HUB_SECONDS)
-
-
-def _embedded_directory() -> str:
-    try:
-        from vllm_hidrop.embedded import MODEL_DIR
-    except ImportError as error:
-        raise ValueError("this installation has no embedded model") from error
-    if not (Path(MODEL_DIR) / "config.json").is_file():
-        raise ValueError("this installation has no embedded model")
-    return str(MODEL_DIR)

@@ -128,7 +128,7 @@ Method = Annotated[str | None, typer.Option(help="Pruning method.", show_default
 Preset = Annotated[str | None, typer.Option(help="Named schedule of the method.")]
 Options = Annotated[str, typer.Option(metavar="JSON", help="The method's options, an object.")]
 Force = Annotated[bool, typer.Option(help="Allow a schedule or positions the checkpoint was not trained for.")]
-HidropConfig = Annotated[
+WholeChoice = Annotated[
     str | None,
     typer.Option(
         metavar="JSON|FILE",
@@ -155,7 +155,7 @@ class Choice:
     preset: Preset = None
     options: Options = "{}"
     force: Force = False
-    hidrop_config: HidropConfig = None
+    hidrop_config: WholeChoice = None
 
     def read(self) -> dict[str, Any]:
         """As keys of ``vllm_hidrop.config.HidropConfig``, unchecked.

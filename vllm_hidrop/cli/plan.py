@@ -105,23 +105,20 @@ def _paper_note(shape: TextShape, resolved: Resolved, paper: PaperFlops) -> str:
 
 
 def _cells(stage: StageCosts) -> tuple[str, ...]:
-    return (
-        str(stage.vision_tokens),
-        _share(str(stage.rows), stage.rows, stage.dense_rows),
-        _share(str(stage.kv_blocks), stage.kv_blocks, stage.dense_kv_blocks),
-        _share(f"{stage.kv_bytes / 2**20:.2f}", stage.kv_bytes, stage.dense_kv_bytes),
-        _share(f"{stage.flops / 1e9:.2f}", stage.flops, stage.dense_flops),
-    )
+    vision, rows = str(stage.vision_tokens), str(stage.rows)
+    return vision, _share(rows, stage.rows, stage.dense_rows), *_sums(stage)
 
 
 def _total_cells(found: RequestCosts) -> tuple[str, ...]:
-    mean_rows = found.row_layers / found.num_layers
+    vision, rows = found.vision_token_layers / found.num_layers, found.row_layers / found.num_layers
+    return f"{vision:.1f}", _share(f"{rows:.1f}", rows, found.stages[0].dense_rows), *_sums(found)
+
+
+def _sums(costs: StageCosts | RequestCosts) -> tuple[str, ...]:
     return (
-        f"{found.vision_token_layers / found.num_layers:.1f}",
-        _share(f"{mean_rows:.1f}", mean_rows, found.stages[0].dense_rows),
-        _share(str(found.kv_blocks), found.kv_blocks, found.dense_kv_blocks),
-        _share(f"{found.kv_bytes / 2**20:.2f}", found.kv_bytes, found.dense_kv_bytes),
-        _share(f"{found.flops / 1e9:.2f}", found.flops, found.dense_flops),
+        _share(str(costs.kv_blocks), costs.kv_blocks, costs.dense_kv_blocks),
+        _share(f"{costs.kv_bytes / 2**20:.2f}", costs.kv_bytes, costs.dense_kv_bytes),
+        _share(f"{costs.flops / 1e9:.2f}", costs.flops, costs.dense_flops),
     )
 
 
