@@ -49,6 +49,18 @@ class HidropConfig(BaseModel):
             hint = _meant(where, data) if first["type"] == "extra_forbidden" else ""
             raise ValueError(f"hidrop configuration: {where}: {first['msg']}; known keys: {known}{hint}") from None
 
+    @classmethod
+    def checked(cls, data: Mapping[str, Any]) -> Self:
+        """Check user data and everything about the method that does not depend on a model.
+
+        Raises:
+            ValueError: unknown key, method, preset or option, or a value that is none of theirs; one line.
+        """
+        config = cls.parse(data)
+        if config.method is not None:
+            make_method(config.method, config.preset, config.options)
+        return config
+
 
 def _meant(key: str, data: Mapping[str, Any]) -> str:
     """What an unknown key was meant to be: a method's option in the wrong place, or a key that is written like it."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hidrop_server.control.errors import StartError
-from vllm_hidrop.config import HidropConfig, make_method
+from vllm_hidrop.config import HidropConfig
 
 
 def check_choice(data: Mapping[str, Any]) -> HidropConfig:
@@ -14,9 +14,6 @@ def check_choice(data: Mapping[str, Any]) -> HidropConfig:
         StartError: unknown key, method, preset or option.
     """
     try:
-        choice = HidropConfig.parse(data)
-        if choice.method is not None:
-            make_method(choice.method, choice.preset, choice.options)
+        return HidropConfig.checked(data)
     except (TypeError, ValueError) as error:
         raise StartError(str(error)) from None
-    return choice

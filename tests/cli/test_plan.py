@@ -180,6 +180,7 @@ def test_a_checkpoints_preset_is_changed_by_force_only(checkpoint: Path) -> None
     refused = CliRunner().invoke(app, list(arguments))
     assert refused.exit_code == 2
     assert "trained for hidrop preset 'embedded'" in refused.stderr
+    assert '--force (in a configuration, "force": true)' in refused.stderr
     assert "hidrop tok48" in invoke(*arguments, "--force")
 
 
@@ -249,6 +250,7 @@ def test_without_a_hub_a_name_is_refused_at_once_with_the_names_that_need_none(t
     started = time.monotonic()
     line = plan_with_hub("http://127.0.0.1:9", "70b", tmp_path)
     assert time.monotonic() - started < 15, "downloads try for more than 20 seconds"
+    assert "the hub cannot be reached (" in line
     assert "known without the hub: embedded, 7b, 13b; did you mean '7b'?" in line
 
 

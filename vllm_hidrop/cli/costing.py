@@ -65,7 +65,7 @@ def planned(
     Raises:
         ValueError: the model cannot be read or cannot run staged, or the choice does not fit it.
     """
-    config = HidropConfig.parse(choice)
+    config = HidropConfig.checked(choice)  # before a hub is asked
     known = SHAPES.get(model) or read_model(model)
     workload = Workload(tuple(prompt.images or [known.tokens_per_image]), prompt.text, block_size)
     resolved = resolve(config, known.shape, known.trained)
@@ -138,6 +138,13 @@ def _read_config(source: str) -> Any:
 def _ask_hub_once(name: str) -> None:
     """See that a model that is not in the cache can be had, without the many tries of a download."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=HUB_SECONDS)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
+        raise  # they say what is wrong
+    except Exception as error:
+        raise ValueError(f"the hub cannot be reached ({error})") from error

@@ -288,6 +288,11 @@ CONTRASTS = """() => {
     const [a, b] = [parse(getComputedStyle(element).color), ground(element)].map(luminance).sort((x, y) => y - x);
     found.push([walker.currentNode.data.trim().slice(0, 40), (a + .05) / (b + .05)]);
   }
+  for (const field of document.querySelectorAll("[placeholder]")) {
+    const written = parse(getComputedStyle(field, "::placeholder").color);
+    const [a, b] = [written, ground(field)].map(luminance).sort((x, y) => y - x);
+    found.push([field.placeholder, (a + .05) / (b + .05)]);
+  }
   return found;
 }"""
 
