@@ -1,7 +1,4 @@
-"""A server's address as a person writes it, in one form or refused with the reason.
-
-Knows the form only; asks nobody.
-"""
+"""A server's address as a person writes it, in one form or refused with the reason; nobody is asked."""
 
 import ipaddress
 import re

@@ -1,6 +1,6 @@
 """What a server itself counted between two moments, from ``/metrics``.
 
-Knows vLLM's and our metrics by name; a server without ours has no savings to show.
+A server without our metrics has no savings to show.
 """
 
 import math

@@ -1,7 +1,4 @@
-"""A scenario against one server or two, in turn, and what came of it.
-
-Knows how a round is sent and what a server counts; not how a server is started, nor how results are shown.
-"""
+"""A scenario against one server or two, in turn, and what came of it."""
 
 import time
 from collections.abc import Callable, Sequence

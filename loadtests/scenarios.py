@@ -1,7 +1,4 @@
-"""What a load test is: traffic, bounds, a goal for each request, and what the whole must reach to pass.
-
-Pure data read from TOML; knows neither servers nor clients.
-"""
+"""What a load test is, read from TOML: traffic, bounds, a goal for each request, what the whole must reach to pass."""
 
 import tomllib
 from pathlib import Path

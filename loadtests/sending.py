@@ -1,7 +1,7 @@
 """Requests through vLLM's own benchmark client, which sends, times and counts them.
 
 Added around its request function: clients that go away, an end of the time, the time a refusal took; and an answer that
-is shorter than asked for has failed. Knows nothing of what the requests say.
+is shorter than asked for has failed.
 """
 
 import asyncio

@@ -31,10 +31,10 @@ def idle_scheduler(num_blocks: int) -> Any:
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from hidrop_server.control.choice import read_choice
+    from hidrop_server.control.choice import check_choice
     from hidrop_server.start import configure
 
-    _, config = configure(None, read_choice(None, None, None), ["--distributed-executor-backend", "uni"])
+    _, config = configure(None, check_choice({}), ["--distributed-executor-backend", "uni"])
     engine = LLMEngine.from_vllm_config(config)
     scheduler = engine.engine_core.engine_core.scheduler
     own = scheduler.kv_cache_manager.block_pool

@@ -49,12 +49,12 @@ def make_engine(model: str | None, clock: Clock) -> Any:
     """An engine in this process with the server's output processor, timed."""
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from hidrop_server.control.choice import read_choice
+    from hidrop_server.control.choice import check_choice
     from hidrop_server.engine import HidropOutputProcessor, metrics_of
     from hidrop_server.start import configure
     from vllm_hidrop.plan.planner import Planner
 
-    _, config = configure(model, read_choice(None, None, None), ["--distributed-executor-backend", "uni"])
+    _, config = configure(model, check_choice({}), ["--distributed-executor-backend", "uni"])
     engine = LLMEngine.from_vllm_config(config)
     metrics, stock = metrics_of(config, Planner.from_vllm_config(config)), engine.output_processor
     processor = HidropOutputProcessor(

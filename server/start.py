@@ -5,9 +5,10 @@ configuration, and only then processes and weights.
 """
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hidrop_server.control.choice import read_choice
+from hidrop_server.control.choice import check_choice
 from hidrop_server.control.settings import set_variables
 from hidrop_server.errors import StartError, one_line
 from vllm_hidrop.embedded import CHECKPOINTS
@@ -24,20 +25,12 @@ TORCHVISION = (
 """What PyPI's build ends in; scripts/mend_torchvision.py has the story."""
 
 
-def main(
-    model: str | None,
-    method: str | None,
-    preset: str | None,
-    hidrop_config: str | None,
-    vllm_args: list[str],
-) -> int:
+def main(model: str | None, choice: Mapping[str, Any], vllm_args: list[str]) -> int:
     """Serve until stopped.
 
     Args:
         model: directory or hub name; None for the embedded model, unless ``vllm_args`` name one.
-        method: pruning method; default: the checkpoint's, else none.
-        preset: named schedule of the method.
-        hidrop_config: JSON object or file with the keys of ``HidropConfig``.
+        choice: what to prune by, with the keys of ``HidropConfig``.
         vllm_args: any of vLLM's flags.
 
     Returns:
@@ -45,8 +38,7 @@ def main(
         requested stop.
     """
     try:
-        choice = read_choice(method, preset, hidrop_config)
-        return run(*configure(model, choice, vllm_args))
+        return run(*configure(model, check_choice(choice), vllm_args))
     except StartError as error:
         print(f"hidrop serve: {one_line(error)}", file=sys.stderr)
         return 2

@@ -88,9 +88,9 @@ def test_an_option_goes_over_the_presets_value() -> None:
     [
         ({"method": "hidrp"}, r"unknown pruning method 'hidrp'; known: none, hidrop, fastv, "),
         ({"method": "hidrop", "preset": "tok1"}, r"no preset 'tok1'; known: tok48, tok64, tok80, "),
-        ({"method": "fastv", "preset": "tok48"}, r"'fastv' has no preset 'tok48'; known: none"),
+        ({"method": "fastv", "preset": "tok48"}, r"'fastv' has no preset 'tok48': there are none"),
         ({"method": "fastv", "options": {"layr": 3}}, r"no option 'layr'; known: layer, keep, exit_layer"),
-        ({"method": "none", "options": {"a": 1}}, r"'none' has no option 'a'; known: none"),
+        ({"method": "none", "options": {"a": 1}}, r"'none' has no option 'a': there are none"),
         ({"method": "fastv", "options": {"layer": 2.5}}, r"option 'layer': .*valid integer, got 2.5"),
         ({"method": "fastv", "options": {"layer": True}}, r"option 'layer': .*valid integer, got True"),
         ({"method": "fastv", "options": {"keep": None}}, r"option 'keep': .* or .*valid number, got None"),
@@ -100,7 +100,14 @@ def test_an_option_goes_over_the_presets_value() -> None:
         ({"method": "hidrop", "options": {"keeps": [1, 2, 3, 4]}}, r"method 'hidrop': keep must not rise"),
         ({"methd": "fastv"}, r"methd: .*; known keys: method, preset, options, positions, prefix_state_bytes, force"),
         ({"positions": "absolute"}, r"positions: .*'persistent', 'compacted', 'grouped' or 'renumbered'; known keys: "),
-        ({"force": "perhaps"}, r"force: .*; known keys: "),
+        ({"force": "perhaps"}, r"force: .*; known keys: .*, force$"),
+        ({"layer": 3}, r"'layer' is an option of fastv, random, uniform: put it under \"options\""),
+        ({"method": "fastv", "layer": 3}, r"'layer' is an option of fastv: put it under \"options\""),
+        ({"method": "hidrop", "layer": 3}, r"layer: .*; known keys: .*, force$"),
+        ({"metod": "fastv"}, r"metod: .*; known keys: .*, force; did you mean 'method'\?$"),
+        ({"method": "hidrop", "preset": "tok48c1"}, r"; did you mean 'tok48-c1'\?$"),
+        ({"method": "fastv", "options": {"layr": 3}}, r"; did you mean 'layer'\?$"),
+        ({"method": "pyramidrop"}, r"; did you mean 'pyramiddrop'\?$"),
     ],
 )
 def test_a_mistake_is_refused_in_one_line_that_names_it(choice: dict[str, Any], message: str) -> None:

@@ -74,7 +74,9 @@ def test_the_wheel_contains_every_tracked_kind_of_file_once(wheel: Path) -> None
     models = ROOT / "vllm_hidrop" / "embedded"
     data = {p.relative_to(ROOT).as_posix() for form in ("dense", "hidrop") for p in (models / form).iterdir()}
     assert len(data) > 10
-    data.add("hidrop_server/playground/playground.html")
+    data |= {f"hidrop_server/playground/{p.name}" for p in (ROOT / "server" / "playground").glob("*.[hcj]*")}
+    assert {f"hidrop_server/playground/{name}" for name in ("page.html", "style.css", "start.js")} <= data
+    data |= {"hidrop_loadtests/report.html", "hidrop_loadtests/scenarios.toml"}
     packages = {f"{package}/__init__.py" for package in PACKAGES}
     assert {"vllm_hidrop/py.typed", *packages, *data} <= set(names)
     assert not [name for name in names if name.endswith(".pth")], "nothing runs in every process of an environment"

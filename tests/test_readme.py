@@ -92,11 +92,12 @@ def accept_serve(words: list[str]) -> Any:
 
     parsed = []
 
-    def serve(model: str | None, method: str | None, preset: str | None, config: str | None, rest: list[str]) -> int:
-        is_placeholder = config is not None and not config.startswith("{")
-        choice.read_choice(method, preset, None if is_placeholder else config)
-        parsed.append(arguments.parse(model, rest, method))
+    def serve(model: str | None, chosen: dict[str, Any], rest: list[str]) -> int:
+        choice.check_choice(chosen)
+        parsed.append(arguments.parse(model, rest, chosen.get("method")))
         return 0
+
+    words = ["{}" if word.endswith(".json") else word for word in words]  # a schedule that the reader has made
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hidrop_server.main", serve)
@@ -127,7 +128,7 @@ def configure(model: str, words: list[str]) -> None:
     from hidrop_server.control import arguments, choice
 
     args = accept_serve([model, *words])
-    arguments.apply_choice(args, choice.read_choice("fastv", None, None))
+    arguments.apply_choice(args, choice.check_choice({"method": "fastv"}))
     AsyncEngineArgs.from_cli_args(args).create_engine_config()
 
 

@@ -11,8 +11,12 @@ from typing import Any, Self, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from vllm_hidrop.methods import METHODS, Method, ModelShape
+from vllm_hidrop.plan.names import nearest, unknown
 from vllm_hidrop.plan.positions import PositionScheme
 from vllm_hidrop.plan.schedule import Schedule
+
+FORCE = 'force it with --force (in a configuration, "force": true)'
+"""How a person insists on a choice that the checkpoint was not trained for."""
 
 
 class HidropConfig(BaseModel):
@@ -42,7 +46,30 @@ class HidropConfig(BaseModel):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             known = ", ".join(cls.model_fields)
-            raise ValueError(f"hidrop configuration: {where}: {first['msg']}; known keys: {known}") from None
+            hint = _meant(where, data) if first["type"] == "extra_forbidden" else ""
+            raise ValueError(f"hidrop configuration: {where}: {first['msg']}; known keys: {known}{hint}") from None
+
+    @classmethod
+    def checked(cls, data: Mapping[str, Any]) -> Self:
+        """Check user data and everything about the method that does not depend on a model.
+
+        Raises:
+            ValueError: unknown key, method, preset or option, or a value that is none of theirs; one line.
+        """
+        config = cls.parse(data)
+        if config.method is not None:
+            make_method(config.method, config.preset, config.options)
+        return config
+
+
+def _meant(key: str, data: Mapping[str, Any]) -> str:
+    """What an unknown key was meant to be: a method's option in the wrong place, or a key that is written like it."""
+    method = data.get("method")
+    candidates = {method: METHODS[method]} if isinstance(method, str) and method in METHODS else METHODS
+    owners = [name for name, cls in candidates.items() if key in cls.option_names()]
+    if not owners:
+        return nearest(key, HidropConfig.model_fields)
+    return f'; {key!r} is an option of {", ".join(owners)}: put it under "options"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +100,7 @@ def resolve(config: HidropConfig, shape: ModelShape, trained: Mapping[str, Any] 
     positions = config.positions or trained_positions
     if trained and positions is not trained_positions and not config.force:
         raise ValueError(
-            f"this checkpoint was trained with {trained_positions} positions, not {positions}; "
-            'serve those, or set "force": true'
+            f"this checkpoint was trained with {trained_positions} positions, not {positions}; serve those, or {FORCE}"
         )
     if config.method is None and config.preset is None and not config.options:
         config = config.model_copy(update=own.model_dump(exclude={"force", "positions", "prefix_state_bytes"}))
@@ -83,7 +109,7 @@ def resolve(config: HidropConfig, shape: ModelShape, trained: Mapping[str, Any] 
     if own.method and name == own.method and preset != own.preset and not config.force:
         raise ValueError(
             f"this checkpoint was trained for {own.method} preset {own.preset!r}, not {preset!r}; "
-            'serve that one, or set "force": true'
+            f"serve that one, or {FORCE}"
         )
     is_own = name == own.method and preset == own.preset
     options = own.options | config.options if is_own else config.options
@@ -91,9 +117,25 @@ def resolve(config: HidropConfig, shape: ModelShape, trained: Mapping[str, Any] 
     if is_own and not config.force and schedule != _schedule(name, preset, own.options, shape):
         raise ValueError(
             f"this checkpoint was trained for {own.method} with options {own.options}, not {options}; "
-            'serve those, or set "force": true'
+            f"serve those, or {FORCE}"
         )
     return Resolved(make_method(name, preset, options).fitted(shape), preset, options, schedule, positions)
+
+
+def training_warning(resolved: Resolved, trained: Mapping[str, Any] | None) -> str | None:
+    """One line where a method is used that models must be trained with, and the checkpoint does not say it was.
+
+    Args:
+        resolved: what is served.
+        trained: the ``hidrop`` entry of the checkpoint's ``config.json``.
+    """
+    name = resolved.method.name
+    if not resolved.method.needs_training or (trained or {}).get("method") == name:
+        return None
+    return (
+        f"method {name!r} is for checkpoints trained with it, and this one does not say that it was: expect wrong "
+        "answers. Train it (hidrop train), or choose a method that needs no training (hidrop methods)"
+    )
 
 
 def _schedule(name: str, preset: str | None, options: Mapping[str, Any], shape: ModelShape) -> Schedule:
@@ -112,10 +154,10 @@ def make_method(name: str, preset: str | None = None, options: Mapping[str, Any]
     """
     cls = METHODS[_known(name)]
     method = cls() if preset is None else cls.from_preset(preset)
-    known = [field.name for field in dataclasses.fields(cls)]
+    known = cls.option_names()
     for key in options or {}:
         if key not in known:
-            raise ValueError(f"method {name!r} has no option {key!r}; known: {', '.join(known) or 'none'}")
+            raise ValueError(unknown(f"method {name!r} has no option", key, known))
     changes = {key: _option(cls, key, value) for key, value in (options or {}).items()}
     try:
         return dataclasses.replace(method, **changes)
@@ -135,5 +177,5 @@ def _option(cls: type[Method], key: str, value: object) -> Any:
 
 def _known(name: str) -> str:
     if name not in METHODS:
-        raise ValueError(f"unknown pruning method {name!r}; known: {', '.join(METHODS)}")
+        raise ValueError(unknown("unknown pruning method", name, METHODS))
     return name

@@ -13,7 +13,7 @@ from hidrop_server.control.settings import API_KEY, add_flags, find_refused, fla
 from hidrop_server.errors import StartError
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.embedded import CHECKPOINTS, MODEL_DIR, MODEL_METHOD
-from vllm_hidrop.models.families import FAMILIES, Family
+from vllm_hidrop.models.families import family_of
 
 LOOPBACK = "127.0.0.1"
 
@@ -69,9 +69,9 @@ def apply_choice(args: Namespace, choice: HidropConfig) -> None:
     choice = _merge_additional_config(args, choice)
     overrides = args.hf_overrides if isinstance(args.hf_overrides, dict) else {}
     hf_config = _model_config(args)
-    named = overrides.get("architectures") or getattr(hf_config, "architectures", None) or ["none"]
-    family = _family(named[0])
+    named = overrides.get("architectures") or getattr(hf_config, "architectures", None) or [None]
     try:
+        family = family_of(named[0])
         family.check(hf_config)
         trained = getattr(hf_config, "hidrop", None)
         resolve(choice, family.shape(hf_config), trained)
@@ -133,10 +133,3 @@ def _model_config(args: Namespace) -> Any:
     except Exception as error:
         # Whatever file, hub or parser complains: the engine could not read the model either.
         raise StartError(f"cannot read the configuration of model {args.model!r}: {error}") from None
-
-
-def _family(architecture: str) -> Family:
-    for family in FAMILIES.values():
-        if architecture in (family.stock, family.staged):
-            return family
-    raise StartError(f"{architecture} is not a family that can run staged; supported: {', '.join(FAMILIES)}")

@@ -6,6 +6,7 @@ from typing import Any
 
 from hidrop_server.errors import BodyRefused
 from hidrop_server.http.body_limits import MAX_OPTION_ELEMENTS
+from vllm_hidrop.plan.names import unknown
 from vllm_hidrop.plan.planner import REQUEST_KEYS
 
 VLLM_KEYS = ("kv_cache_report_mode", "session_id", "kv_transfer_params", "ec_transfer_params")
@@ -29,7 +30,7 @@ def check_keys(keys: Iterable[str], others_are_read: bool) -> None:
     for key in keys:
         known = key in REQUEST_KEYS or key in VLLM_KEYS
         if not known and (key.startswith("hidrop") or not others_are_read):
-            raise ValueError(f"unknown request option {key!r}; known: {', '.join((*REQUEST_KEYS, *VLLM_KEYS[:2]))}")
+            raise ValueError(unknown("unknown request option", key, (*REQUEST_KEYS, *VLLM_KEYS[:2])))
 
 
 def check_options(found: Any) -> None:

@@ -1,9 +1,8 @@
-"""`GET /playground`: one page that asks, and shows what was kept. The page is a file; its headers are made here.
+"""`GET /playground`: one page that asks, and shows what was kept, put together from this folder's files.
 
-Knows the file's text; not the engine. The page is open without a key: it holds no secret, and asks for a key itself.
+The page is open without a key: it holds no secret, and asks for a key itself.
 """
 
-import re
 from base64 import b64encode
 from functools import cache
 from hashlib import sha256
@@ -12,7 +11,9 @@ from pathlib import Path
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
-PAGE = Path(__file__).with_name("playground.html")
+FOLDER = Path(__file__).parent
+SCRIPTS = ("state.js", "picture.js", "asking.js", "results.js", "start.js")
+"""In the order they run, as one script."""
 PATH = "/playground"
 
 router = APIRouter()
@@ -21,18 +22,25 @@ router = APIRouter()
 @router.get(PATH, include_in_schema=False)
 async def show_playground() -> HTMLResponse:
     """The page."""
-    page, headers = _page()
+    page, headers = build()
     return HTMLResponse(page, headers=headers)
 
 
 @cache
-def _page() -> tuple[str, dict[str, str]]:
-    """Its text and headers: it may run its own script and style, talk to this server, and nothing else."""
-    page = PAGE.read_text(encoding="utf-8")
+def build() -> tuple[str, dict[str, str]]:
+    """Its text and headers: it may run its own script and style, talk to this server, and nothing else.
+
+    Style and script stand in the page, so that the policy can name them by their hashes and allow no address for them.
+    """
+    style, script = _read("style.css"), "".join(map(_read, SCRIPTS))
+    page = _read("page.html")
+    for tag, text in (("style", style), ("script", script)):
+        before, after = page.split(f"<{tag}></{tag}>")
+        page = f"{before}<{tag}>{text}</{tag}>{after}"
     policy = {
         "default-src": "'none'",
-        "script-src": _hash_of("script", page),
-        "style-src": _hash_of("style", page),
+        "script-src": _hash(script),
+        "style-src": _hash(style),
         "img-src": "data:",
         "connect-src": "'self'",
         "base-uri": "'none'",
@@ -48,7 +56,10 @@ def _page() -> tuple[str, dict[str, str]]:
     }
 
 
-def _hash_of(tag: str, page: str) -> str:
-    """The policy's word for the one inline element of this tag."""
-    (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+def _read(name: str) -> str:
+    return (FOLDER / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """The policy's word for an inline element."""
     return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"

@@ -18,8 +18,8 @@ from vllm_hidrop.bench.rows import SECTIONS, make_row, ratio, read_rows
 from vllm_hidrop.bench.servers import Load, contents
 from vllm_hidrop.bench.shapes import SHAPES
 from vllm_hidrop.bench.tables import cells, markdown, markdown_sections
-from vllm_hidrop.cli import bench as engines
 from vllm_hidrop.cli import bench_all
+from vllm_hidrop.cli import bench_engines as engines
 from vllm_hidrop.cli.app import app
 from vllm_hidrop.cli.bench import TOK48, Bench, complete_choice, finished
 

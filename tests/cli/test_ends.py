@@ -16,7 +16,7 @@ from tests.cli.command_line import COMMAND, commands, run, the_line
 from tests.cli.stub_server import Stub, stub_server
 from tests.lab.calibrate.test_calibrate_cli import QUICK
 from vllm_hidrop.bench.rows import read_rows
-from vllm_hidrop.cli import bench as engines
+from vllm_hidrop.cli import bench_engines as engines
 from vllm_hidrop.cli.app import app
 
 FULL = Path("/dev/full")

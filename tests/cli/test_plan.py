@@ -1,16 +1,21 @@
 """``hidrop methods`` and ``hidrop plan``, as a user types them."""
 
 import json
+import os
 import subprocess
 import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from tests.cli.command_line import run, the_line
 from vllm_hidrop.cli.app import app
-from vllm_hidrop.cli.plan import SHAPES, Workload, request_costs
+from vllm_hidrop.cli.costing import SHAPES, Workload, request_costs
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.methods import METHODS, ModelShape
 from vllm_hidrop.plan.shapes import LLAVA_7B_VISION, TextShape, text_shape, vision_shape
@@ -170,15 +175,92 @@ def test_a_checkpoints_preset_is_changed_by_force_only(checkpoint: Path) -> None
     refused = CliRunner().invoke(app, list(arguments))
     assert refused.exit_code == 2
     assert "trained for hidrop preset 'embedded'" in refused.stderr
+    assert '--force (in a configuration, "force": true)' in refused.stderr
     assert "hidrop tok48" in invoke(*arguments, "--force")
 
 
-@pytest.mark.parametrize("model_type", ["siglip_vision_model", "pixtral"])
-def test_a_tower_is_costed_only_when_its_form_is_known(checkpoint: Path, model_type: str) -> None:
-    vision = CONFIG["vision_config"] | {"model_type": model_type}
+def test_a_siglip_tower_is_costed_too(checkpoint: Path) -> None:
+    vision = CONFIG["vision_config"] | {"model_type": "siglip_vision_model"}
     (checkpoint / "config.json").write_text(json.dumps(CONFIG | {"vision_config": vision}))
-    found = plan_json(str(checkpoint), "--method", "none")
-    assert (found["total"]["encoder_flops"] is None) == (model_type == "pixtral")
+    assert plan_json(str(checkpoint), "--method", "none")["total"]["encoder_flops"] > 0
+
+
+CANNOT_RUN = {
+    "a text model": CONFIG["text_config"] | {"architectures": ["LlamaForCausalLM"]},
+    "another family": CONFIG | {"architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next"},
+    "another tower": CONFIG | {"vision_config": CONFIG["vision_config"] | {"model_type": "pixtral"}},
+    "another text model": CONFIG | {"text_config": CONFIG["text_config"] | {"model_type": "gemma"}},
+    "a schedule it was not trained for": CONFIG | {"hidrop": {"method": "none", "positions": "grouped"}},
+}
+CAPACITY = ("--tflops", "1", "--bandwidth", "100", "--kv-gib", "20")
+
+
+@pytest.mark.parametrize("name", CANNOT_RUN)
+def test_plan_and_capacity_refuse_in_the_words_of_serve(tmp_path: Path, name: str) -> None:
+    from hidrop_server.control.arguments import apply_choice, parse
+    from hidrop_server.errors import StartError
+
+    (tmp_path / "config.json").write_text(json.dumps(CANNOT_RUN[name]), encoding="utf-8")
+    choice = {"positions": "persistent"}
+    with pytest.raises(StartError) as refused:
+        apply_choice(parse(str(tmp_path), []), HidropConfig.parse(choice))
+    for command in (("plan", str(tmp_path)), ("capacity", str(tmp_path), *CAPACITY)):
+        result = CliRunner().invoke(app, [*command, "--hidrop-config", json.dumps(choice)])
+        assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"hidrop: {refused.value}\n")
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """Has one file, the configuration of a text model, of whatever name it is asked for."""
+
+    def do_GET(self) -> None:
+        found = self.path == "/some/model/resolve/main/config.json"
+        text = json.dumps(CANNOT_RUN["a text model"]).encode() if found else b""
+        self.send_response(200 if found else 404)
+        for header in (("ETag", '"1"'), ("X-Repo-Commit", "1" * 40), ("Content-Length", str(len(text)))):
+            self.send_header(*header)
+        self.end_headers()
+        self.wfile.write(text if self.command == "GET" else b"")
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+def plan_with_hub(address: str, model: str, cache: Path) -> str:
+    """What is refused where the hub is at another address."""
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    return the_line(run("plan", model, env=environment | {"HF_ENDPOINT": address, "HF_HOME": str(cache)}))
+
+
+def test_a_model_of_the_hub_is_refused_in_the_same_words(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        line = plan_with_hub(f"http://127.0.0.1:{hub.server_address[1]}", "some/model", tmp_path)
+        hub.shutdown()
+    assert "LlamaForCausalLM is not a family that can run staged; supported: LlavaForCond" in line
+
+
+def test_without_a_hub_a_name_is_refused_at_once_with_the_names_that_need_none(tmp_path: Path) -> None:
+    started = time.monotonic()
+    line = plan_with_hub("http://127.0.0.1:9", "70b", tmp_path)
+    assert time.monotonic() - started < 15, "downloads try for more than 20 seconds"
+    assert "the hub cannot be reached (" in line
+    assert "known without the hub: embedded, 7b, 13b; did you mean '7b'?" in line
+
+
+def test_a_method_for_trained_checkpoints_is_warned_of_on_others(checkpoint: Path) -> None:
+    def warning(*arguments: str) -> str:
+        result = CliRunner().invoke(app, ["plan", *arguments])
+        assert result.exit_code == 0, result.stderr
+        return result.stderr
+
+    assert warning(str(checkpoint)) == warning("7b") == warning("7b", "--method", "fastv") == ""
+    (checkpoint / "config.json").write_text(json.dumps(CONFIG))
+    for model in (("7b",), (str(checkpoint), "--preset", "embedded")):
+        assert "hidrop: warning: method 'hidrop' is for checkpoints trained with it" in warning(
+            *model, "--method", "hidrop"
+        )
 
 
 def test_shapes_are_read_as_llava_runs_them() -> None:

@@ -1,7 +1,9 @@
 """The manifests as kubectl builds them, against Kubernetes' own schemas, and against each other."""
 
+import re
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -13,7 +15,7 @@ from tests.deploy.tools import DEPLOY, accepts, documents
 KUBERNETES = DEPLOY / "kubernetes"
 OVERLAYS = ("cpu", "gpu")
 VERSIONS = ("1.30", "1.37")
-NOT_IN_KUBERNETES = {"ServiceMonitor"}
+NOT_IN_KUBERNETES = {"ServiceMonitor", "PrometheusRule"}
 
 
 @cache
@@ -131,6 +133,30 @@ def test_the_autoscaler_reads_the_metric_that_the_adapter_makes_from_vllms_queue
     (metric,) = built("cpu")["HorizontalPodAutoscaler"]["spec"]["metrics"]
     assert metric["pods"]["metric"]["name"] == rule["name"]["as"]
     assert '"vllm:num_requests_waiting"' in rule["seriesQuery"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_rules_are_those_of_the_rule_file_and_prometheus_takes_them(overlay: str, tmp_path: Path) -> None:
+    groups = built(overlay)["PrometheusRule"]["spec"]
+    assert groups == yaml.safe_load((DEPLOY / "prometheus" / "hidrop.rules.yml").read_text())
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(groups))
+    assert "SUCCESS" in accepts("promtool", "check", "rules", tmp_path / "rules.yml")
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_job_that_rules_name_is_the_service_that_is_scraped(overlay: str) -> None:
+    """The operator names a job by the Service, unless the ServiceMonitor names a label for it."""
+    assert "jobLabel" not in built(overlay)["ServiceMonitor"]["spec"]
+    jobs = set(re.findall(r'job="(\w+)"', str(built(overlay)["PrometheusRule"])))
+    assert jobs == {built(overlay)["Service"]["metadata"]["name"]}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_dashboard_is_in_the_map_that_grafanas_sidecar_finds(overlay: str) -> None:
+    dashboards = built(overlay)["ConfigMap"]
+    assert dashboards["metadata"]["labels"] == {"grafana_dashboard": "1"}
+    assert dashboards["data"] == {file.name: file.read_text() for file in (DEPLOY / "grafana").glob("*.json")}
+    assert len(yaml.safe_dump(dashboards)) < 2**20, "what etcd takes"
 
 
 def _strings(found: Any) -> Iterator[str]:

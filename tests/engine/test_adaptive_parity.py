@@ -48,6 +48,10 @@ MUSTDROP = [
     ("llama-clip", MustDropSettings(1.0, 1.0, (3, 5), 0.2, 2, key_rate=0.0, key_layer="feature")),
     ("mistral-clip", MustDropSettings(0.02, 0.05, (2, 3, 4), 0.2, 2)),
 ]
+CASES: dict[str, list[tuple[int, str, Any]]] = {
+    "visipruner": [(i, *case) for i, case in enumerate(VISIPRUNER)],
+    "mustdrop": [(i, *case) for i, case in enumerate(MUSTDROP)],
+}
 
 
 def asks(seed: int) -> list[Ask]:
@@ -136,7 +140,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]
     return made
 
 
-@pytest.mark.parametrize(("number", "name", "settings"), [(i, *case) for i, case in enumerate(VISIPRUNER)])
+@pytest.mark.parametrize(("number", "name", "settings"), CASES["visipruner"])
 def test_visipruner(
     make: Callable[[str, int], Path],
     number: int,
@@ -160,7 +164,7 @@ def test_visipruner(
     check_margins(expected)
 
 
-@pytest.mark.parametrize(("number", "name", "settings"), [(i, *case) for i, case in enumerate(MUSTDROP)])
+@pytest.mark.parametrize(("number", "name", "settings"), CASES["mustdrop"])
 def test_mustdrop(
     make: Callable[[str, int], Path],
     number: int,

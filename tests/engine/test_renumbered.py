@@ -60,6 +60,10 @@ MUSTDROP = [
     ("llama-clip", MustDropSettings(0.02, 0.1, (2, 4), 0.15, 2, cut_cache=False)),
     ("qwen2-siglip", MustDropSettings(0.015, 0.05, (1, 3), None, key_rate=0.0)),
 ]
+ADAPTIVE: dict[str, list[tuple[int, str, Any]]] = {
+    "mustdrop": [(i, *case) for i, case in enumerate(MUSTDROP)],
+    "visipruner": [(i, *VISIPRUNER[i]) for i in (0, 2, 4, 6, 8, 9)],
+}
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +140,7 @@ def test_methods_of_fixed_counts_equal_the_reference(
         assert torch.allclose(result.logits[-1], persistent.logits[-1], atol=1e-2) == (not ask.images)
 
 
-@pytest.mark.parametrize(("number", "name", "settings"), [(i, *case) for i, case in enumerate(MUSTDROP)])
+@pytest.mark.parametrize(("number", "name", "settings"), ADAPTIVE["mustdrop"])
 def test_mustdrop_equals_the_reference(
     make: Callable[[str, int], Path], number: int, name: str, settings: MustDropSettings
 ) -> None:
@@ -163,7 +167,7 @@ def test_mustdrop_equals_the_reference(
         assert all(same) != matters
 
 
-@pytest.mark.parametrize(("number", "name", "settings"), [(i, *VISIPRUNER[i]) for i in (0, 2, 4, 6, 8, 9)])
+@pytest.mark.parametrize(("number", "name", "settings"), ADAPTIVE["visipruner"])
 def test_visipruner_equals_its_masked_reference(
     make: Callable[[str, int], Path], number: int, name: str, settings: VisiPrunerSettings
 ) -> None:

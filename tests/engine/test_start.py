@@ -194,6 +194,20 @@ def test_where_the_cache_rounds_k_a_pruned_prompt_starts_at_its_first_token(
     assert plan.carried_from == prefix_tokens // 32 * 32
 
 
+def test_a_start_by_a_method_for_trained_checkpoints_warns_of_others(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(
+        "vllm_hidrop.engine.configure.logger.warning_once", lambda text, *args: told.append(text % args)
+    )
+    configure(model, FASTV)
+    assert not told
+    configure(model, {"method": "hidrop", "options": {"scale": True}})
+    assert len(told) == 1
+    assert told[0].startswith("method 'hidrop' is for checkpoints trained with it")
+
+
 def test_memory_for_states_is_as_chosen(model: Path) -> None:
     assert Planner.from_vllm_config(configure(model, FASTV)).state_bytes == 1 << 28
     assert Planner.from_vllm_config(configure(model, FASTV | {"prefix_state_bytes": 7})).state_bytes == 7

@@ -231,9 +231,7 @@ def test_the_reader_of_a_report_gets_files(tmp_path: Path, stub: Stub, capsys: p
         "images = 1\nimage_side = 32\nwords = 3\noutput_tokens = 2\ngoal = {ttft_ms = 9000, e2e_ms = 9000}\n"
     )
     assert (
-        loadtest.run(
-            "mine", loadtest.choose("mine", own), loadtest.Target(stub.url, "off", Keys(), False), tmp_path / "out"
-        )
+        loadtest.run("mine", choose("mine", own), loadtest.Target(stub.url, "off", Keys(), False), tmp_path / "out")
         == 0
     )
     assert json.loads((tmp_path / "out" / "mine.json").read_text())["passed"] is True

@@ -10,7 +10,8 @@ import yaml
 
 from hidrop_server.metrics import METRICS
 from vllm_hidrop.monitoring import grafana, rules
-from vllm_hidrop.monitoring.panels import DASHBOARDS, Dashboard, fill
+from vllm_hidrop.monitoring.dashboards import DASHBOARDS
+from vllm_hidrop.monitoring.panels import Dashboard, fill
 from vllm_hidrop.monitoring.prometheus import Tools, find_tools
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +43,8 @@ def test_grafana_gets_every_query_and_no_other_file_lies_there() -> None:
 
 
 def test_the_rule_file_is_up_to_date() -> None:
-    assert rules.FILE.read_text() == rules.to_yaml(), "run python -m vllm_hidrop.monitoring.rules"
+    for file, text in rules.files().items():
+        assert file.read_text() == text, "run python -m vllm_hidrop.monitoring.rules"
 
 
 def test_every_metric_is_plotted_and_no_other_is() -> None:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vllm_hidrop.monitoring.dashboards import DASHBOARDS
 from vllm_hidrop.monitoring.draw import draw, height_inches
-from vllm_hidrop.monitoring.panels import DASHBOARDS, Panel
+from vllm_hidrop.monitoring.panels import Panel
 from vllm_hidrop.monitoring.prometheus import Series
 
 QUERIES = [query for dashboard in DASHBOARDS for panel in dashboard.panels for query in panel.queries]

@@ -7,8 +7,9 @@ import pytest
 
 from hidrop_loadtests import scenarios
 from hidrop_loadtests.running import Arm, Keys, connect, run
+from hidrop_loadtests.scenarios import choose
 from tests.server.harness import Server
-from vllm_hidrop.cli.loadtest import Target, choose
+from vllm_hidrop.cli.loadtest import Target
 from vllm_hidrop.cli.loadtest import run as command
 
 pytestmark = pytest.mark.server

@@ -11,7 +11,8 @@ import pytest
 from tests.server.harness import Server, image_url
 from vllm_hidrop.cli.monitor import wait_for_scrape
 from vllm_hidrop.monitoring import rules
-from vllm_hidrop.monitoring.panels import DASHBOARDS, Query, fill
+from vllm_hidrop.monitoring.dashboards import DASHBOARDS
+from vllm_hidrop.monitoring.panels import Query, fill
 from vllm_hidrop.monitoring.prometheus import Prometheus, Series, running
 
 pytestmark = pytest.mark.server

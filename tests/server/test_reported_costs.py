@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tests.server.harness import IMAGE_TOKENS, Server, image_url
-from vllm_hidrop.cli.plan import Workload, read_model, request_costs
+from vllm_hidrop.cli.costing import Workload, read_model, request_costs
 from vllm_hidrop.config import HidropConfig, Resolved, resolve
 from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.plan.costs import RequestCosts

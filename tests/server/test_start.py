@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
-from hidrop_server.control.choice import read_choice
 from hidrop_server.errors import StartError
+from vllm_hidrop.cli.options import Choice
 from vllm_hidrop.embedded import MODEL_DIR
 
 COMMAND = (sys.executable, "-c", "from vllm_hidrop.cli.app import app; app()")
@@ -27,7 +27,7 @@ def refusal(*arguments: str) -> str:
     ended = run("serve", *arguments)
     assert ended.returncode == 2, ended.stderr
     assert "Traceback" not in ended.stderr
-    lines = [line for line in ended.stderr.splitlines() if line.startswith("hidrop serve: ")]
+    lines = [line for line in ended.stderr.splitlines() if line.startswith(("hidrop serve: ", "hidrop: "))]
     assert lines == ended.stderr.splitlines()[-1:], ended.stderr
     return lines[0]
 
@@ -73,8 +73,8 @@ def test_a_configuration_file_of_every_kind_of_wrong_is_refused(name: str, tmp_p
     else:
         content, reason = FILES_THAT_ARE_NONE[name]
         file.write_bytes(content)
-    with pytest.raises(StartError, match=reason) as refused:
-        read_choice(None, None, str(file))
+    with pytest.raises(ValueError, match=reason) as refused:
+        Choice(hidrop_config=str(file)).read()
     assert str(file) in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -193,5 +193,5 @@ def test_a_family_that_cannot_run_staged_is_refused(tmp_path: Path) -> None:
 def test_help_shows_our_options_and_the_way_to_vllms() -> None:
     ended = run("serve", "--help")
     assert ended.returncode == 0
-    for option in ("--method", "--preset", "--hidrop-config", "--vllm-help"):
+    for option in ("--method", "--preset", "--options", "--force", "--hidrop-config", "--vllm-help"):
         assert option in ended.stdout

@@ -92,7 +92,8 @@ class MeasuredEngine:
         for output in outputs:
             self.running[output.request_id] = len(output.outputs[0].token_ids)
             if output.finished:
-                raise RuntimeError(f"request {output.request_id} ended: {output.outputs[0].finish_reason}")
+                ended = output.outputs[0]
+                raise RuntimeError(f"request {output.request_id} ended: {ended.finish_reason}: {ended.stop_reason}")
         return seconds, outputs
 
     def _num_free(self) -> int:

@@ -111,7 +111,7 @@ class Pair:
                     engine.run(workload)
                 replies[engine.is_ours] = engine.run(workload)
             runs.append((replies[False], replies[True]))
-        return Measured(runs[NUM_WARM_UPS:], self.stock.kv_bytes_per_block, self.ours.kv_bytes_per_block)
+        return Measured(runs[NUM_WARM_UPS:])
 
     def decode_seconds(self, workload: Workload, num_runs: int, progress: Progress, title: str) -> tuple[float, float]:
         """Median seconds of a decode step of (stock, ours), all requests of the workload in it.
@@ -138,8 +138,6 @@ class Measured:
     """The paired prefills of one workload: (stock, ours) replies."""
 
     runs: Sequence[tuple[dict[str, Any], dict[str, Any]]]
-    stock_bytes_per_block: int
-    our_bytes_per_block: int
 
     def seconds(self, engine: int) -> float:
         """Median time until every request had its first token; engine 0 is stock, 1 ours."""
@@ -148,11 +146,6 @@ class Measured:
     def num_steps(self, engine: int) -> int:
         """Median of the steps that took."""
         return int(median_low(len(run[engine]["step_seconds"]) for run in self.runs))
-
-    def kv_bytes(self, engine: int) -> int:
-        """Bytes of the blocks held after prefill."""
-        per_block = (self.stock_bytes_per_block, self.our_bytes_per_block)[engine]
-        return int(self.runs[0][engine]["kv_blocks"]) * per_block
 
     @property
     def kept(self) -> list[int]:

@@ -4,7 +4,6 @@ Weights are seeded noise of the initialiser's usual width: speed does not depend
 file.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +59,7 @@ def make_checkpoint(shape: BenchShape, directory: Path, dtype: str = "bfloat16")
     directory.mkdir(parents=True, exist_ok=True)
     config = _config(shape, dtype)
     config.save_pretrained(directory)
-    save_word_tokenizer(directory, IMAGE_TOKEN)
-    _save_processor(directory)
+    _save_processor(directory, save_word_tokenizer(directory, IMAGE_TOKEN))
     model = _build(config, dtype)
     if shape.peaked_layer is not None:
         model.model.language_model.layers[shape.peaked_layer].self_attn.q_proj.weight.data.mul_(PEAK)
@@ -98,7 +96,7 @@ def _config(shape: BenchShape, dtype: str) -> Any:
     return config
 
 
-def save_word_tokenizer(directory: Path, image_token: int) -> None:
+def save_word_tokenizer(directory: Path, image_token: int) -> Any:
     """A tokenizer whose word ``t17`` is token 17, up to the image token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -111,6 +109,7 @@ def save_word_tokenizer(directory: Path, image_token: int) -> None:
         tokenizer_object=tokenizer, bos_token="t1", eos_token="t2", pad_token="t0", unk_token="t3"
     )
     fast.save_pretrained(directory)
+    return fast
 
 
 def save_hub_weights(model: Any, directory: Path) -> None:
@@ -126,24 +125,12 @@ def _hub_name(name: str) -> str:
     return HUB_NAMES[old] + name.removeprefix(old)
 
 
-def _save_processor(directory: Path) -> None:
+def _save_processor(directory: Path, tokenizer: Any) -> None:
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
     size = {"height": 336, "width": 336}
-    image = {
-        "image_processor_type": "CLIPImageProcessor",
-        "processor_class": "LlavaProcessor",
-        "size": size,
-        "crop_size": size,
-        "do_center_crop": False,
-    }
-    processor = {
-        "processor_class": "LlavaProcessor",
-        "image_token": "<image>",
-        "patch_size": 14,
-        "num_additional_image_tokens": 1,
-        "vision_feature_select_strategy": "default",
-    }
-    (directory / "preprocessor_config.json").write_text(json.dumps(image))
-    (directory / "processor_config.json").write_text(json.dumps(processor))
+    pictures = CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
+    LlavaProcessor(pictures, tokenizer, patch_size=14, num_additional_image_tokens=1).save_pretrained(directory)
 
 
 def random_model(shape: BenchShape, dtype: str) -> Any:

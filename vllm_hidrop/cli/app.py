@@ -5,13 +5,28 @@ wrong: `vllm_hidrop.cli.errors`.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from vllm_hidrop.cli.bench_app import bench_app
 from vllm_hidrop.cli.errors import OneLineErrors
-from vllm_hidrop.cli.options import output_file, output_folder, parse_address, parse_counts, server_address
+from vllm_hidrop.cli.options import (
+    MOST_TOKENS,
+    AsJson,
+    Choice,
+    JsonFile,
+    Model,
+    PngFile,
+    Prompt,
+    Url,
+    grouped,
+    output_file,
+    output_folder,
+    parse_address,
+    parse_counts,
+    server_address,
+)
 from vllm_hidrop.json_text import parse_object
 
 app = typer.Typer(
@@ -25,14 +40,10 @@ app = typer.Typer(
 
 app.add_typer(bench_app, name="bench")
 
-MOST_TOKENS = 1_000_000
-"""Of an image, a prompt, an answer or a block."""
 MOST_QUESTIONS = 10_000_000
 MOST_SEED = 2**32 - 1
 MOST = 1e9
 """Of what a machine does in a second or holds, and of a load: no machine does as much, and no product overflows."""
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.callback()
@@ -52,53 +63,29 @@ def methods(
 
 
 @app.command()
-def plan(  # noqa: PLR0913, PLR0917 (one argument is one option)
-    model: Annotated[
-        str, typer.Argument(help='A directory, a hub name, "embedded", or "7b" or "13b" for LLaVA-1.5.')
-    ] = "embedded",
-    method: Annotated[str | None, typer.Option(help="Pruning method [default: the checkpoint's].")] = None,
-    preset: Annotated[str | None, typer.Option(help="Named schedule of the method.")] = None,
-    options: Annotated[str, typer.Option(help="The method's options, a JSON object.")] = "{}",
-    force: Annotated[bool, typer.Option(help="Allow a schedule the checkpoint was not trained for.")] = False,
-    images: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=1, max=MOST_TOKENS, help="Vision tokens of an image; repeat for several [default: the model's]."
-        ),
-    ] = None,
-    text: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Text tokens of the prompt.")] = 64,
+@grouped
+def plan(
+    choice: Choice,
+    prompt: Prompt,
+    model: Model = "embedded",
     block_size: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens of a KV block.")] = 32,
     as_json: AsJson = False,
 ) -> None:
     """Print what a schedule would cost one request: rows, KV blocks and prefill FLOPs by stage."""
     from vllm_hidrop.cli import plan as command
 
-    choice: dict[str, Any] = {"options": parse_object(options, "--options"), "force": force}
-    choice |= {key: value for key, value in (("method", method), ("preset", preset)) if value}
-    command.run(model, choice, images or [], text, block_size, as_json)
+    command.run(model, choice.read(), prompt, block_size, as_json)
 
 
 @app.command()
+@grouped
 def capacity(  # noqa: PLR0913, PLR0917 (one argument is one option)
+    choice: Choice,
+    prompt: Prompt,
     tflops: Annotated[float, typer.Option(min=0.001, max=MOST, help="TFLOP/s your machine reaches in a prefill.")],
     bandwidth: Annotated[float, typer.Option(min=0.001, max=MOST, help="GB/s it reads in a decode step.")],
-    kv_gib: Annotated[
-        float,
-        typer.Option(min=0.001, max=MOST, help="GiB of its KV pool, as vLLM prints it at start."),
-    ],
-    model: Annotated[
-        str, typer.Argument(help='A directory, a hub name, "embedded", or "7b" or "13b" for LLaVA-1.5.')
-    ] = "7b",
-    method: Annotated[str | None, typer.Option(help="Pruning method [default: the checkpoint's].")] = None,
-    preset: Annotated[str | None, typer.Option(help="Named schedule of the method.")] = None,
-    options: Annotated[str, typer.Option(help="The method's options, a JSON object.")] = "{}",
-    images: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=1, max=MOST_TOKENS, help="Vision tokens of an image; repeat for several [default: the model's]."
-        ),
-    ] = None,
-    text: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Text tokens of the prompt.")] = 64,
+    kv_gib: Annotated[float, typer.Option(min=0.001, max=MOST, help="GiB of its KV pool, as vLLM prints it at start.")],
+    model: Model = "7b",
     output_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens of an answer.")] = 128,
     requests_per_second: Annotated[float, typer.Option(min=0.001, max=MOST, help="The load to be held.")] = 10.0,
     max_num_seqs: Annotated[
@@ -111,11 +98,9 @@ def capacity(  # noqa: PLR0913, PLR0917 (one argument is one option)
     from vllm_hidrop.cli import capacity as command
     from vllm_hidrop.plan.capacity import Machine
 
-    choice: dict[str, Any] = {"options": parse_object(options, "--options"), "force": True}
-    choice |= {key: value for key, value in (("method", method), ("preset", preset)) if value}
     machine = Machine(tflops * 1e12, bandwidth * 1e9, kv_gib * 2**30, max_num_seqs)
     target = command.Target(requests_per_second, headroom, output_tokens)
-    command.run(model, choice, images or [], text, machine, target, as_json)
+    command.run(model, choice.read(), prompt, machine, target, as_json)
 
 
 SERVE_EPILOG = (
@@ -129,28 +114,25 @@ SERVE_EPILOG = (
     epilog=SERVE_EPILOG,
     options_metavar="[MODEL] [OPTIONS] [VLLM FLAGS]",
 )
+@grouped
 def serve(
     context: typer.Context,
-    method: Annotated[str | None, typer.Option(help="Pruning method (default: the checkpoint's, else none).")] = None,
-    preset: Annotated[str | None, typer.Option(help="Named schedule of the method.")] = None,
-    hidrop_config: Annotated[
-        str | None,
-        typer.Option(
-            metavar="JSON|FILE",
-            help="Keys: method, preset, options, positions, prefix_state_bytes, force; the two options above win.",
-        ),
-    ] = None,
+    choice: Choice,
     vllm_help: Annotated[
         str | None, typer.Option(metavar="all|FLAG|GROUP", help="Print vLLM's own help and exit.")
     ] = None,
 ) -> None:
     """Serve MODEL, a directory or hub name, or the embedded one, by vLLM's OpenAI-compatible server."""
-    from vllm_hidrop.cli import serve as command
-
     if vllm_help is not None:
-        command.vllm_help(vllm_help)
+        from hidrop_server.control.arguments import print_vllm_help
+
+        print_vllm_help(vllm_help)
     else:
-        raise typer.Exit(command.run(method, preset, hidrop_config, context.args))
+        from hidrop_server import main
+
+        has_model = bool(context.args) and not context.args[0].startswith("-")
+        model = context.args[0] if has_model else None
+        raise typer.Exit(main(model, choice.read(), context.args[has_model:]))
 
 
 @app.command("train")
@@ -166,15 +148,10 @@ def train_model(
 @app.command()
 def demo(
     examples: Annotated[
-        Path | None, typer.Option(help="Folder with questions.jsonl (default: examples/ of the repository).")
+        Path | None, typer.Option(help="Folder with questions.jsonl.", show_default="examples/ of the repository")
     ] = None,
-    url: Annotated[
-        str | None,
-        typer.Option(callback=server_address, help="A running server (default: start one with the embedded model)."),
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", callback=output_file, help="Also write the results to this file.")
-    ] = None,
+    url: Url = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Ask questions about pictures with and without pruning, and compare answers, tokens, blocks and times."""
     from vllm_hidrop.cli import demo as command
@@ -184,11 +161,8 @@ def demo(
 
 @app.command()
 def monitor(
-    png: Annotated[Path, typer.Option(callback=output_file, help="The picture to write.")] = Path("dashboard.png"),
-    url: Annotated[
-        str | None,
-        typer.Option(callback=server_address, help="A running server (default: start one with the embedded model)."),
-    ] = None,
+    png: PngFile = Path("dashboard.png"),
+    url: Url = None,
     seconds: Annotated[float, typer.Option(min=5, max=86_400, help="How long to send requests.")] = 60,
     clients: Annotated[int, typer.Option(min=1, max=64, help="Requests at once.")] = 3,
 ) -> None:
@@ -201,10 +175,7 @@ def monitor(
 @app.command()
 def loadtest(  # noqa: PLR0913, PLR0917 (one argument is one option)
     scenario: Annotated[str | None, typer.Argument(help="Name of a scenario; without one they are listed.")] = None,
-    url: Annotated[
-        str | None,
-        typer.Option(callback=server_address, help="A running server (default: start one with the embedded model)."),
-    ] = None,
+    url: Url = None,
     compare: Annotated[
         str, typer.Option(metavar="off|none|URL", help="Ask the same server to keep every token, or another server.")
     ] = "off",
@@ -225,6 +196,7 @@ def loadtest(  # noqa: PLR0913, PLR0917 (one argument is one option)
     ] = False,
 ) -> None:
     """Load a server by vLLM's benchmark client, with and without pruning, and write one HTML report."""
+    from hidrop_loadtests import scenarios
     from hidrop_loadtests.running import Keys
     from vllm_hidrop.cli import loadtest as command
 
@@ -233,7 +205,7 @@ def loadtest(  # noqa: PLR0913, PLR0917 (one argument is one option)
     else:
         compare = compare if compare in command.SAME_SERVER else parse_address(compare, "--compare")
         target = command.Target(url, compare, Keys(api_key, metrics_api_key), allow_remote)
-        chosen = command.choose(scenario, file, length)
+        chosen = scenarios.lengthened(scenarios.choose(scenario, file or scenarios.SHIPPED), length)
         raise typer.Exit(command.run(scenario, chosen, target, out, pairs))
 
 
@@ -247,7 +219,7 @@ def convert(
         str | None, typer.Option(help="Schedule it was trained with: tok48, tok64, tok80, tok48-c1 (C1) or none.")
     ] = None,
     vision_tower: Annotated[
-        Path | None, typer.Option(help="Directory of the CLIP tower (default: mm_vision_tower, if it is one).")
+        Path | None, typer.Option(help="Directory of the CLIP tower.", show_default="mm_vision_tower, if it is one")
     ] = None,
 ) -> None:
     """Turn an original LLaVA-1.5 or HiDrop checkpoint into the Hugging Face format that vLLM loads."""
@@ -272,12 +244,13 @@ def evaluate(  # noqa: PLR0913, PLR0917 (one argument is one option)
     embedded: Annotated[
         bool, typer.Option("--embedded", help="Serve the embedded model, and compare dense with HiDrop.")
     ] = False,
-    model: Annotated[str | None, typer.Option(help="Name of the model (default: the first served).")] = None,
+    model: Annotated[str | None, typer.Option(help="Name of the model.", show_default="the first served")] = None,
     task: Annotated[str, typer.Option(help="synthetic, pope, scienceqa, gqa, textvqa, mme or mmbench.")] = "synthetic",
     data: Annotated[Path | None, typer.Option(help="The benchmark's file or folder; see docs/eval.md.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the benchmark's images.")] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, max=MOST_QUESTIONS, help="Questions to ask (default: all; synthetic: 140).")
+        int | None,
+        typer.Option(min=1, max=MOST_QUESTIONS, help="Questions to ask.", show_default="all; synthetic: 140"),
     ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=MOST_SEED, help="Picks scenes, the questions of a limit, and resamples.")
@@ -286,9 +259,7 @@ def evaluate(  # noqa: PLR0913, PLR0917 (one argument is one option)
     off: Annotated[bool, typer.Option("--off", help="Ask a HiDrop server to keep every vision token.")] = False,
     xargs: Annotated[str, typer.Option(help="vllm_xargs of every request, a JSON object.")] = "{}",
     api_key: Annotated[str, typer.Option(help="Key of the server.", envvar="OPENAI_API_KEY")] = "none",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", callback=output_file, help="Write the figures to this file.")
-    ] = None,
+    json_file: JsonFile = None,
     out: Annotated[
         Path | None,
         typer.Option(callback=output_folder, help="Keep answers here; a second run asks only what is missing."),
@@ -315,7 +286,7 @@ def evaluate(  # noqa: PLR0913, PLR0917 (one argument is one option)
 @eval_app.command("plot")
 def eval_plot(
     results: Annotated[list[Path], typer.Argument(metavar="RESULT.json...", help="What --json wrote.")],
-    png: Annotated[Path, typer.Option(callback=output_file, help="File of the plot.")],
+    png: PngFile,
 ) -> None:
     """Draw accuracy against mean vision tokens per layer, with intervals, from one or several results."""
     from vllm_hidrop.cli import evaluate as command
@@ -327,7 +298,9 @@ def eval_plot(
 def calibrate(  # noqa: PLR0913, PLR0917 (one argument is one option)
     model: Annotated[str, typer.Argument(help='A directory, a hub name, or "embedded".')],
     data: Annotated[str, typer.Option(help='A file in LLaVA\'s JSON form, or "synthetic".')],
-    images: Annotated[Path | None, typer.Option(help="Folder of the file's images [default: the file's own].")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the file's images.", show_default="the file's own")
+    ] = None,
     samples: Annotated[int, typer.Option(min=2, max=MOST_QUESTIONS, help="Samples to measure.")] = 64,
     budget: Annotated[
         float,

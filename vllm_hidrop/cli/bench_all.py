@@ -7,7 +7,7 @@ from typing import Any
 from rich.progress import Progress
 
 from vllm_hidrop.bench.rows import Row
-from vllm_hidrop.cli import bench as engines
+from vllm_hidrop.cli import bench_engines as engines
 from vllm_hidrop.cli.bench import TOK48, Bench, complete_choice
 from vllm_hidrop.cli.bench_serve import serve
 
@@ -46,7 +46,7 @@ def parts(bench: Bench) -> list[Callable[[Progress], list[Row]]]:
         lambda p: engines.decode(none, (1,), 64, ("image", "text"), p),
         lambda p: engines.kv(bench, (1, 4, 8), 64, 8, p),
         lambda p: engines.start(few, p),
-        lambda p: serve(once, ALL_TRAFFIC, 48, 32, 8, p),
+        lambda p: serve(once, ALL_TRAFFIC, (48, 32, 8), p),
     ]
 
 

@@ -19,21 +19,24 @@ STEP_TOKENS = 2048
 MODES = {"image": "pruned", "off": "off", "text": "text"}
 
 
-def serve(
-    bench: Bench, traffic: Sequence[str], requests: int, output_tokens: int, concurrency: int, progress: Progress
-) -> list[Row]:
-    """Requests/s with all requests at once; TTFT and inter-token latency with ``concurrency`` of them at a time.
+def serve(bench: Bench, traffic: Sequence[str], sizes: tuple[int, int, int], progress: Progress) -> list[Row]:
+    """Requests/s with all requests at once; TTFT and inter-token latency with some of them at a time.
+
+    Args:
+        bench: what is measured.
+        traffic: kinds of requests.
+        sizes: requests of a load, tokens of an answer, and requests at a time where latency counts.
+        progress: shows how far it is.
 
     Both servers run for the whole measurement and are asked in turn, after one turn that is thrown away.
 
     Raises:
         ValueError: a server did not start, rendered the text before the image, or did not do what was asked.
     """
-    kinds = tuple(traffic)
     found = []
     for _ in range(bench.pairs):
-        with _servers(bench, requests, progress) as urls, Client(bench.model) as client:
-            found.append(_measure(bench, urls, client, kinds, (requests, output_tokens, concurrency), progress))
+        with _servers(bench, sizes[0], progress) as urls, Client(bench.model) as client:
+            found.append(_measure(bench, urls, client, traffic, sizes, progress))
     return finished(bench, found)
 
 

@@ -2,14 +2,15 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vllm_hidrop.cli.plan import planned
+from vllm_hidrop.cli.costing import planned
+from vllm_hidrop.cli.options import Prompt
 from vllm_hidrop.plan.capacity import Capacity, Machine, Request, capacity
 from vllm_hidrop.terminal import Terminal
 
@@ -29,8 +30,7 @@ class Target:
 def run(
     model: str,
     choice: Mapping[str, Any],
-    images: Sequence[int],
-    text: int,
+    prompt: Prompt,
     machine: Machine,
     target: Target,
     as_json: bool,
@@ -38,11 +38,10 @@ def run(
     """Print both capacities and the machines that the load needs.
 
     Raises:
-        ValueError: the model cannot be read, its tower is unknown, or no request fits.
+        ValueError: the model cannot be read or run, the choice does not fit it, or no request fits.
     """
-    known, resolved, _, costs = planned(model, choice, images, text, BLOCK_SIZE)
-    if costs.encoder_flops is None or costs.dense_encoder_flops is None:
-        raise ValueError(f"the vision tower of {model} is not known, so its prefill cannot be costed")
+    known, resolved, _, costs = planned(model, choice, prompt, BLOCK_SIZE)
+    assert costs.encoder_flops is not None and costs.dense_encoder_flops is not None  # noqa: PT018 (a family's tower)
     requests = {
         "dense": Request(costs.dense_flops + costs.dense_encoder_flops, costs.dense_kv_bytes, target.output_tokens),
         resolved.method.name: Request(costs.flops + costs.encoder_flops, costs.kv_bytes, target.output_tokens),

@@ -1,6 +1,6 @@
 """``hidrop demo``: the same questions with and without pruning, side by side.
 
-Knows a server by its address only. Times are from sending a request to its first token; every request sends its image
+Times are from sending a request to its first token; every request sends its image
 under a new name, so that no cache of vLLM's spares the second asking the vision tower.
 """
 
@@ -12,7 +12,6 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -22,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from vllm_hidrop.cli.local_server import local_server
+from vllm_hidrop.cli.local_server import asked_server
 from vllm_hidrop.json_text import read_short_text
 from vllm_hidrop.outputs import write_file
 from vllm_hidrop.terminal import Terminal
@@ -72,7 +71,14 @@ def run(examples: Path | None, url: str | None, json_file: Path | None) -> int:
     """
     questions = read_questions(examples or find_examples())
     console = Terminal()
-    with _progress(console) as progress, _server(url, progress) as address:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress, asked_server(url, progress) as address:
         rows = list(_ask_all(address, questions, progress))
     failed = [answer.error for row in rows for answer in (row.dense, row.pruned) if answer.error]
     try:
@@ -204,27 +210,6 @@ def model_name(url: str) -> str:
     if not is_ours:
         raise ValueError(f"{url} is not a hidrop server")
     return name
-
-
-def _progress(console: Terminal) -> Progress:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    return Progress(*columns, console=console, transient=True)
-
-
-@contextmanager
-def _server(url: str | None, progress: Progress) -> Iterator[str]:
-    """A running server, or one of our own with a bar that moves until it answers."""
-    task = progress.add_task("starting the server", total=None)
-    server = nullcontext(url) if url else local_server([], on_wait=progress.refresh)
-    with server as address:
-        progress.remove_task(task)
-        yield address
 
 
 def _table(rows: list[Row]) -> Table:

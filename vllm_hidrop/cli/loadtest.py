@@ -1,15 +1,15 @@
 """``hidrop loadtest``: a scenario of `hidrop_loadtests` against a server that runs, or one that is started for it."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
-from vllm_hidrop.cli.local_server import local_server
+from vllm_hidrop.cli.local_server import asked_server
 from vllm_hidrop.outputs import check_file, write_file
 from vllm_hidrop.terminal import Terminal
 
@@ -52,17 +52,6 @@ def show_scenarios(file: Path | None) -> None:
     Terminal().show(table)
 
 
-def choose(name: str, file: Path | None = None, length: int = 1) -> "Scenario":
-    """A scenario of ours or of a file, so many times as long.
-
-    Raises:
-        ValueError: there is none, or it has a mistake.
-    """
-    from hidrop_loadtests import scenarios
-
-    return scenarios.lengthened(scenarios.choose(name, file or scenarios.SHIPPED), length)
-
-
 def run(name: str, scenario: "Scenario", target: Target, out: Path, pairs: int = 1) -> int:
     """Run, show, and write ``NAME.json`` and ``NAME.html`` into ``out``; returns the exit code, 1 if not passed.
 
@@ -81,7 +70,9 @@ def run(name: str, scenario: "Scenario", target: Target, out: Path, pairs: int =
     for file in files.values():
         check_file(file)
     console = Terminal()
-    with _server(target.url, console) as url:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as progress, asked_server(target.url, progress) as url:
+        progress.stop()  # vLLM's client draws its own
         arms = _arms(url, target)
         results = run_scenario(scenario, arms, pairs, lambda arm: console.print(f"{name}: {arm}", markup=False))
     verdicts = [verdict for result in results for verdict in judge(scenario, result)]
@@ -106,16 +97,6 @@ def _arms(url: str, target: Target) -> "list[Arm]":
         return [first, Arm(OFF, connect(first.endpoint.url, target.keys, KEEP_ALL), prunes=False)]
     other = check_address(target.compare, target.allow_remote)
     return [first, Arm(other, connect(other, target.keys), prunes=False)]
-
-
-@contextmanager
-def _server(url: str | None, console: Terminal) -> Iterator[str]:
-    if url is not None:
-        yield url
-        return
-    with console.status("starting the server with the embedded model") as status, local_server([], lambda: None) as own:
-        status.stop()
-        yield own
 
 
 def _print(console: Terminal, results: "Sequence[Result]", verdicts: "Sequence[Verdict]") -> None:

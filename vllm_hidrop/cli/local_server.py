@@ -1,7 +1,4 @@
-"""Our server as a child process that never outlives its parent's work.
-
-Knows the command line and `/health`; not what is asked of the server.
-"""
+"""A server as a child process that never outlives its parent's work: ours, stock vLLM's, a Prometheus."""
 
 import os
 import signal
@@ -10,12 +7,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from rich.progress import Progress
 
 LOOPBACK = "127.0.0.1"
 COMMAND = (sys.executable, "-c", "from vllm_hidrop.cli.app import app; app()", "serve")
@@ -30,21 +28,53 @@ def local_server(
     command: Sequence[str] = COMMAND,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
-    """Start the server on a free loopback port, yield its address, end its whole process group.
+    """Start ``hidrop serve``, or another server with its flags and ``/health``, on a free loopback port; its address.
+
+    Arguments and errors as :func:`answering`.
+    """
+    url = f"http://{LOOPBACK}:{free_port()}"
+    place = ["--host", LOOPBACK, "--port", url.rpartition(":")[2]]
+    with answering("the server", [*command, *arguments, *place], f"{url}/health", on_wait, environment):
+        yield url
+
+
+@contextmanager
+def asked_server(url: str | None, progress: Progress) -> Iterator[str]:
+    """The server at an address; without one, ours with the embedded model, and a bar that moves until it answers."""
+    if url is not None:
+        yield url
+        return
+    task = progress.add_task("starting the server", total=None)
+    with local_server([], on_wait=progress.refresh) as own:
+        progress.remove_task(task)
+        yield own
+
+
+@contextmanager
+def answering(
+    name: str,
+    command: Sequence[str],
+    url: str,
+    on_wait: Callable[[], None],
+    environment: Mapping[str, str] | None = None,
+    seconds: float = START_SECONDS,
+) -> Iterator[None]:
+    """Start a program, wait until an address answers, end its whole process group; its log stays if that fails.
 
     Args:
-        arguments: of ``command``.
-        on_wait: called a few times a second until the server answers.
-        command: ``hidrop serve``, or another server that takes ``--host`` and ``--port`` and has ``/health``.
+        name: what to call it.
+        command: with its arguments.
+        url: answered by 200 once it is ready.
+        on_wait: called a few times a second until then.
         environment: its variables (default: those of this process).
+        seconds: until it must be ready.
 
     Raises:
-        ValueError: the server ended, or did not answer in time; says why and where its log is.
+        ValueError: it ended, or did not answer in time; says why and where its log is.
     """
-    port = free_port()
     with tempfile.NamedTemporaryFile("w+b", prefix="hidrop-server-", suffix=".log", delete=False) as log:
         process = subprocess.Popen(
-            [*command, *arguments, "--host", LOOPBACK, "--port", str(port)],
+            command,
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -53,9 +83,15 @@ def local_server(
         )
         old_handler = signal.signal(signal.SIGTERM, _end)
         try:
-            url = f"http://{LOOPBACK}:{port}"
-            _wait_until_healthy(url, process, log, on_wait)
-            yield url
+            deadline = time.monotonic() + seconds
+            while not _is_ready(url):
+                if process.poll() is not None:
+                    raise ValueError(f"{name} ended while starting: {_last_line(log)}; its log: {log.name}")
+                if time.monotonic() > deadline:
+                    raise ValueError(f"{name} did not answer in {seconds:.0f} s; its log: {log.name}")
+                on_wait()
+                time.sleep(0.2)
+            yield
         finally:
             with _undisturbed():
                 end_group(process)
@@ -96,24 +132,11 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _wait_until_healthy(
-    url: str, process: subprocess.Popen[bytes], log: IO[bytes], on_wait: Callable[[], None]
-) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while not _is_healthy(url):
-        if process.poll() is not None:
-            raise ValueError(f"the server ended while starting: {_last_line(log)}; its log: {log.name}")
-        if time.monotonic() > deadline:
-            raise ValueError(f"the server did not answer in {START_SECONDS:.0f} s; its log: {log.name}")
-        on_wait()
-        time.sleep(0.2)
-
-
-def _is_healthy(url: str) -> bool:
+def _is_ready(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5):
+        with urllib.request.urlopen(url, timeout=5):
             return True
-    except (OSError, urllib.error.URLError):
+    except OSError:
         return False
 
 

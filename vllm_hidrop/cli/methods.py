@@ -12,6 +12,7 @@ from rich.table import Column, Table
 from typer import BadParameter
 
 from vllm_hidrop.methods import METHODS, Method
+from vllm_hidrop.plan.names import unknown
 from vllm_hidrop.terminal import Terminal
 
 
@@ -22,7 +23,7 @@ def run(name: str | None, as_json: bool) -> None:
         BadParameter: no such method.
     """
     if name is not None and name not in METHODS:
-        raise BadParameter(f"unknown pruning method {name!r}; known: {', '.join(METHODS)}")
+        raise BadParameter(unknown("unknown pruning method", name, METHODS))
     catalogue = [_describe(method) for method in METHODS.values() if name in (None, method.name)]
     if as_json:
         print(json.dumps(catalogue, indent=2))

@@ -1,6 +1,6 @@
 """``hidrop monitor``: a server and a real Prometheus under traffic, and a picture of what its dashboards show.
 
-Knows a server by its address. The traffic is the demo's questions: pruned, `off`, text only, and some that are refused.
+The traffic is the demo's questions: pruned, `off`, text only, and some that are refused.
 """
 
 import json
@@ -10,8 +10,7 @@ import urllib.error
 import urllib.request
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from itertools import count
@@ -21,7 +20,7 @@ from typing import Any
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vllm_hidrop.cli import demo
-from vllm_hidrop.cli.local_server import local_server
+from vllm_hidrop.cli.local_server import asked_server
 from vllm_hidrop.terminal import Terminal
 
 SCRAPE_SECONDS = 1.0
@@ -49,14 +48,14 @@ def run(url: str | None, traffic: Traffic, png: Path) -> int:
         import matplotlib  # noqa: F401 (draws at the end; missing it is better said now)
     except ImportError:
         raise ValueError("drawing needs matplotlib: install vllm-hidrop[monitor]") from None
+    from vllm_hidrop.monitoring.dashboards import DASHBOARDS
     from vllm_hidrop.monitoring.draw import draw
-    from vllm_hidrop.monitoring.panels import DASHBOARDS
     from vllm_hidrop.monitoring.prometheus import find_tools, running
 
     console = Terminal()
     questions, tools = demo.read_questions(demo.find_examples()), find_tools()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress, _server(url, progress) as address:
+    with Progress(*columns, console=console, transient=True) as progress, asked_server(url, progress) as address:
         asking = (demo.model_name(address), questions)
         with running([address], None, SCRAPE_SECONDS, progress.refresh, tools) as prometheus:
             wait_for_scrape(prometheus)
@@ -155,12 +154,3 @@ def _send(url: str, body: dict[str, Any]) -> int:
         return error.code
     except (OSError, HTTPException):
         return 0
-
-
-@contextmanager
-def _server(url: str | None, progress: Progress) -> Iterator[str]:
-    task = progress.add_task("starting the server", total=None)
-    on_wait: Callable[[], None] = progress.refresh
-    with nullcontext(url) if url else local_server([], on_wait=on_wait) as address:
-        progress.remove_task(task)
-        yield address

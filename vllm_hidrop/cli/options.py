@@ -1,15 +1,51 @@
-"""What a user wrote on the command line, read or refused in one line.
+"""What a user may write on the command line: options that several commands share, and how each is read or refused.
 
-The first half are callbacks of options: they are called before any command runs, so that no work is lost to a file
-that cannot be written or an address that is none.
+A command takes shared options as one dataclass (see :func:`grouped`). Callbacks of options are called before any
+command runs, so that no work is lost to a file that cannot be written or an address that is none.
 """
 
+import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
+from vllm_hidrop.json_text import parse_object, read_short_text
 from vllm_hidrop.outputs import check_file, check_folder
+from vllm_hidrop.plan.names import unknown
+
+MOST_TOKENS = 1_000_000
+"""Of an image, a prompt, an answer or a block."""
+Result = TypeVar("Result")
+
+
+def grouped(command: Callable[..., Result]) -> Callable[..., Result]:
+    """Let a command take dataclasses of options: each field becomes an option of the command, by its own annotation."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    parameters = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name in groups:
+            fields = inspect.signature(groups[parameter.name]).parameters.values()
+            parameters += [field.replace(kind=inspect.Parameter.KEYWORD_ONLY) for field in fields]
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[parameter.name]))
+
+    @wraps(command)
+    def with_groups(**given: Any) -> Result:
+        made = {
+            name: kind(**{field.name: given.pop(field.name) for field in dataclasses.fields(kind)})
+            for name, kind in groups.items()
+        }
+        return command(**made, **given)
+
+    with_groups.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_groups.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_groups
 
 
 def output_file(param: typer.CallbackParam, path: Path | None) -> Path | None:
@@ -84,5 +120,78 @@ def parse_names(text: str, option: str, known: Sequence[str]) -> tuple[str, ...]
     parts = [part.strip() for part in text.split(",")]
     for part in parts:
         if part not in known:
-            raise ValueError(f"{option}: unknown {part!r}; known: {', '.join(known)}")
+            raise ValueError(unknown(f"{option}: unknown", part, known))
     return tuple(dict.fromkeys(parts))
+
+
+Method = Annotated[str | None, typer.Option(help="Pruning method.", show_default="the checkpoint's, else none")]
+Preset = Annotated[str | None, typer.Option(help="Named schedule of the method.")]
+Options = Annotated[str, typer.Option(metavar="JSON", help="The method's options, an object.")]
+Force = Annotated[bool, typer.Option(help="Allow a schedule or positions the checkpoint was not trained for.")]
+WholeChoice = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON|FILE",
+        help="The whole choice: method, preset, options, positions, prefix_state_bytes, force. Options here win.",
+    ),
+]
+Model = Annotated[str, typer.Argument(help='A directory, a hub name, "embedded", or "7b" or "13b" for LLaVA-1.5.')]
+Url = Annotated[
+    str | None,
+    typer.Option(callback=server_address, help="A running server.", show_default="start one with the embedded model"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", callback=output_file, help="Also write the results to this file.")
+]
+PngFile = Annotated[Path, typer.Option(callback=output_file, help="The picture to write.")]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to prune by: the same options for every command that asks a checkpoint."""
+
+    method: Method = None
+    preset: Preset = None
+    options: Options = "{}"
+    force: Force = False
+    hidrop_config: WholeChoice = None
+
+    def read(self) -> dict[str, Any]:
+        """As keys of ``vllm_hidrop.config.HidropConfig``, unchecked.
+
+        Raises:
+            ValueError: JSON or a file that cannot be read; names the option.
+        """
+        data = {} if self.hidrop_config is None else _read_config(self.hidrop_config)
+        options, own = parse_object(self.options, "--options"), data.get("options", {})
+        if options and isinstance(own, dict):
+            data["options"] = own | options
+        data |= {key: value for key, value in (("method", self.method), ("preset", self.preset)) if value is not None}
+        return data | ({"force": True} if self.force else {})
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The sizes of one request."""
+
+    images: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            max=MOST_TOKENS,
+            help="Vision tokens of an image; repeat for several.",
+            show_default="one image of the model's size",
+        ),
+    ] = None
+    text: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Text tokens of the prompt.")] = 64
+
+
+def _read_config(config: str) -> dict[str, Any]:
+    """A JSON object, or the file that holds one."""
+    if config.lstrip().startswith(("{", "[")):
+        return parse_object(config, "--hidrop-config")
+    try:
+        return parse_object(read_short_text(Path(config)), config)
+    except ValueError as error:
+        raise ValueError(f"--hidrop-config: {error}") from None

@@ -5,148 +5,34 @@ Reads a model's configuration, never its weights. All numbers are arithmetic; no
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vllm_hidrop.config import HidropConfig, Resolved, resolve
-from vllm_hidrop.methods import Adaptive, ModelShape
+from vllm_hidrop.cli.costing import Workload, planned
+from vllm_hidrop.cli.options import Prompt
+from vllm_hidrop.config import Resolved
+from vllm_hidrop.methods import Adaptive
 from vllm_hidrop.methods.visipruner import VisiPruner
-from vllm_hidrop.plan import costs, shapes
 from vllm_hidrop.plan.costs import RequestCosts, StageCosts
 from vllm_hidrop.plan.paper_flops import PaperFlops, paper_flops
-from vllm_hidrop.plan.places import Span
-from vllm_hidrop.plan.plan import make_plan
-from vllm_hidrop.plan.shapes import TextShape, VisionShape, text_shape, vision_shape
+from vllm_hidrop.plan.shapes import TextShape
 from vllm_hidrop.terminal import Terminal
 
-EMBEDDED = "embedded"
 FIXED_LAYERS = '{"filter_layer": 14, "keep": 10, "exit_layer": 23}'
 """Of VisiPruner on LLaVA-1.5-7B: what its 1.76 TFLOPs amount to, 10 tokens from the 16th to the 23rd layer."""
 
 
-@dataclass(frozen=True)
-class Model:
-    """What planning needs of a checkpoint; ``trained`` is the ``hidrop`` entry of its configuration."""
-
-    text: TextShape
-    vision: VisionShape | None = None
-    tokens_per_image: int | None = None
-    trained: Mapping[str, Any] | None = None
-
-
-SHAPES = {
-    "7b": Model(shapes.LLAVA_7B, shapes.LLAVA_7B_VISION, 576),
-    "13b": Model(shapes.LLAVA_13B, shapes.LLAVA_13B_VISION, 576),
-}
-"""LLaVA-1.5, known without any file."""
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One request: vision tokens of each image, text tokens, and the server's tokens per block."""
-
-    images: tuple[int, ...]
-    text: int
-    block_size: int
-
-
-def run(
-    model: str, choice: Mapping[str, Any], images: Sequence[int], text: int, block_size: int, as_json: bool
-) -> None:
-    """Print the stages' costs: as a table, or as JSON with the same content.
-
-    Args:
-        model: "embedded", "7b", "13b", a directory or a hub name.
-        choice: fields of :class:`HidropConfig`.
-        images: vision tokens of each image; empty for one image of the model's own size.
-        text: text tokens of the prompt, >= 1.
-        block_size: tokens of a KV block.
-        as_json: JSON instead of a table.
-
-    Raises:
-        ValueError: the model cannot be read, or the choice does not fit it.
-    """
-    known, resolved, workload, found = planned(model, choice, images, text, block_size)
+def run(model: str, choice: Mapping[str, Any], prompt: Prompt, block_size: int, as_json: bool) -> None:
+    """Print the stages' costs: as a table, or as JSON with the same content; arguments and errors as `planned`."""
+    known, resolved, workload, found = planned(model, choice, prompt, block_size)
     paper = paper_flops(known.text, found, resolved.method.name)
     if as_json:
         print(json.dumps(_as_json(model, resolved, workload, found, paper), indent=2))
     else:
         _print_table(model, resolved, workload, found, _paper_note(known.text, resolved, paper))
-
-
-def planned(
-    model: str, choice: Mapping[str, Any], images: Sequence[int], text: int, block_size: int
-) -> tuple[Model, Resolved, Workload, RequestCosts]:
-    """The model, its method, one request of it and that request's costs; arguments and errors as :func:`run`."""
-    known = SHAPES.get(model) or read_model(model)
-    if not images and known.tokens_per_image is None:
-        raise ValueError(f"{model} does not say how many tokens an image has; give --images")
-    workload = Workload(tuple(images) or (known.tokens_per_image or 0,), text, block_size)
-    shape = ModelShape(known.text.num_layers, known.tokens_per_image or workload.images[0])
-    resolved = resolve(HidropConfig.parse(choice), shape, known.trained)
-    return known, resolved, workload, request_costs(known, resolved, workload)
-
-
-def request_costs(
-    model: Model, resolved: Resolved, workload: Workload, decided: Sequence[int] | None = None
-) -> RequestCosts:
-    """Costs of one request whose images come before its text.
-
-    A method that decides how many tokens stay costs what its schedule bounds, or what it ``decided``: vision tokens of
-    every stage, all images together.
-    """
-    spans, offset = [], 0
-    for num_tokens in workload.images:
-        spans.append(Span(offset, num_tokens))
-        offset += num_tokens
-    adaptive = isinstance(resolved.method, Adaptive)
-    plan = make_plan(resolved.schedule, offset + workload.text, spans, adaptive=adaptive)
-    if adaptive and decided is not None and spans:
-        plan = replace(plan, kept=tuple(_split(count, len(spans)) for count in decided), decided=True)
-    schedule, signal = resolved.schedule, resolved.method.signal
-    return costs.request_costs(model.text, schedule, plan, signal, workload.block_size, model.vision)
-
-
-def _split(count: int, parts: int) -> tuple[int, ...]:
-    """A count over images as evenly as it goes; the towers' costs are per image."""
-    return tuple(count // parts + (part < count % parts) for part in range(parts))
-
-
-def read_model(model: str) -> Model:
-    """Read shapes from a local directory or hub name.
-
-    Raises:
-        ValueError: there is no such model, or it has no text model of a known form.
-    """
-    from transformers import AutoConfig
-
-    source = _embedded_directory() if model == EMBEDDED else model
-    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
-        raise ValueError(f"no such model directory: {source}")
-    try:
-        config = AutoConfig.from_pretrained(source)
-        text = text_shape(config.get_text_config())
-    except Exception as error:  # whatever file, hub or parser complains
-        first_line = str(error).strip().partition("\n")[0]
-        raise ValueError(f"cannot read the shape of model {model!r}: {first_line}") from error
-    vision = vision_shape(config, text) if config.model_type == "llava" else None
-    tokens = getattr(config, "image_seq_length", None) or (vision.num_patches if vision else None)
-    return Model(text, vision, tokens, getattr(config, "hidrop", None))
-
-
-def _embedded_directory() -> str:
-    try:
-        from vllm_hidrop.embedded import MODEL_DIR
-    except ImportError as error:
-        raise ValueError("this installation has no embedded model") from error
-    if not (Path(MODEL_DIR) / "config.json").is_file():
-        raise ValueError("this installation has no embedded model")
-    return str(MODEL_DIR)
 
 
 def _as_json(
@@ -220,23 +106,20 @@ def _paper_note(shape: TextShape, resolved: Resolved, paper: PaperFlops) -> str:
 
 
 def _cells(stage: StageCosts) -> tuple[str, ...]:
-    return (
-        str(stage.vision_tokens),
-        _share(str(stage.rows), stage.rows, stage.dense_rows),
-        _share(str(stage.kv_blocks), stage.kv_blocks, stage.dense_kv_blocks),
-        _share(f"{stage.kv_bytes / 2**20:.2f}", stage.kv_bytes, stage.dense_kv_bytes),
-        _share(f"{stage.flops / 1e9:.2f}", stage.flops, stage.dense_flops),
-    )
+    vision, rows = str(stage.vision_tokens), str(stage.rows)
+    return vision, _share(rows, stage.rows, stage.dense_rows), *_sums(stage)
 
 
 def _total_cells(found: RequestCosts) -> tuple[str, ...]:
-    mean_rows = found.row_layers / found.num_layers
+    vision, rows = found.vision_token_layers / found.num_layers, found.row_layers / found.num_layers
+    return f"{vision:.1f}", _share(f"{rows:.1f}", rows, found.stages[0].dense_rows), *_sums(found)
+
+
+def _sums(costs: StageCosts | RequestCosts) -> tuple[str, ...]:
     return (
-        f"{found.vision_token_layers / found.num_layers:.1f}",
-        _share(f"{mean_rows:.1f}", mean_rows, found.stages[0].dense_rows),
-        _share(str(found.kv_blocks), found.kv_blocks, found.dense_kv_blocks),
-        _share(f"{found.kv_bytes / 2**20:.2f}", found.kv_bytes, found.dense_kv_bytes),
-        _share(f"{found.flops / 1e9:.2f}", found.flops, found.dense_flops),
+        _share(str(costs.kv_blocks), costs.kv_blocks, costs.dense_kv_blocks),
+        _share(f"{costs.kv_bytes / 2**20:.2f}", costs.kv_bytes, costs.dense_kv_bytes),
+        _share(f"{costs.flops / 1e9:.2f}", costs.flops, costs.dense_flops),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from vllm.logger import init_logger
 
-from vllm_hidrop.config import HidropConfig, Resolved, make_method, resolve
+from vllm_hidrop.config import HidropConfig, Resolved, make_method, resolve, training_warning
 from vllm_hidrop.engine.gate import check_gate
 from vllm_hidrop.engine.step_budget import most_tokens
 from vllm_hidrop.methods import METHODS, Adaptive, Method, ModelShape
@@ -47,6 +47,8 @@ def configure(vllm_config: Any, family: Family) -> None:
         check_rope(hf_config.text_config, resolved.positions)
     check_adaptive(resolved, hf_config)
     _say_how_authors_train(config, resolved, getattr(hf_config, "hidrop", None))
+    if warning := training_warning(resolved, getattr(hf_config, "hidrop", None)):
+        logger.warning_once("%s.", warning)
     name = resolved.method.name
     has_kernel = has_tower_kernel(hf_config.vision_config, vllm_config.model_config.dtype)
     vllm_config.additional_config["hidrop"] = {

@@ -16,8 +16,8 @@ Rules, on top of vLLM's own:
 6. Prefix caching is vLLM's: every stage hashes the blocks of the full sequence. Of a pruned prompt only blocks within
    its prefix are cached, and only those are reused, if an earlier step has written them: scoring reads their K. Where
    the method decides the counts, or the cache rounds K, the prompt has no such prefix: nothing is cached or chunked.
-7. A request whose options are invalid (the server refuses those with a 400 before they get here) ends with an error;
-   nothing else is touched.
+7. A request whose options are invalid (the server refuses those with a 400 before they get here) ends with an error,
+   whose reason is logged and is the output's ``stop_reason``; nothing else is touched.
 8. ``--max-num-batched-tokens`` bounds the rows that a step computes, averaged over the layers: a token that is not
    pruned is a row, a pruned prompt is fewer rows than tokens. One that alone exceeds the bound runs in a step without
    other prefills, beside the decodes. vLLM's own limit on a step's tokens is higher, and sizes its buffers.

@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 import torch
 
 from vllm_hidrop.methods.scoring import Signals
+from vllm_hidrop.plan.names import unknown
 from vllm_hidrop.plan.positions import PositionScheme
 from vllm_hidrop.plan.schedule import Schedule
 from vllm_hidrop.plan.signal import Signal
@@ -56,10 +57,17 @@ class Method:
     paper: ClassVar[str]
     summary: ClassVar[str]
     signal: ClassVar[Signal] = Signal.NONE
+    needs_training: ClassVar[bool] = False
+    """Whether a model answers badly by it unless it was trained with its schedule on."""
     trained_positions: ClassVar[PositionScheme | None] = None
     """Those that the authors' own checkpoints of this method were trained with, where it is no part of their config."""
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     default_preset: ClassVar[str | None] = None
+
+    @classmethod
+    def option_names(cls) -> tuple[str, ...]:
+        """The hyper-parameters that a user may set."""
+        return tuple(field.name for field in dataclasses.fields(cls))
 
     @classmethod
     def from_preset(cls, preset: str) -> Self:
@@ -69,8 +77,7 @@ class Method:
             ValueError: no such preset; the message lists the known ones.
         """
         if preset not in cls.presets:
-            known = ", ".join(cls.presets) or "none"
-            raise ValueError(f"method {cls.name!r} has no preset {preset!r}; known: {known}")
+            raise ValueError(unknown(f"method {cls.name!r} has no preset", preset, cls.presets))
         return cls(**cls.presets[preset])
 
     @classmethod

@@ -43,6 +43,7 @@ class HiDrop(Method):
     paper = "arXiv 2602.23699"
     summary = "late injection, concave pyramid, early exit"
     signal = Signal.NEXT_ATTENTION
+    needs_training = True
     default_preset = "tok64"
     presets = {  # noqa: RUF012
         "tok48": _CONCAVE | {"keeps": (87, 10, 5, 1)},

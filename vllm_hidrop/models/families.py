@@ -67,6 +67,14 @@ def hidrop_architecture(stock_architecture: str) -> str | None:
     return family.staged if family else None
 
 
-def family_of(architecture: str) -> Family:
-    """The family of one of our architecture names."""
-    return next(family for family in FAMILIES.values() if family.staged == architecture)
+def family_of(architecture: str | None) -> Family:
+    """The family of an architecture, by vLLM's name or ours; None where a configuration names none.
+
+    Raises:
+        ValueError: it cannot run staged.
+    """
+    for family in FAMILIES.values():
+        if architecture in (family.stock, family.staged):
+            return family
+    named = architecture or "a model that names no architecture"
+    raise ValueError(f"{named} is not a family that can run staged; supported: {', '.join(FAMILIES)}")

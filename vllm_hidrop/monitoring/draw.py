@@ -1,7 +1,4 @@
-"""The dashboards' panels as one picture, for people without Grafana.
-
-Knows the panels and what Prometheus answered; needs matplotlib.
-"""
+"""The dashboards' panels as one picture, for people without Grafana; needs matplotlib."""
 
 import math
 import re

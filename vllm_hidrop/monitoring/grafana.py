@@ -12,7 +12,8 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.common import LegendPlacement
 from grafana_foundation_sdk.models.dashboard import DataSourceRef, VariableRefresh
 
-from vllm_hidrop.monitoring.panels import DASHBOARDS, Dashboard, Panel
+from vllm_hidrop.monitoring.dashboards import DASHBOARDS
+from vllm_hidrop.monitoring.panels import Dashboard, Panel
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "grafana"
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")

@@ -1,6 +1,6 @@
 """A real Prometheus on loopback: found or fetched, started, asked, stopped.
 
-Fetching needs apt, no root, and once: Debian's package is unpacked into a cache folder. Knows no metric.
+Fetching needs apt, no root, and once: Debian's package is unpacked into a cache folder.
 """
 
 import fcntl
@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -19,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_hidrop.cli.local_server import LOOPBACK, free_port
+from vllm_hidrop.cli.local_server import LOOPBACK, answering, free_port
 
 READY_SECONDS = 60.0
-STOP_SECONDS = 10.0
 ANSWER_SECONDS = 30.0
 
 
@@ -172,32 +170,16 @@ def running(
         folder = Path(name)
         config = folder / "prometheus.json"  # JSON is YAML
         config.write_text(json.dumps(_config(targets, rules, scrape_seconds)), encoding="utf-8")
-        port = free_port()
-        log = folder / "log"
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                [
-                    tools.prometheus,
-                    f"--config.file={config}",
-                    f"--storage.tsdb.path={folder / 'data'}",
-                    f"--web.listen-address={LOOPBACK}:{port}",
-                    "--log.level=warn",
-                ],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-            )
-        try:
-            url = f"http://{LOOPBACK}:{port}"
-            _wait_until_ready(url, process, log, on_wait)
-            yield Prometheus(url)
-        finally:
-            process.terminate()
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        place = f"{LOOPBACK}:{free_port()}"
+        command = [
+            str(tools.prometheus),
+            f"--config.file={config}",
+            f"--storage.tsdb.path={folder / 'data'}",
+            f"--web.listen-address={place}",
+            "--log.level=warn",
+        ]
+        with answering("Prometheus", command, f"http://{place}/-/ready", on_wait, seconds=READY_SECONDS):
+            yield Prometheus(f"http://{place}")
 
 
 def _config(targets: Sequence[str], rules: Path | None, scrape_seconds: float) -> dict[str, Any]:
@@ -214,17 +196,3 @@ def _target(address: str) -> dict[str, Any]:
     parts = urllib.parse.urlsplit(address)
     labels = {"__scheme__": parts.scheme, "__metrics_path__": f"{parts.path}/metrics"}
     return {"targets": [parts.netloc], "labels": labels}
-
-
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, on_wait: Callable[[], None]) -> None:
-    deadline = time.monotonic() + READY_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise ValueError(f"Prometheus ended: {log.read_text(errors='replace')[-500:]}")
-        try:
-            with urllib.request.urlopen(f"{url}/-/ready", timeout=5):
-                return
-        except OSError:
-            on_wait()
-            time.sleep(0.2)
-    raise ValueError(f"Prometheus was not ready after {READY_SECONDS:.0f} s")

@@ -1,6 +1,6 @@
-"""Recording and alert rules as data, and the rule file that Prometheus reads.
+"""Recording and alert rules as data, as the rule file that Prometheus reads, and as the Prometheus operator's manifest.
 
-``python -m vllm_hidrop.monitoring.rules`` writes deploy/prometheus/hidrop.rules.yml. Knows names of metrics only.
+``python -m vllm_hidrop.monitoring.rules`` writes both below deploy/.
 """
 
 import sys
@@ -10,7 +10,9 @@ from typing import Any
 
 import yaml
 
-FILE = Path(__file__).parents[2] / "deploy" / "prometheus" / "hidrop.rules.yml"
+DEPLOY = Path(__file__).parents[2] / "deploy"
+FILE = DEPLOY / "prometheus" / "hidrop.rules.yml"
+MANIFEST = DEPLOY / "kubernetes" / "base" / "prometheus-rule.yaml"
 RUNBOOK = "docs/runbook.md"
 HEADER = "# Written by `python -m vllm_hidrop.monitoring.rules`; docs/runbook.md has an answer to every alert.\n"
 
@@ -148,8 +150,8 @@ ALERTS = (
 )
 
 
-def to_yaml() -> str:
-    """The text of the rule file."""
+def groups() -> dict[str, Any]:
+    """What a rule file holds."""
     recorded = [{"record": each.name, "expr": each.expr} for each in RECORDINGS]
     alerts: list[dict[str, Any]] = [
         {
@@ -161,14 +163,30 @@ def to_yaml() -> str:
         }
         for each in ALERTS
     ]
-    groups = {"groups": [{"name": "hidrop", "rules": recorded}, {"name": "hidrop-alerts", "rules": alerts}]}
-    return HEADER + yaml.safe_dump(groups, sort_keys=False, width=110)
+    return {"groups": [{"name": "hidrop", "rules": recorded}, {"name": "hidrop-alerts", "rules": alerts}]}
+
+
+def manifest() -> dict[str, Any]:
+    """The same rules for the Prometheus operator."""
+    return {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": "hidrop", "labels": {"app.kubernetes.io/name": "hidrop"}},
+        "spec": groups(),
+    }
+
+
+def files() -> dict[Path, str]:
+    """Every file that is written, and its text."""
+    found = {FILE: groups(), MANIFEST: manifest()}
+    return {file: HEADER + yaml.safe_dump(each, sort_keys=False, width=110) for file, each in found.items()}
 
 
 def main() -> int:
-    """Write the file."""
-    FILE.parent.mkdir(parents=True, exist_ok=True)
-    FILE.write_text(to_yaml(), encoding="utf-8")
+    """Write the files."""
+    for file, text in files().items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vllm_hidrop.plan.names import nearest, unknown
 from vllm_hidrop.plan.places import Span
 from vllm_hidrop.plan.plan import DENSE, Plan, make_plan
 from vllm_hidrop.plan.positions import PositionScheme
@@ -127,7 +128,7 @@ class Planner:
         wishes = {k: v for k, v in (extra_args or {}).items() if k.startswith("hidrop")}
         for key in wishes:
             if key not in REQUEST_KEYS:
-                raise ValueError(f"unknown request option {key!r}; known: {', '.join(REQUEST_KEYS)}")
+                raise ValueError(unknown("unknown request option", key, REQUEST_KEYS))
         mode = wishes.get("hidrop", "on")
         if mode not in ("on", "off"):
             raise ValueError(f'request option "hidrop" must be "on" or "off", got {mode!r}')
@@ -201,7 +202,7 @@ class Planner:
         if not isinstance(name, str) or name not in self.methods:
             raise ValueError(
                 f"this server cannot run {name!r}: its cuts do not fall on the stages of {self.method!r}, or it is "
-                f"unknown; requests may use {', '.join(self.methods)}"
+                f"unknown; requests may use {', '.join(self.methods)}{nearest(name, self.methods)}"
             )
         return name, self.methods[name]
 

@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from playwright.sync_api import Browser, Page, Request, Response, expect
 
-from hidrop_server.playground.page import PAGE, router
+from hidrop_server.playground.page import build, router
 from tests.server.harness import IMAGE_TOKENS, Server, image_url
 from tests.server.playground import browser as chrome
 
@@ -175,6 +175,39 @@ class TestClickingThrough:
         assert numbers(page, "KV blocks held")[1:] == ["-", "-"]
         assert list(tiles(page)) == ["KV cache", "Prefill compute", "Vision tokens, mean"], "times need the comparison"
 
+    def test_keeps_are_asked_for_as_they_are_written(self, page: Page) -> None:
+        answers = chats(page)
+        keep = page.get_by_label("Keep per stage")
+        expect(keep).to_have_attribute("placeholder", "0, all, 96, 24, 0")
+        keep.fill("0, 100 %, 12.5%, 0.01, 0")
+        with page.expect_request(lambda request: '"hidrop_keep"' in (request.post_data or "")) as asked:
+            chrome.ask(page)
+        wished = json.loads(asked.value.post_data or "")["vllm_xargs"]["hidrop_keep"]
+        assert wished == [0, "all", 0.125, 0.01, 0]
+        pruned, off = (report_in(answer) for answer in answers)
+        assert [stage["kept"] for stage in pruned["stages"]] == [0, 576, 72, 5, 0]
+        assert (off["mode"], off["stages"][2]["kept"]) == ("off", 576)
+
+    def test_keeps_that_the_server_refuses_are_told(self, browser: Browser, server: Server) -> None:
+        with chrome.playground(browser, server.url, forgives="400 (Bad Request)") as page:
+            page.get_by_label("Keep per stage").fill("all, some")
+            page.get_by_role("button", name="Ask", exact=True).click()
+            expect(page.get_by_role("alert")).to_contain_text("hidrop_keep")
+
+    def test_the_example_of_keeps_is_the_chosen_methods(self, page: Page) -> None:
+        methods = page.locator("#method option").all_inner_texts()
+        other = next(name for name in methods if name != "hidrop")
+        page.get_by_label("Method").select_option(other)
+        expect(page.get_by_label("Keep per stage")).to_have_attribute("placeholder", "the method's own")
+
+    def test_an_empty_number_of_tokens_leaves_the_length_to_the_server(self, page: Page) -> None:
+        answers = chats(page)
+        page.get_by_label("Most tokens").fill("")
+        chrome.ask(page)
+        assert len(answers) == 2
+        assert all("max_tokens" not in json.loads(each.request.post_data or "") for each in answers)
+        expect(page.locator("#pruned")).to_have_text("yellow")
+
     def test_a_file_that_is_no_picture_is_told(self, page: Page) -> None:
         page.locator("#file").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"})
         expect(page.get_by_role("alert")).to_have_text("a.png is not a picture that this browser can read.")
@@ -255,6 +288,11 @@ CONTRASTS = """() => {
     const [a, b] = [parse(getComputedStyle(element).color), ground(element)].map(luminance).sort((x, y) => y - x);
     found.push([walker.currentNode.data.trim().slice(0, 40), (a + .05) / (b + .05)]);
   }
+  for (const field of document.querySelectorAll("[placeholder]")) {
+    const written = parse(getComputedStyle(field, "::placeholder").color);
+    const [a, b] = [written, ground(field)].map(luminance).sort((x, y) => y - x);
+    found.push([field.placeholder, (a + .05) / (b + .05)]);
+  }
   return found;
 }"""
 
@@ -263,21 +301,21 @@ class TestForEveryone:
     pytestmark = in_browser
 
     def test_it_is_used_with_a_keyboard_alone_in_an_order_that_makes_sense(self, page: Page) -> None:
-        stops = ["file", "example", "question", "method", "most", "compare", "ask"]
+        stops = ["file", "example", "question", "method", "most", "keep", "compare", "ask"]
         for stop in stops:
             page.keyboard.press("Tab")
             assert page.evaluate("document.activeElement.id") == stop
         page.keyboard.press("Enter")
         chrome.wait(page)
         expect(page.locator("#pruned")).to_have_text("yellow")
-        for stop in ("compare", "most", "method", "question", "stages-part", "stage"):
+        for stop in ("compare", "keep", "most", "method", "question", "stages-part", "stage"):
             page.keyboard.press("Shift+Tab")
             assert page.evaluate("document.activeElement.id") == stop
         page.keyboard.press("ArrowRight")
         assert len(page.evaluate(LIT, 24)) == 24
 
     def test_focus_is_seen(self, page: Page) -> None:
-        for _ in range(7):
+        for _ in range(8):
             page.keyboard.press("Tab")
             seen = "e => getComputedStyle(e.matches('.file') ? e.nextElementSibling : e).outlineStyle"
             assert page.evaluate(f"({seen})(document.activeElement)") == "solid"
@@ -292,6 +330,7 @@ class TestForEveryone:
             '- textbox "Question"',
             '- combobox "Method"',
             '- spinbutton "Most tokens"',
+            '- textbox "Keep per stage"',
             '- checkbox "Ask again with every vision token (off)"',
             '- button "Ask"',
             '- table "What both answers took"',
@@ -300,8 +339,32 @@ class TestForEveryone:
         ):
             assert line in heard, heard
         for answer in ("#pruned", "#off"):
-            expect(page.locator(answer)).to_have_attribute("aria-live", "polite")
             expect(page.locator(answer)).to_have_attribute("aria-busy", "false")
+
+    def test_a_screen_reader_hears_the_answers_once_and_not_token_by_token(self, page: Page) -> None:
+        page.evaluate(
+            """() => {
+              window.heard = [];
+              const live = "[aria-live], [role=status], [role=alert], [role=log]";
+              const note = (changes) => changes.forEach(({ target }) => {
+                const element = target.nodeType === Node.TEXT_NODE ? target.parentElement : target;
+                const region = element?.closest(live);
+                if (region && region.textContent) window.heard.push([region.id, region.textContent]);
+              });
+              const all = { childList: true, characterData: true, subtree: true };
+              new MutationObserver(note).observe(document.body, all);
+            }"""
+        )
+        page.get_by_label("Question", exact=True).fill("What colour is the star? What colour is the circle?")
+        page.get_by_label("Most tokens").fill("24")
+        chrome.ask(page)
+        expect(page.locator("#heard")).to_contain_text("Pruned: ")
+        heard = page.evaluate("window.heard")
+        answers = [page.locator(answer).inner_text() for answer in ("#pruned", "#off")]
+        assert [text for name, text in heard if name == "heard"] == [
+            f"Pruned: {answers[0]} With every vision token: {answers[1]}"
+        ]
+        assert {name for name, _ in heard} <= {"heard", "status"}
 
     @pytest.mark.parametrize("scheme", ["dark", "light"])
     def test_text_stands_out(self, browser: Browser, server: Server, scheme: str) -> None:
@@ -361,7 +424,7 @@ def test_the_policy_lets_the_page_do_what_it_needs_and_no_more(alone: TestClient
 
 
 def test_the_page_brings_everything_with_it() -> None:
-    text = PAGE.read_text(encoding="utf-8")
+    text, _ = build()
     assert re.findall(r"https?://|//[a-z]|@import|url\(", text) == []
     assert re.findall(r"\bon[a-z]+=|\bstyle=|innerHTML|document\.write|eval\(|localStorage|sessionStorage", text) == []
     assert re.findall(r'(?:src|href)="([^"]*)"', text) == ["data:,"]
@@ -370,6 +433,6 @@ def test_the_page_brings_everything_with_it() -> None:
 
 @pytest.mark.server
 def test_the_page_is_served_beside_the_routes_that_it_asks(server: Server) -> None:
-    assert server.http.get("/playground").text == PAGE.read_text(encoding="utf-8")
+    assert server.http.get("/playground").text == build()[0]
     body = server.body([image_url()], vllm_xargs={"hidrop_explain": True})
     assert server.http.post("/v1/chat/completions", json=body).json()["hidrop"]["stages"][2]["patches"]

@@ -1,0 +1,151 @@
+"""What a request costs on paper; the model is read and refused as ``hidrop serve`` does."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vllm_hidrop.cli.options import Prompt
+from vllm_hidrop.config import HidropConfig, Resolved, resolve, training_warning
+from vllm_hidrop.methods import Adaptive, ModelShape
+from vllm_hidrop.plan import costs, shapes
+from vllm_hidrop.plan.costs import RequestCosts
+from vllm_hidrop.plan.names import nearest
+from vllm_hidrop.plan.places import Span
+from vllm_hidrop.plan.plan import make_plan
+from vllm_hidrop.plan.shapes import TextShape, VisionShape, text_shape, vision_shape
+
+EMBEDDED = "embedded"
+HUB_SECONDS = 5.0
+"""The hub is asked once; what downloads files would try six times, for half a minute."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What planning needs of a checkpoint; ``trained`` is the ``hidrop`` entry of its configuration."""
+
+    text: TextShape
+    vision: VisionShape
+    tokens_per_image: int
+    trained: Mapping[str, Any] | None = None
+
+    @property
+    def shape(self) -> ModelShape:
+        """Layers and tokens per image."""
+        return ModelShape(self.text.num_layers, self.tokens_per_image)
+
+
+SHAPES = {
+    "7b": Model(shapes.LLAVA_7B, shapes.LLAVA_7B_VISION, 576),
+    "13b": Model(shapes.LLAVA_13B, shapes.LLAVA_13B_VISION, 576),
+}
+"""LLaVA-1.5, known without any file."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One request: vision tokens of each image, text tokens, and the server's tokens per block."""
+
+    images: tuple[int, ...]
+    text: int
+    block_size: int
+
+
+def planned(
+    model: str, choice: Mapping[str, Any], prompt: Prompt, block_size: int
+) -> tuple[Model, Resolved, Workload, RequestCosts]:
+    """The model, its method, one request of it and that request's costs; warns on standard error as a server does.
+
+    Args:
+        model: "embedded", "7b", "13b", a directory or a hub name.
+        choice: fields of :class:`HidropConfig`.
+        prompt: without images, one of the model's own size.
+        block_size: tokens of a KV block.
+
+    Raises:
+        ValueError: the model cannot be read or cannot run staged, or the choice does not fit it.
+    """
+    config = HidropConfig.checked(choice)  # before a hub is asked
+    known = SHAPES.get(model) or read_model(model)
+    workload = Workload(tuple(prompt.images or [known.tokens_per_image]), prompt.text, block_size)
+    resolved = resolve(config, known.shape, known.trained)
+    if warning := training_warning(resolved, known.trained):
+        print(f"hidrop: warning: {warning}", file=sys.stderr)
+    return known, resolved, workload, request_costs(known, resolved, workload)
+
+
+def request_costs(
+    model: Model, resolved: Resolved, workload: Workload, decided: Sequence[int] | None = None
+) -> RequestCosts:
+    """Costs of one request whose images come before its text.
+
+    A method that decides how many tokens stay costs what its schedule bounds, or what it ``decided``: vision tokens of
+    every stage, all images together.
+    """
+    spans, offset = [], 0
+    for num_tokens in workload.images:
+        spans.append(Span(offset, num_tokens))
+        offset += num_tokens
+    adaptive = isinstance(resolved.method, Adaptive)
+    plan = make_plan(resolved.schedule, offset + workload.text, spans, adaptive=adaptive)
+    if adaptive and decided is not None and spans:
+        plan = replace(plan, kept=tuple(_split(count, len(spans)) for count in decided), decided=True)
+    schedule, signal = resolved.schedule, resolved.method.signal
+    return costs.request_costs(model.text, schedule, plan, signal, workload.block_size, model.vision)
+
+
+def _split(count: int, parts: int) -> tuple[int, ...]:
+    """A count over images as evenly as it goes; the towers' costs are per image."""
+    return tuple(count // parts + (part < count % parts) for part in range(parts))
+
+
+def read_model(model: str) -> Model:
+    """Read the shapes of a local directory or hub name.
+
+    Raises:
+        ValueError: there is no such model, or ``hidrop serve`` would refuse it.
+    """
+    from vllm_hidrop.embedded import MODEL_DIR
+    from vllm_hidrop.models.families import family_of
+
+    config = _read_config(str(MODEL_DIR) if model == EMBEDDED else model)
+    family = family_of(next(iter(config.architectures or []), None))
+    family.check(config)
+    text = text_shape(config.get_text_config())
+    vision = vision_shape(config, text)
+    assert vision is not None, "every tower of a family is known"
+    return Model(text, vision, family.shape(config).tokens_per_image, getattr(config, "hidrop", None))
+
+
+def _read_config(source: str) -> Any:
+    """The Hugging Face configuration of a directory or hub name; its weights are not read."""
+    from transformers import AutoConfig
+
+    is_directory = Path(source).is_dir()
+    if source.startswith((".", "/", "~")) and not is_directory:
+        raise ValueError(f"no such model directory: {source}")
+    try:
+        if not is_directory:
+            _ask_hub_once(source)
+        return AutoConfig.from_pretrained(source)
+    except Exception as error:  # whatever file, hub or parser complains
+        first_line = str(error).strip().partition("\n")[0]
+        hint = "" if is_directory else f"; known without the hub: {', '.join((EMBEDDED, *SHAPES))}"
+        near = "" if is_directory else nearest(source, (EMBEDDED, *SHAPES))
+        raise ValueError(f"cannot read the shape of model {source!r}: {first_line}{hint}{near}") from error
+
+
+def _ask_hub_once(name: str) -> None:
+    """See that a model that is not in the cache can be had, without the many tries of a download."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=HUB_SECONDS)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
+        raise  # they say what is wrong
+    except Exception as error:
+        raise ValueError(f"the hub cannot be reached ({error})") from error
