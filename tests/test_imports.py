@@ -63,7 +63,7 @@ RULES = {
     "vllm_hidrop.cli": Rule(("vllm_hidrop.bench", "vllm_hidrop.lab.evaluate", *EDGES, *CONFIG), lazily=EVERYTHING),
     "vllm_hidrop.embedded": Rule((*MODELS, "torch", "vllm")),
     "vllm_hidrop.lab": Rule((*MODELS, *EDGES, "vllm_hidrop.embedded", "torch", "vllm")),
-    "vllm_hidrop.lab.convert": Rule((*CONFIG, "torch")),
+    "vllm_hidrop.lab.convert": Rule((*CONFIG, "vllm_hidrop.json_text", "vllm_hidrop.lab.atomic_write", "torch")),
     "vllm_hidrop.lab.evaluate": Rule(
         (*EDGES, "vllm_hidrop.embedded", "vllm_hidrop.lab.train.scenes", "vllm_hidrop.lab.train.questions")
     ),

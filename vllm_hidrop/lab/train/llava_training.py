@@ -1,6 +1,8 @@
-"""A Hugging Face LLaVA with the staged forward between its embeddings and its loss. Knows no data and no optimiser."""
+"""A Hugging Face LLaVA to train: loaded, with the staged forward between its embeddings and its loss, and written."""
 
 import json
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vllm_hidrop.config import HidropConfig, Resolved, resolve
+from vllm_hidrop.lab.atomic_write import whole_or_absent
 from vllm_hidrop.lab.train.prompts import IGNORED, Batch, PromptEncoder
 from vllm_hidrop.lab.train.ratio import Ratio, make_ratio
-from vllm_hidrop.lab.train.run_config import StageName, TrainConfig
 from vllm_hidrop.lab.train.staged import StagedTraining, check_trainable
+from vllm_hidrop.lab.train.train_config import StageName, TrainConfig
 from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.models.families import FAMILIES
+
+SHARD_SIZE = "5GB"
+NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".md")
 
 
 @dataclass(frozen=True)
@@ -130,3 +136,34 @@ class LlavaTraining(nn.Module):
         logits = self.llava.lm_head(output.hidden[is_target])
         loss = functional.cross_entropy(logits.float(), targets[is_target], reduction="sum")
         return loss if self.ratio is None else loss + self.ratio.penalty() * (batch.targets != IGNORED).sum()
+
+
+def save_model(llava: Any, source: Path, directory: Path, entries: Mapping[str, Any]) -> None:
+    """Write the finished model in bfloat16, for vLLM and Hugging Face.
+
+    Args:
+        llava: converted in place.
+        source: the directory it was loaded from, whose configuration, tokenizer and processor files are kept.
+        directory: appears whole or not at all; what was there is replaced.
+        entries: keys to set in ``config.json``, ``hidrop`` above all.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    config = _in_bfloat16(json.loads((source / "config.json").read_text(encoding="utf-8")))
+    with whole_or_absent(directory) as unfinished:
+        llava.to(torch.bfloat16).save_pretrained(unfinished, max_shard_size=SHARD_SIZE)
+        (unfinished / "generation_config.json").unlink(missing_ok=True)
+        for path in sorted(source.iterdir()):
+            if path.is_file() and not path.name.endswith(NOT_COPIED):
+                shutil.copyfile(path, unfinished / path.name)
+        (unfinished / "config.json").write_text(json.dumps({**config, **entries}, indent=2) + "\n", encoding="utf-8")
+
+
+def _in_bfloat16(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with every data type it names replaced."""
+    changed = {key: _in_bfloat16(value) if isinstance(value, dict) else value for key, value in config.items()}
+    for key in ("dtype", "torch_dtype"):
+        if changed.get(key) is not None:
+            changed[key] = "bfloat16"
+    return changed | ({"dtype": "bfloat16"} if "architectures" in config and "text_config" in config else {})

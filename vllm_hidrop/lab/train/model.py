@@ -16,7 +16,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from vllm_hidrop.lab.train.hub_checkpoint import hub_name
+from vllm_hidrop.lab.convert.weights import hub_name
 from vllm_hidrop.lab.train.scenes import IMAGE_SIDE, NUM_PATCHES, PATCH_SIDE
 from vllm_hidrop.lab.train.vocabulary import (
     BOS,

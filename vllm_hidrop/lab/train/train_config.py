@@ -1,4 +1,4 @@
-"""What ``hidrop train`` is told: one YAML file, checked here. Knows neither models nor data."""
+"""What ``hidrop train`` is told: one YAML file, checked here."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -7,6 +7,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_hidrop.json_text import read_short_text
+from vllm_hidrop.lab.validation import first_fault
 from vllm_hidrop.plan.positions import PositionScheme
 
 StageName = Literal["align", "instruct"]
@@ -75,8 +76,8 @@ class Stage(Strict):
 
     stage: StageName
     data: DataConfig
-    steps: int | None
-    epochs: float | None
+    steps: int | None = None
+    epochs: float | None = None
     lr: float
     warm_up: float = 0.03
     weight_decay: float = 0.0
@@ -126,15 +127,15 @@ class TrainConfig(StageValues):
         return tuple(self._settled(own) for own in self.stage)
 
     def _settled(self, own: StageConfig) -> Stage:
-        shared = {name: getattr(self, name) for name in StageValues.model_fields}
-        mine = {name: getattr(own, name) for name in StageValues.model_fields}
-        if mine["steps"] is not None or mine["epochs"] is not None:
-            shared["steps"] = shared["epochs"] = None
-        values = {name: mine[name] if mine[name] is not None else shared[name] for name in mine}
-        steps, epochs = values.pop("steps"), values.pop("epochs")
-        given = {name: value for name, value in values.items() if value is not None}
-        given.setdefault("lr", DEFAULT_LR[own.stage])
-        return Stage(stage=own.stage, steps=steps, epochs=1.0 if steps is None and epochs is None else epochs, **given)
+        """A stage's own values, else those for all stages, else the defaults; its own length hides the shared one."""
+        lengths = {"steps", "epochs"}
+        mine = own.model_dump(exclude_none=True)
+        hidden = lengths if lengths & mine.keys() else set()
+        shared = self.model_dump(include=StageValues.model_fields.keys() - hidden, exclude_none=True)
+        values: dict[str, Any] = {"lr": DEFAULT_LR[own.stage]} | shared | mine
+        if not lengths & values.keys():
+            values["epochs"] = 1.0
+        return Stage.model_validate(values)
 
 
 _PARTS: dict[str, type[BaseModel]] = {"data": DataConfig, "stage": StageConfig, "hidrop": HidropChoice}
@@ -151,13 +152,10 @@ def parse_train_config(values: object) -> TrainConfig:
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        *parents, _ = first["loc"] or ("",)
-        part = next((_PARTS[name] for name in reversed(parents) if isinstance(name, str) and name in _PARTS), None)
-        known = ", ".join((part or TrainConfig).model_fields)
-        where = ".".join(str(name) for name in first["loc"])
-        message = f"{where}: {first['msg']}" if where else first["msg"]
-        raise ValueError(f"training configuration: {message}; known keys: {known}") from None
+        place = error.errors()[0]["loc"][:-1]
+        part = next((_PARTS[name] for name in reversed(place) if isinstance(name, str) and name in _PARTS), TrainConfig)
+        known = ", ".join(part.model_fields)
+        raise ValueError(f"training configuration: {first_fault(error)}; known keys: {known}") from None
 
 
 def read_train_config(path: Path) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""Which samples every step of every process gets, as batches. Knows dialogues, not weights."""
+"""Which samples every step of every process gets, as batches."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,14 +44,12 @@ class Share:
 
     def positions(self, first_step: int, end_step: int) -> Iterator[list[int]]:
         """Positions of every batch of this process, from step to step."""
-        for step in range(first_step, end_step):
-            for number in range(self.accumulation):
-                place = (number * self.num_processes + self.process) * self.batch_size
-                first = step * self.samples_per_step + place
-                yield list(range(first, first + self.batch_size))
+        for number in range(first_step * self.accumulation, end_step * self.accumulation):
+            first = (number * self.num_processes + self.process) * self.batch_size
+            yield list(range(first, first + self.batch_size))
 
 
-def feed(
+def load_batches(
     data: ShuffledPositions, encoder: PromptEncoder, share: Share, first_step: int, end_step: int, workers: int
 ) -> Iterator[list[Batch]]:
     """The batches of every step. Draws nothing from PyTorch's global generator."""
