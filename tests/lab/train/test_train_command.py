@@ -169,7 +169,7 @@ def test_dense_training_has_the_loss_of_the_plain_model(settings: Settings, tiny
     source = open_source(config.stages()[0].data, 0)
     batch = checkpoint.encoder.collate([source[1], source[6]])
     with torch.no_grad():
-        summed = LlavaTraining(checkpoint, config)(batch)
+        summed = LlavaTraining.from_checkpoint(checkpoint, config)(batch)
         plain = checkpoint.llava(
             input_ids=batch.input_ids,
             attention_mask=batch.is_valid.long(),

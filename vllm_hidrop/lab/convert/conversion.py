@@ -117,9 +117,10 @@ class Conversion:
 
     def _write_rest(self) -> None:
         """Index, tokenizer, processor and configurations; small, so always written."""
-        weight_map = {name: shard for shard, names in self.shards.items() for name in names}
-        index = {"metadata": {"total_size": sum(map(self.shard_size, self.shards))}, "weight_map": weight_map}
-        write_json(self.destination / "model.safetensors.index.json", index)
+        if len(self.shards) > 1:
+            weight_map = {name: shard for shard, names in self.shards.items() for name in names}
+            index = {"metadata": {"total_size": sum(map(self.shard_size, self.shards))}, "weight_map": weight_map}
+            write_json(self.destination / "model.safetensors.index.json", index)
         with TemporaryDirectory() as staging:
             save_tokens(self.tokens, self.original.directory, Path(staging))
             for file in sorted(Path(staging).iterdir()):

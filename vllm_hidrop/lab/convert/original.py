@@ -118,11 +118,7 @@ def find_weights(directory: Path) -> tuple[Path, ...]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ValueError: missing, unreadable or no object.
-    """
+    """Read a JSON object. Raises ValueError: missing, unreadable or no object."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -190,11 +190,7 @@ class SyntheticScenes:
 
 
 def open_source(config: DataConfig, seed: int) -> Source:
-    """The samples a configuration asks for.
-
-    Raises:
-        ValueError: the files cannot be read as what they are said to be.
-    """
+    """The samples a configuration asks for. Raises ValueError: the files cannot be read as what they are said to be."""
     if config.format == "synthetic":
         return SyntheticScenes(config.num_samples, config.rounds, seed)
     assert config.path is not None

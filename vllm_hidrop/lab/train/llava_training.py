@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -89,48 +89,54 @@ def freeze_for(llava: Any, stage: StageName) -> None:
         llava.lm_head.requires_grad_(True)
 
 
+def embed(llava: Any, input_ids: Tensor, images: Tensor, pixel_values: Tensor | None) -> Tensor:
+    """Token embeddings [B, T, C] with projector outputs at the rows of images, those where ``images`` is not -1."""
+    embeds: Tensor = llava.get_input_embeddings()(input_ids.clamp_min(0))
+    if pixel_values is None:
+        return embeds
+    found = llava.model.get_image_features(
+        pixel_values=pixel_values,
+        vision_feature_layer=llava.config.vision_feature_layer,
+        vision_feature_select_strategy=llava.config.vision_feature_select_strategy,
+    )
+    features = torch.cat(list(found.pooler_output)).to(embeds.dtype)
+    return embeds.masked_scatter((images >= 0)[..., None], features)
+
+
 class LlavaTraining(nn.Module):
     """Batch in, summed cross entropy of the targets out; the logits of no other row are computed.
 
     With a learnable ratio its penalty is in every target's loss, so the mean over a step's targets holds it once.
     """
 
-    def __init__(self, checkpoint: Checkpoint, config: TrainConfig) -> None:
+    def __init__(self, llava: Any, staged: StagedTraining, tokens_per_image: int) -> None:
         super().__init__()
-        self.llava = checkpoint.llava
-        self.tokens_per_image = checkpoint.shape.tokens_per_image
-        self.ratio = checkpoint.ratio
-        self.staged = StagedTraining.from_method(
-            self.llava.model.language_model,
+        # In this order: parameters are named after the first module that holds them.
+        self.llava, self.ratio, self.staged = llava, staged.ratio, staged
+        self.tokens_per_image = tokens_per_image
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, config: TrainConfig) -> Self:
+        """What a configuration trains."""
+        staged = StagedTraining.from_method(
+            checkpoint.llava.model.language_model,
             checkpoint.resolved.method,
             checkpoint.shape,
             config.selection,
             checkpoint.resolved.positions,
             config.gradient_checkpointing,
-            self.ratio,
+            checkpoint.ratio,
         )
+        return cls(checkpoint.llava, staged, checkpoint.shape.tokens_per_image)
 
     @property
     def mean_vision_tokens(self) -> float:
         """Tokens of an image in the last step, mean over the layers."""
         return self.staged.schedule.mean_kept(self.tokens_per_image)
 
-    def embed(self, batch: Batch) -> Tensor:
-        """Token embeddings [B, T, C] with projector outputs at the vision rows."""
-        embeds: Tensor = self.llava.get_input_embeddings()(batch.input_ids.clamp_min(0))
-        if batch.pixel_values is None:
-            return embeds
-        found = self.llava.model.get_image_features(
-            pixel_values=batch.pixel_values,
-            vision_feature_layer=self.llava.config.vision_feature_layer,
-            vision_feature_select_strategy=self.llava.config.vision_feature_select_strategy,
-        )
-        features = torch.cat(list(found.pooler_output)).to(embeds.dtype)
-        return embeds.masked_scatter((batch.images >= 0)[..., None], features)
-
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the losses of all targets, float32; targets behind vision rows that are pruned away do not count."""
-        output = self.staged(self.embed(batch), batch.rows())
+        output = self.staged(embed(self.llava, batch.input_ids, batch.images, batch.pixel_values), batch.rows())
         targets = batch.targets.gather(1, output.columns)
         is_target = (targets != IGNORED) & output.is_valid
         logits = self.llava.lm_head(output.hidden[is_target])

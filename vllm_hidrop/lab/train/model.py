@@ -1,4 +1,4 @@
-"""Shape of the embedded model and its checkpoint directory. Knows no training."""
+"""Shape of the embedded model and its checkpoint directory."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""A dialogue as token ids, labels and query rows, and padded batches of them. Knows no weights.
+"""A dialogue as token ids, labels and query rows, and padded batches of them.
 
 Axes: B samples, T tokens of the longest one, N images of the batch.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vllm_hidrop.lab.train.conversations import Sample, Turn
-from vllm_hidrop.lab.train.staged import Rows
+from vllm_hidrop.lab.train.rows import Rows
 
 IGNORED = -100
 

@@ -142,11 +142,7 @@ _PARTS: dict[str, type[BaseModel]] = {"data": DataConfig, "stage": StageConfig, 
 
 
 def parse_train_config(values: object) -> TrainConfig:
-    """Check a mapping.
-
-    Raises:
-        ValueError: one line that names the key and the known ones.
-    """
+    """Check a mapping. Raises ValueError: one line that names the key and the known ones."""
     if not isinstance(values, dict):
         raise ValueError("training configuration: not a mapping of keys to values")
     try:

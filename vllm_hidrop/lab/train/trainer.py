@@ -99,7 +99,7 @@ class Run:
         )
         set_seed(config.seed)
         self.checkpoint = load_checkpoint(config)
-        self.module = LlavaTraining(self.checkpoint, config).to(self.accelerator.device)
+        self.module = LlavaTraining.from_checkpoint(self.checkpoint, config).to(self.accelerator.device)
         self.changed: set[str] = set()
         self._saved = saved
         self.log: Log | None = None

@@ -8,17 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hidrop.lab.accuracy import served
-from vllm_hidrop.lab.accuracy.agreement import agreement
-from vllm_hidrop.lab.accuracy.rows import all_rows
-from vllm_hidrop.lab.accuracy.served import figures_of, finished, serve_rows
-from vllm_hidrop.lab.evaluate.asking import Answer
+from vllm_hidrop.lab.evaluate.endpoint import Answer
+from vllm_hidrop.lab.evaluate.exam import Arm, Exam, Outcome
 from vllm_hidrop.lab.evaluate.journal import Journal
-from vllm_hidrop.lab.evaluate.run import Exam, Outcome
+from vllm_hidrop.lab.evaluate.report import serving
+from vllm_hidrop.lab.evaluate.report.rows import all_rows
+from vllm_hidrop.lab.evaluate.report.serving import agreement, figures_of, finished, serve_rows
 from vllm_hidrop.lab.evaluate.samples import Source
 from vllm_hidrop.lab.evaluate.scoring import score_all
 
-SCRIPT = Path(__file__).parents[3] / "scripts" / "accuracy.py"
+SCRIPT = Path(__file__).parents[4] / "scripts" / "accuracy.py"
 DENSE, HIDROP = all_rows(None)[:2]
 SETTINGS = {"task": "synthetic", "seed": 0}
 
@@ -43,22 +42,23 @@ def outcome(exam: Exam, num_wrong: int) -> Outcome:
 def test_rows_whose_answers_are_there_start_no_server(
     tmp_path: Path, exam: Exam, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served, "local_server", None)
+    monkeypatch.setattr(serving, "local_server", None)
     for row, num_wrong in ((DENSE, 0), (HIDROP, 1)):
         keep(exam, tmp_path / row.name / row.key(), num_wrong)
-    outcomes = {row.name: one for row, one in serve_rows(exam, [DENSE, HIDROP], tmp_path)}
+    outcomes = serve_rows(exam, [DENSE, HIDROP], tmp_path)
     figures = figures_of(exam, HIDROP, outcomes)
     assert (figures["accuracy"], figures["retention"], figures["mean_vision_tokens"]) == (0.75, 0.75, 64.0)
     assert figures["by_type"][exam.samples[0].type]["retention"] == 0.0
 
 
 def test_missing_answers_and_other_questions_are_not_taken_for_finished(tmp_path: Path, exam: Exam) -> None:
-    assert finished(exam, tmp_path) is None
+    arm = Arm("dense", directory=tmp_path)
+    assert finished(exam, arm) is None
     keep(exam, tmp_path, num_wrong=0, num_answers=3)
-    assert finished(exam, tmp_path) is None
+    assert finished(exam, arm) is None
     other = replace(exam, source=Source(limit=4, seed=1))
     with pytest.raises(ValueError, match="answers of task synthetic, seed 0"):
-        finished(other, tmp_path)
+        finished(other, arm)
 
 
 def test_agreement_counts_equal_answers_and_the_accuracies_difference(exam: Exam) -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.accuracy import figures
-from vllm_hidrop.lab.accuracy.document import document
-from vllm_hidrop.lab.accuracy.figure import dodged, spaced
-from vllm_hidrop.lab.accuracy.generate import servable, write
-from vllm_hidrop.lab.accuracy.rows import Group, all_rows, choose, described, stages_text
+from tests.lab.evaluate.report import figures
+from vllm_hidrop.lab.evaluate.figure import dodged, spaced
+from vllm_hidrop.lab.evaluate.report.document import document
+from vllm_hidrop.lab.evaluate.report.generate import servable, write
+from vllm_hidrop.lab.evaluate.report.rows import Group, all_rows, choose, described, stages_text
 from vllm_hidrop.lab.train.schedules import SHAPE
 from vllm_hidrop.methods import Adaptive
 
@@ -89,7 +89,7 @@ def test_training_free_methods_keep_hidrops_mean_number_of_tokens() -> None:
 def test_names_are_unique_and_rows_of_one_server_stand_together() -> None:
     rows = all_rows(None)
     assert len({row.name for row in rows}) == len(rows)
-    served = [row.arm.serve for row in rows]
+    served = [row.arm().serve for row in rows]
     starts = [one for index, one in enumerate(served) if index == 0 or served[index - 1] != one]
     assert len(starts) == len(set(served))
 

@@ -1,7 +1,4 @@
-"""What is asked: every row is a checkpoint, what it is served with, and the row it is compared with.
-
-Knows no server and no figures.
-"""
+"""What is asked: every row is a checkpoint, what it is served with, and the row it is compared with."""
 
 import hashlib
 import json
@@ -13,7 +10,7 @@ from typing import Any
 
 from vllm_hidrop.config import HidropConfig, Resolved, resolve
 from vllm_hidrop.embedded import CHECKPOINTS
-from vllm_hidrop.lab.evaluate.arms import Arm
+from vllm_hidrop.lab.evaluate.exam import Arm
 from vllm_hidrop.lab.train.schedules import EARLY_KEEP, EARLY_LAYER, FORMS, HIDROP, SHAPE, method_entry
 from vllm_hidrop.methods import Adaptive, Method
 from vllm_hidrop.methods.controls import Random, Uniform
@@ -24,10 +21,12 @@ from vllm_hidrop.plan.schedule import Schedule
 FLAGS = ("--enforce-eager", "--max-model-len", "1024")
 """Of every server: no compilation, and no more context than the questions need."""
 FLOAT32 = ("--dtype", "float32")
-LATE_LAYER, LATE_KEEP = HIDROP.filter_layers[-1], HIDROP.keeps[-1]
-WIDE_LAYER, WIDE_KEEP = LATE_LAYER, 57
+EARLY = (EARLY_LAYER, EARLY_KEEP)
+LATE = (HIDROP.filter_layers[-1], HIDROP.keeps[-1])
+WIDE = (HIDROP.filter_layers[-1], 57)
+"""First layer and keep of one cut: HiDrop's mean number of tokens; where the model reads; VisiPruner's tokens."""
 WIDE_PYRAMID = (200, 100, 44)
-"""With these, 230 tokens in the mean: what VisiPruner kept of the scenes that its preset was tried on."""
+"""With these or ``WIDE``, 230 tokens in the mean: what VisiPruner kept of the scenes that its preset was tried on."""
 
 
 class Group(StrEnum):
@@ -78,10 +77,9 @@ class Row:
         choice = () if self.choice is None else ("--hidrop-config", json.dumps(self.choice))
         return (*choice, *self.flags, *FLAGS)
 
-    @property
-    def arm(self) -> Arm:
+    def arm(self, directory: Path | None = None) -> Arm:
         """How it is served and asked."""
-        return Arm(self.name, (str(self.checkpoint), *self.arguments), self.xargs)
+        return Arm(self.name, (str(self.checkpoint), *self.arguments), self.xargs, directory)
 
     def resolved(self) -> Resolved:
         """The schedule it is served with.
@@ -98,29 +96,6 @@ class Row:
             parts.update((self.checkpoint / file).read_bytes())
         parts.update(json.dumps([self.arguments, dict(self.xargs)]).encode())
         return parts.hexdigest()[:12]
-
-
-ADAPTIVE_ROWS: tuple[dict[str, Any], ...] = (
-    {
-        "group": Group.EQUAL,
-        "label": "mustdrop",
-        "meaning": "MustDrop: alike patches merged, key patches kept, the rest by all text rows",
-        "choice": {"method": "mustdrop", "preset": "embedded"},
-    },
-    {
-        "group": Group.WIDE,
-        "label": "visipruner",
-        "meaning": "VisiPruner with the published thresholds; cut and exit where they say",
-        "choice": {"method": "visipruner", "preset": "embedded"},
-    },
-    {
-        "group": Group.WIDE,
-        "label": "visipruner_topk",
-        "meaning": "VisiPruner told to cut after layer 5, to 32 tokens (a deviation)",
-        "choice": {"method": "visipruner", "preset": "embedded-topk"},
-    },
-)
-"""Rows whose counts the method decides; their means are what the server reported."""
 
 
 def trained_entry_of(checkpoint: Path) -> dict[str, Any] | None:
@@ -142,25 +117,16 @@ def stages_text(schedule: Schedule) -> str:
 
 def shipped_rows() -> list[Row]:
     """The two checkpoints as they are, and HiDrop's told to keep every token."""
-    dense = Row(
-        Group.SHIPPED,
-        "dense",
-        CHECKPOINTS["dense"],
-        "vllm_hidrop/embedded/dense",
-        "shipped/dense",
-        "the dense checkpoint",
+    texts = {
+        "dense": "the dense checkpoint",
+        "hidrop": "the HiDrop checkpoint with the schedule it was trained with",
+    }
+    dense, hidrop = (
+        Row(Group.SHIPPED, name, CHECKPOINTS[name], f"vllm_hidrop/embedded/{name}", "shipped/dense", text)
+        for name, text in texts.items()
     )
-    hidrop = replace(
-        dense,
-        label="hidrop",
-        checkpoint=CHECKPOINTS["hidrop"],
-        shown="vllm_hidrop/embedded/hidrop",
-        meaning="the HiDrop checkpoint with the schedule it was trained with",
-    )
-    off = replace(
-        hidrop, label="hidrop_off", xargs={"hidrop": "off"}, meaning="the HiDrop checkpoint told to prune nothing"
-    )
-    return [dense, hidrop, off]
+    told = "the HiDrop checkpoint told to prune nothing"
+    return [dense, hidrop, replace(hidrop, label="hidrop_off", xargs={"hidrop": "off"}, meaning=told)]
 
 
 def float32_rows() -> list[Row]:
@@ -172,65 +138,63 @@ def float32_rows() -> list[Row]:
 
 
 def training_free_rows() -> list[Row]:
-    """Schedules the dense checkpoint never saw: HiDrop's mean number of tokens, then one cut where the model reads."""
-    forms = {name: FORMS[name].method for name in ("hidrop", "pyramiddrop", "early_cut")}
-    equal: dict[str, tuple[Method, str]] = {
-        "hidrop": (forms["hidrop"], "HiDrop's schedule, forced"),
-        "fastv": (FastV(layer=EARLY_LAYER, keep=EARLY_KEEP), "FastV: one cut, scored by the attention of layer 0"),
-        "early_cut": (forms["early_cut"], "the same cut, scored by attention under the layer about to run"),
-        "pyramiddrop": (forms["pyramiddrop"], "PyramidDrop: three cuts"),
-        "random": (Random(layer=EARLY_LAYER, keep=EARLY_KEEP), "FastV's schedule, any tokens"),
-        "uniform": (Uniform(layer=EARLY_LAYER, keep=EARLY_KEEP), "FastV's schedule, evenly spaced tokens"),
-    }
-    late: dict[str, tuple[Method, str]] = {
-        "fastv": (FastV(layer=LATE_LAYER, keep=LATE_KEEP), "FastV: scored by the attention of the layer before"),
-        "random": (Random(layer=LATE_LAYER, keep=LATE_KEEP), "any tokens"),
-        "uniform": (Uniform(layer=LATE_LAYER, keep=LATE_KEEP), "evenly spaced tokens"),
-    }
-    dense = shipped_rows()[0]
-    rows = [
-        replace(dense, group=group, label=label, meaning=meaning, choice=method_entry(method))
-        for group, methods in ((Group.EQUAL, equal), (Group.LATE, late), (Group.WIDE, _wide()))
-        for label, (method, meaning) in methods.items()
+    """Schedules the dense checkpoint never saw. What an adaptive method keeps is what the server reported."""
+    before, any_tokens, even = (
+        "FastV: scored by the attention of the layer before",
+        "any tokens",
+        "evenly spaced tokens",
+    )
+    under = "the same cut, scored by attention under the layer about to run"
+    alike = "MustDrop: alike patches merged, key patches kept, the rest by all text rows"
+    published = "VisiPruner with the published thresholds; cut and exit where they say"
+    told = "VisiPruner told to cut after layer 5, to 32 tokens (a deviation)"
+    table: list[tuple[Group, str, Method | dict[str, Any], str]] = [
+        (Group.EQUAL, "hidrop", FORMS["hidrop"].method, "HiDrop's schedule, forced"),
+        (Group.EQUAL, "fastv", FastV(*EARLY), "FastV: one cut, scored by the attention of layer 0"),
+        (Group.EQUAL, "early_cut", FORMS["early_cut"].method, under),
+        (Group.EQUAL, "pyramiddrop", FORMS["pyramiddrop"].method, "PyramidDrop: three cuts"),
+        (Group.EQUAL, "random", Random(*EARLY), f"FastV's schedule, {any_tokens}"),
+        (Group.EQUAL, "uniform", Uniform(*EARLY), f"FastV's schedule, {even}"),
+        (Group.LATE, "fastv", FastV(*LATE), before),
+        (Group.LATE, "random", Random(*LATE), any_tokens),
+        (Group.LATE, "uniform", Uniform(*LATE), even),
+        (Group.WIDE, "fastv", FastV(*WIDE), before),
+        (Group.WIDE, "pyramiddrop", PyramidDrop(keeps=WIDE_PYRAMID), "PyramidDrop: three cuts, at layers 3, 6 and 9"),
+        (Group.WIDE, "random", Random(*WIDE), any_tokens),
+        (Group.WIDE, "uniform", Uniform(*WIDE), even),
+        (Group.EQUAL, "mustdrop", {"method": "mustdrop", "preset": "embedded"}, alike),
+        (Group.WIDE, "visipruner", {"method": "visipruner", "preset": "embedded"}, published),
+        (Group.WIDE, "visipruner_topk", {"method": "visipruner", "preset": "embedded-topk"}, told),
     ]
-    return [*rows, *(replace(dense, **given) for given in ADAPTIVE_ROWS)]
-
-
-def _wide() -> dict[str, tuple[Method, str]]:
-    """The others at about as many tokens as VisiPruner keeps, which holds all until it has found its layer."""
-    return {
-        "fastv": (FastV(layer=WIDE_LAYER, keep=WIDE_KEEP), "FastV: scored by the attention of the layer before"),
-        "pyramiddrop": (PyramidDrop(keeps=WIDE_PYRAMID), "PyramidDrop: three cuts, at layers 3, 6 and 9"),
-        "random": (Random(layer=WIDE_LAYER, keep=WIDE_KEEP), "any tokens"),
-        "uniform": (Uniform(layer=WIDE_LAYER, keep=WIDE_KEEP), "evenly spaced tokens"),
-    }
+    dense = shipped_rows()[0]
+    return [
+        replace(
+            dense,
+            group=group,
+            label=label,
+            choice=choice if isinstance(choice, dict) else method_entry(choice),
+            meaning=meaning,
+        )
+        for group, label, choice, meaning in table
+    ]
 
 
 def ablation_rows(directory: Path) -> list[Row]:
     """Every checkpoint in a directory under its own schedule, in the order of ``FORMS``, unknown ones last."""
     found = sorted(path.parent.name for path in directory.glob("*/config.json"))
     names = [name for name in FORMS if name in found] + [name for name in found if name not in FORMS]
+    texts = {name: form.summary for name, form in FORMS.items()}
+    other = "a checkpoint found in the directory"
     return [
-        Row(
-            Group.ABLATION,
-            name,
-            directory / name,
-            f"ABLATIONS/{name}",
-            "ablation/dense",
-            FORMS[name].summary if name in FORMS else "a checkpoint found in the directory",
-        )
+        Row(Group.ABLATION, name, directory / name, f"ABLATIONS/{name}", "ablation/dense", texts.get(name, other))
         for name in names
     ]
 
 
 def all_rows(ablations: Path | None) -> list[Row]:
     """Every row, those that share a server next to each other."""
-    return [
-        *shipped_rows(),
-        *float32_rows(),
-        *training_free_rows(),
-        *(ablation_rows(ablations) if ablations else []),
-    ]
+    own = ablation_rows(ablations) if ablations else []
+    return [*shipped_rows(), *float32_rows(), *training_free_rows(), *own]
 
 
 def choose(rows: Sequence[Row], only: Sequence[str]) -> list[Row]:

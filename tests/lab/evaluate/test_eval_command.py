@@ -11,7 +11,7 @@ import pytest
 
 from tests.lab.evaluate.benchmark_files import write_pope
 from tests.lab.evaluate.stub_server import MEAN_VISION_TOKENS, Stub, serving
-from vllm_hidrop.lab.evaluate import asking
+from vllm_hidrop.lab.evaluate import endpoint
 
 COMMAND = (sys.executable, "-c", "from vllm_hidrop.cli.app import app; app()", "eval")
 
@@ -177,11 +177,11 @@ def test_mean_vision_tokens_weighs_stages_by_their_layers() -> None:
         {"first_layer": 0, "end_layer": 1, "kept": 10},
         {"first_layer": 1, "end_layer": 4, "kept": 2},
     ]
-    assert asking.mean_vision_tokens({"stages": stages}) == 4
-    assert asking.mean_vision_tokens(None) is None
+    assert endpoint.mean_vision_tokens({"stages": stages}) == 4
+    assert endpoint.mean_vision_tokens(None) is None
 
 
 def test_an_image_of_no_known_kind_is_an_error() -> None:
-    assert asking.data_url(b"\xff\xd8\xff0").startswith("data:image/jpeg;base64,")
+    assert endpoint.data_url(b"\xff\xd8\xff0").startswith("data:image/jpeg;base64,")
     with pytest.raises(ValueError, match="expected a PNG"):
-        asking.data_url(b"text")
+        endpoint.data_url(b"text")

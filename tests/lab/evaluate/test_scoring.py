@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_hidrop.lab.evaluate.bootstrap import mean_interval, ratio_interval
+from vllm_hidrop.lab.evaluate.scoring import mean_interval, ratio_interval
 
 SCORES = st.lists(st.sampled_from([0.0, 0.3, 0.6, 1.0]), min_size=1, max_size=40)
 

@@ -1,21 +1,17 @@
-"""How far the kept patches of one checkpoint move between float32 and bfloat16: the same questions, served in both.
-
-Knows reports and sets; no table.
-"""
+"""How far the kept patches of one checkpoint move between float32 and bfloat16: the same questions, served in both."""
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
 
-from vllm_hidrop.cli.local_server import local_server
-from vllm_hidrop.lab.accuracy.rows import Row, float32_rows, shipped_rows
-from vllm_hidrop.lab.accuracy.served import offline
-from vllm_hidrop.lab.evaluate.asking import Endpoint, reply_to
-from vllm_hidrop.lab.evaluate.run import Exam
+from vllm_hidrop.lab.evaluate.endpoint import Answer, Endpoint, ask_all
+from vllm_hidrop.lab.evaluate.exam import Exam
+from vllm_hidrop.lab.evaluate.report.rows import Row, float32_rows, shipped_rows
+from vllm_hidrop.lab.evaluate.report.serving import server
+from vllm_hidrop.lab.evaluate.samples import Sample
 
 EXPLAINS = {"hidrop_explain": 1}
 COMPARED = {"shipped/hidrop", "float32/hidrop"}
@@ -46,20 +42,19 @@ def served_sets(exam: Exam, row: Row) -> list[Kept]:
     """What a row's server keeps for every question, in their order.
 
     Raises:
-        ValueError: the server does not start, or gives no report.
-        OpenAIError: a request failed.
+        ValueError: the server does not start or gives no report, or a request failed.
     """
-    offline()
+    found: dict[str, Kept] = {}
+    with server(row.arm()) as url, tqdm(total=len(exam.samples), desc=row.name, mininterval=5) as bar:
 
-    def ask(sample: Any) -> Kept:
-        text, report = reply_to(endpoint, sample, exam.task.max_tokens)
-        if report is None:
-            raise ValueError(f"{row.name} gives no report")
-        return kept_of(report, text)
+        def keep(sample: Sample, answer: Answer) -> None:
+            if answer.report is None or answer.text is None:
+                raise ValueError(answer.error or f"{row.name} gives no report")
+            found[sample.id] = kept_of(answer.report, answer.text)
+            bar.update()
 
-    with local_server(row.arm.serve, on_wait=lambda: None) as url, ThreadPoolExecutor(exam.concurrency) as pool:
-        endpoint = Endpoint(url, xargs=EXPLAINS)
-        return list(tqdm(pool.map(ask, exam.samples), row.name, len(exam.samples), mininterval=5))
+        ask_all(Endpoint(url, xargs=EXPLAINS), exam.samples, exam.task.max_tokens, exam.concurrency, keep)
+    return [found[sample.id] for sample in exam.samples]
 
 
 def moved(exact: Sequence[Kept], rounded: Sequence[Kept]) -> dict[str, Any]:

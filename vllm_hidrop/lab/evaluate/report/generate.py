@@ -4,18 +4,15 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_hidrop.lab.accuracy.agreement import PRECISIONS, agreements
-from vllm_hidrop.lab.accuracy.document import document
-from vllm_hidrop.lab.accuracy.figure import draw
-from vllm_hidrop.lab.accuracy.rows import FLAGS, LATE_LAYER, Group, Row, all_rows, choose
-from vllm_hidrop.lab.accuracy.selection import COMPARED, measure
-from vllm_hidrop.lab.accuracy.served import figures_of, serve_rows
+from vllm_hidrop.lab.evaluate.exam import Exam, provenance
 from vllm_hidrop.lab.evaluate.reading import read_json
-from vllm_hidrop.lab.evaluate.run import Exam, Outcome, provenance
+from vllm_hidrop.lab.evaluate.report.document import document, draw
+from vllm_hidrop.lab.evaluate.report.rows import FLAGS, LATE, Group, Row, all_rows, choose
+from vllm_hidrop.lab.evaluate.report.selection import COMPARED, measure
+from vllm_hidrop.lab.evaluate.report.serving import PRECISIONS, agreements, figures_of, serve_rows
 from vllm_hidrop.lab.evaluate.samples import Source
 from vllm_hidrop.lab.train.schedules import SHAPE
 
@@ -23,73 +20,55 @@ TASK = "synthetic"
 NAME = "accuracy"
 
 
-@dataclass(frozen=True)
-class Questions:
-    """Which, and how many are asked at once."""
-
-    limit: int
-    seed: int
-    concurrency: int
-
-    def exam(self) -> Exam:
-        """The questions; ``ValueError`` when there are none."""
-        return Exam.load(TASK, Source(limit=self.limit, seed=self.seed), self.concurrency)
+def load_exam(limit: int, seed: int, concurrency: int) -> Exam:
+    """The questions; ValueError when there are none."""
+    return Exam.load(TASK, Source(limit=limit, seed=seed), concurrency)
 
 
-@dataclass(frozen=True)
-class Choice(Questions):
-    """The questions, and the directory that keeps the answers."""
-
-    out: Path
-
-
-def run(choice: Choice, ablations: Path | None, only: Sequence[str], asks_training_code: bool, docs: Path) -> None:
-    """Ask every row and write the figures' JSON file.
+def run(
+    exam: Exam, out: Path, ablations: Path | None, only: Sequence[str], asks_training_code: bool, docs: Path
+) -> None:
+    """Ask every row, keep the answers in ``out``, and write the figures' JSON file.
 
     Raises:
         ValueError: an unknown row, a server that does not start, or answers of other settings in the directory.
     """
     rows, left_out = servable(choose(all_rows(ablations), only))
-    exam = choice.exam()
-    outcomes: dict[str, Outcome] = {}
-    for row, outcome in serve_rows(exam, rows, choice.out):
-        outcomes[row.name] = outcome
-        accuracy = sum(one.score for one in outcome.scored) / len(outcome.scored)
-        print(f"{row.name}: accuracy {accuracy:.4f}, {len(outcome.failures)} failed", flush=True)
+    outcomes = serve_rows(exam, rows, out)
     result = {
         "task": TASK,
         "questions": len(exam.samples),
-        "limit": choice.limit,
-        "seed": choice.seed,
-        "concurrency": choice.concurrency,
+        "limit": exam.source.limit,
+        "seed": exam.source.seed,
+        "concurrency": exam.concurrency,
         "precision": PRECISIONS[Group.SHIPPED],
         "flags": " ".join(FLAGS),
         "num_layers": SHAPE.num_layers,
-        "late_layer": LATE_LAYER,
+        "late_layer": LATE[0],
         "machine": machine(),
         **provenance(),
         "rows": [figures_of(exam, row, outcomes) for row in rows],
         "left_out": left_out,
-        "agreement": agreements(exam, rows, outcomes, choice.out) if asks_training_code else [],
-        "selection": _selection(choice) if outcomes.keys() >= COMPARED else None,
+        "agreement": agreements(exam, rows, outcomes, out) if asks_training_code else [],
+        "selection": _selection(exam) if outcomes.keys() >= COMPARED else None,
     }
     docs.mkdir(parents=True, exist_ok=True)
     _keep(docs, result)
 
 
-def measure_selection(questions: Questions, docs: Path) -> None:
+def measure_selection(exam: Exam, docs: Path) -> None:
     """Measure how far bfloat16 moves the kept patches, and put that into the figures' JSON file.
 
     Raises:
         ValueError: no such file, or a server that does not start.
     """
-    result: dict[str, Any] = read_json(docs / f"{NAME}.json")
-    _keep(docs, result | {"selection": _selection(questions)})
+    result = read_json(docs / f"{NAME}.json", dict[str, Any])
+    _keep(docs, result | {"selection": _selection(exam)})
 
 
-def _selection(questions: Questions) -> dict[str, Any]:
-    about = {"limit": questions.limit, "seed": questions.seed, "machine": machine(), **provenance()}
-    return about | measure(questions.exam())
+def _selection(exam: Exam) -> dict[str, Any]:
+    about = {"limit": exam.source.limit, "seed": exam.source.seed, "machine": machine(), **provenance()}
+    return about | measure(exam)
 
 
 def _keep(docs: Path, result: dict[str, Any]) -> None:
@@ -111,12 +90,8 @@ def servable(rows: Sequence[Row]) -> tuple[list[Row], list[dict[str, str]]]:
 
 
 def write(docs: Path) -> None:
-    """Text and figure from the JSON file.
-
-    Raises:
-        ValueError: no such file.
-    """
-    result: dict[str, Any] = read_json(docs / f"{NAME}.json")
+    """Text and figure from the JSON file. Raises ValueError: no such file."""
+    result = read_json(docs / f"{NAME}.json", dict[str, Any])
     (docs / f"{NAME}.md").write_text(document(result), encoding="utf-8")
     draw(result, docs / f"{NAME}.png")
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from tests.lab.accuracy import figures
-from vllm_hidrop.lab.accuracy import selection
-from vllm_hidrop.lab.accuracy.document import document
-from vllm_hidrop.lab.accuracy.generate import Questions, measure_selection
-from vllm_hidrop.lab.accuracy.rows import Row
-from vllm_hidrop.lab.accuracy.selection import Kept, kept_of, measure, moved
+from tests.lab.evaluate.report import figures
+from vllm_hidrop.lab.evaluate.report import selection
+from vllm_hidrop.lab.evaluate.report.document import document
+from vllm_hidrop.lab.evaluate.report.generate import load_exam, measure_selection
+from vllm_hidrop.lab.evaluate.report.rows import Row
+from vllm_hidrop.lab.evaluate.report.selection import Kept, kept_of, measure, moved
 
 
 def report(*patches: list[int]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, docs: Path) -> str:
 
     monkeypatch.setattr(selection, "served_sets", served)
     (docs / "accuracy.json").write_text(json.dumps(figures.result()), encoding="utf-8")
-    measure_selection(Questions(4, 3, 1), docs)
+    measure_selection(load_exam(4, 3, 1), docs)
     return document(json.loads((docs / "accuracy.json").read_text(encoding="utf-8")))
 
 
@@ -64,6 +64,6 @@ def test_float32_is_served_before_the_shipped_precision(monkeypatch: pytest.Monk
         return [Kept({3: frozenset({1})}, "a")]
 
     monkeypatch.setattr(selection, "served_sets", served)
-    found = measure(Questions(1, 0, 1).exam())
+    found = measure(load_exam(1, 0, 1))
     assert asked == ["float32/hidrop", "shipped/hidrop"] == [found["against"], found["row"]]
     assert set(asked) == selection.COMPARED
