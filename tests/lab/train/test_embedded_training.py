@@ -301,8 +301,9 @@ def figures(pruned: Checkpoint) -> Figures:
 
 
 def test_both_checkpoints_answer_held_out_questions(checkpoint: Checkpoint, figures: Figures) -> None:
-    dense = evaluate(checkpoint, NUM_HELD_OUT_SCENES, [])
-    assert dense["own"]["all"] >= 0.92
+    examples = [make_example(index) for index in range(NUM_HELD_OUT_SCENES)]
+    dense = [right for one in examples for right in checkpoint.is_right(one.image, one.questions)]
+    assert sum(dense) / len(dense) >= 0.92
     assert figures["own"]["all"] >= 0.82
     assert figures["mean_vision_tokens"] == 64
 

@@ -1,6 +1,6 @@
 """Accuracy against mean vision tokens per layer, with intervals: of result files, and of the accuracy document."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import count
@@ -147,11 +147,8 @@ def _panel(axes: Any, points: Sequence[Point]) -> None:
 
 def dodged(tokens: Sequence[float]) -> list[float]:
     """Tokens, moved right by a step for every earlier point within one step."""
-    return [now + DODGE_TOKENS * _num_near(now, tokens[:index]) for index, now in enumerate(tokens)]
-
-
-def _num_near(now: float, earlier: Iterable[float]) -> int:
-    return sum(abs(now - other) < DODGE_TOKENS for other in earlier)
+    num_near = (sum(abs(now - other) < DODGE_TOKENS for other in tokens[:index]) for index, now in enumerate(tokens))
+    return [now + DODGE_TOKENS * near for now, near in zip(tokens, num_near, strict=True)]
 
 
 def spaced(heights: Sequence[float], gap: float) -> list[float]:

@@ -57,10 +57,6 @@ class Scored:
     failed: bool = False
 
 
-def _no_figures(scored: Sequence[Scored]) -> dict[str, float]:
-    return {}
-
-
 @dataclass(frozen=True)
 class Task:
     """How a benchmark is read, asked and scored.
@@ -75,7 +71,7 @@ class Task:
     load: Callable[[Source], list[Sample]]
     score: Callable[[Sample, str], float]
     max_tokens: int
-    figures: Callable[[Sequence[Scored]], dict[str, float]] = _no_figures
+    figures: Callable[[Sequence[Scored]], dict[str, float]] = lambda _: {}
 
 
 def choose(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Sample]:

@@ -141,7 +141,7 @@ class EntriesFile:
         return ValueError(f"{self.path}: entry {index}: {what}")
 
 
-class LlavaFile:
+class LlavaFile(EntriesFile):
     """Dialogues of a LLaVA file; every entry is checked once, then read from disk with its images when asked for.
 
     Raises:
@@ -149,24 +149,21 @@ class LlavaFile:
     """
 
     def __init__(self, path: Path, images: Path | None) -> None:
-        self.file = EntriesFile(path, images)
-        if not len(self.file):
+        super().__init__(path, images)
+        if not len(self):
             raise ValueError(f"{path} holds no entries")
-        for index in range(len(self.file)):
-            self._turns(index, self.file.entry(index))
-
-    def __len__(self) -> int:
-        return len(self.file)
+        for index in range(len(self)):
+            self._turns(index, self.entry(index))
 
     def __getitem__(self, index: int) -> Sample:
-        entry = self.file.entry(index)
-        return Sample(self._turns(index, entry), self.file.open_images(index, entry.images))
+        entry = self.entry(index)
+        return Sample(self._turns(index, entry), self.open_images(index, entry.images))
 
     def _turns(self, index: int, entry: LlavaEntry) -> tuple[Turn, ...]:
         try:
             return entry.turns()
         except ValueError as error:
-            raise self.file.fault(index, error) from None
+            raise self.fault(index, error) from None
 
 
 class SyntheticScenes:

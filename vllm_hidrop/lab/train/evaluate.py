@@ -131,17 +131,15 @@ class Checkpoint:
         llm = self.model.model.language_model
         return StagedTraining(llm, schedule, signal, scorer, position_scheme=self.positions)
 
-    def _prompt(self, question: str) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        rendered = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        return str(rendered)
+    def _inputs(self, image: Pixels, question: str) -> Any:
+        """Token ids and pixels of a prompt."""
+        text = self.encoder.render((Turn("user", question, 1),), prompts_answer=True)
+        return self.processor(images=Image.fromarray(image), text=text, return_tensors="pt")
 
     @torch.no_grad()
     def generate(self, image: Pixels, question: str) -> str:
         """The answer text, decoded greedily by ``generate``."""
-        inputs = self.processor(images=Image.fromarray(image), text=self._prompt(question), return_tensors="pt")
+        inputs = self._inputs(image, question)
         output = self.model.generate(**inputs, max_new_tokens=8)
         answer = output[0, inputs["input_ids"].shape[1] :]
         return str(self.processor.decode(answer, skip_special_tokens=True))
@@ -152,7 +150,7 @@ class Checkpoint:
 
         Every step runs all rows again, so it shares no state with the step before, and nothing with vLLM.
         """
-        inputs = self.processor(images=Image.fromarray(image), text=self._prompt(question), return_tensors="pt")
+        inputs = self._inputs(image, question)
         ids = inputs["input_ids"]
         num_prompt = ids.shape[1]
         embeddings = embed(self.model, ids, self._rows_of(ids, num_prompt).images, inputs["pixel_values"])

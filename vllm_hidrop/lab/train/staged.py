@@ -149,12 +149,14 @@ class StagedTraining(nn.Module):
             if stage.keep.is_none:
                 state = self._renumbered(replace(gather(state, ~state.rows.is_vision), presence=None))
             elif self.selects(index) and self.signal is Signal.NEXT_ATTENTION:
-                state = self._cut_layer(first, state, stage.keep, rows)
+                projected = self.decoder.project(first, state.hidden)
+                state = self.cut_projected(first, state, projected, stage.keep, rows)
                 first += 1
             elif self.selects(index):
                 kept, gate = self._choose(first, state, stage.keep, rows, attention)
                 state = self._renumbered(gather(self._gated(state, gate), kept))
-            state, attention = self.run_layers(first, end, state, self._scores_for(index + 1))
+            scores = self.signal is Signal.PREVIOUS_ATTENTION and self.selects(index + 1)
+            state, attention = self.run_layers(first, end, state, scores)
         return state
 
     def selects(self, stage: int) -> bool:
@@ -167,10 +169,6 @@ class StagedTraining(nn.Module):
     def _keep_before(self, stage: int) -> Keep:
         """What stands before a stage; every token before the first."""
         return self.schedule.stages[stage - 1].keep if stage else ALL
-
-    def _scores_for(self, stage: int) -> bool:
-        """Whether the layer before ``stage`` must leave its attention."""
-        return self.signal is Signal.PREVIOUS_ATTENTION and self.selects(stage)
 
     def _inject(self, state: State, embeds: Tensor, rows: Rows) -> State:
         """All rows: text as it is now, vision from the projector."""
@@ -201,10 +199,6 @@ class StagedTraining(nn.Module):
             )
             return result
         return self.decoder.run(index, hidden, rotary, presence)
-
-    def _cut_layer(self, index: int, state: State, keep: Keep, full_rows: Rows) -> State:
-        projected = self.decoder.project(index, state.hidden)
-        return self.cut_projected(index, state, projected, keep, full_rows)
 
     def cut_projected(
         self, index: int, state: State, projected: tuple[Tensor, Tensor, Tensor], keep: Keep, full_rows: Rows

@@ -59,13 +59,17 @@ def served_sets(exam: Exam, row: Row) -> list[Kept]:
 
 def moved(exact: Sequence[Kept], rounded: Sequence[Kept]) -> dict[str, Any]:
     """Shares of requests whose sets and answers are the same, and mean Jaccard indices, by cut and of all cuts."""
+
+    def jaccard(one: frozenset[int], other: frozenset[int]) -> float:
+        return len(one & other) / len(one | other)
+
     pairs = list(zip(exact, rounded, strict=True))
     cuts = [
         {
             "layer": layer,
             "kept": fmean(len(one.patches[layer]) for one in exact),
             "identical": fmean(one.patches[layer] == other.patches[layer] for one, other in pairs),
-            "jaccard": fmean(_jaccard(one.patches[layer], other.patches[layer]) for one, other in pairs),
+            "jaccard": fmean(jaccard(one.patches[layer], other.patches[layer]) for one, other in pairs),
         }
         for layer in exact[0].patches
     ]
@@ -76,10 +80,6 @@ def moved(exact: Sequence[Kept], rounded: Sequence[Kept]) -> dict[str, Any]:
         "jaccard": fmean(each["jaccard"] for each in cuts),
         "same_answers": fmean(one.answer == other.answer for one, other in pairs),
     }
-
-
-def _jaccard(one: frozenset[int], other: frozenset[int]) -> float:
-    return len(one & other) / len(one | other)
 
 
 def measure(exam: Exam) -> dict[str, Any]:
