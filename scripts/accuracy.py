@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vllm_hidrop.lab.accuracy.generate import Choice, Questions, measure_selection, run, write
+from vllm_hidrop.lab.evaluate.report.generate import load_exam, measure_selection, run, write
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -30,14 +30,12 @@ def main() -> int:
     options = parser.parse_args()
     if not options.write and not options.selection and options.out is None:
         parser.error("--out is needed to keep the answers")
-    questions = options.limit, options.seed, options.concurrency
     try:
+        exam = load_exam(options.limit, options.seed, options.concurrency)
         if options.selection:
-            measure_selection(Questions(*questions), options.docs)
+            measure_selection(exam, options.docs)
         elif not options.write:
-            run(
-                Choice(*questions, options.out), options.ablations, options.only, not options.no_agreement, options.docs
-            )
+            run(exam, options.out, options.ablations, options.only, not options.no_agreement, options.docs)
         write(options.docs)
     except ValueError as error:
         print(f"accuracy: {error}", file=sys.stderr)

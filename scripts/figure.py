@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vllm_hidrop.cli.plan import planned
+from vllm_hidrop.cli.costing import planned
+from vllm_hidrop.cli.options import Prompt
 from vllm_hidrop.config import make_method
 from vllm_hidrop.methods import ModelShape
 
@@ -41,7 +42,7 @@ def stages_data() -> dict[str, list[int]]:
 
 def request_data() -> list[dict[str, int]]:
     """What request.png shows: the stages of one request, by the arithmetic of ``hidrop plan``."""
-    _, _, _, costs = planned("7b", {"method": METHOD, "preset": PRESET}, [], NUM_TEXT, BLOCK_SIZE)
+    _, _, _, costs = planned("7b", {"method": METHOD, "preset": PRESET}, Prompt(None, NUM_TEXT), BLOCK_SIZE)
     return [
         {
             "first_layer": stage.first_layer,

@@ -62,12 +62,13 @@ RULES = {
     "vllm_hidrop.cli": Rule(("vllm_hidrop.bench", "vllm_hidrop.lab.evaluate", *EDGES, *CONFIG), lazily=EVERYTHING),
     "vllm_hidrop.embedded": Rule((*MODELS, "torch", "vllm")),
     "vllm_hidrop.lab": Rule((*MODELS, *EDGES, "vllm_hidrop.embedded", "torch", "vllm")),
-    "vllm_hidrop.lab.convert": Rule((*CONFIG, "torch")),
-    "vllm_hidrop.lab.evaluate": Rule(
-        (*EDGES, "vllm_hidrop.embedded", "vllm_hidrop.lab.train.scenes", "vllm_hidrop.lab.train.questions")
+    "vllm_hidrop.lab.convert": Rule((*CONFIG, "vllm_hidrop.json_text", "vllm_hidrop.lab.atomic_write", "torch")),
+    "vllm_hidrop.lab.evaluate": Rule((*EDGES, "vllm_hidrop.embedded", "vllm_hidrop.lab.validation")),
+    "vllm_hidrop.lab.evaluate.tasks.synthetic": Rule(
+        ("vllm_hidrop.lab.evaluate", "vllm_hidrop.lab.train.scenes", "vllm_hidrop.lab.train.questions")
     ),
-    "vllm_hidrop.lab.accuracy": Rule(("vllm_hidrop.lab", "vllm_hidrop.embedded", "vllm_hidrop.cli", *CONFIG)),
-    "vllm_hidrop.lab.calibrate": Rule((*EDGES, "torch"), lazily=("vllm_hidrop.lab.train",)),
+    "vllm_hidrop.lab.evaluate.report": Rule(("vllm_hidrop.lab", "vllm_hidrop.embedded", "vllm_hidrop.cli", *CONFIG)),
+    "vllm_hidrop.lab.calibrate": Rule((*EDGES, *CONFIG, "torch"), lazily=("vllm_hidrop.lab.train",)),
     "vllm_hidrop.monitoring": Rule(("vllm_hidrop.cli", *EDGES)),
     "vllm_hidrop.bench": Rule(
         EDGES, lazily=("vllm_hidrop.engine.compat", "hidrop_loadtests.pictures", "torch", "vllm")

@@ -273,7 +273,7 @@ def evaluate(  # noqa: PLR0913, PLR0917 (one argument is one option)
     if not embedded and url is None:
         raise ValueError("give --url or --embedded")
     from vllm_hidrop.cli import evaluate as command
-    from vllm_hidrop.lab.evaluate.asking import Endpoint
+    from vllm_hidrop.lab.evaluate.endpoint import Endpoint
     from vllm_hidrop.lab.evaluate.samples import Source
 
     choice = command.Choice(task, Source(data, images, limit, seed), concurrency, json_file, out)

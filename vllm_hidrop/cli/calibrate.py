@@ -172,8 +172,10 @@ def _print(curves: "Curves", proposal: "Proposal", config: dict[str, Any], notes
         table.add_row(*_cells(curves, layer), *_schedule_cells(proposal, layer))
     console = Terminal()
     console.show(table)
-    mean = f"Mean vision tokens per layer: {proposal.mean_kept:.2f} of {proposal.shape[1]}"
-    console.print("\n".join([mean, *(f"Note: {note}" for note in notes)]), highlight=False, soft_wrap=True)
+    num_tokens = proposal.shape[1]
+    mean = proposal.schedule().mean_kept(num_tokens)
+    told = f"Mean vision tokens per layer: {mean:.2f} of {num_tokens}"
+    console.print("\n".join([told, *(f"Note: {note}" for note in notes)]), highlight=False, soft_wrap=True)
     console.print(json.dumps(config), highlight=False, soft_wrap=True, markup=False)
 
 
@@ -186,10 +188,8 @@ def _cells(curves: "Curves", layer: int) -> Iterator[str]:
 
 def _schedule_cells(proposal: "Proposal", layer: int) -> tuple[str, str]:
     """Vision tokens of a layer, and what happens there: a filter stands behind its layer."""
-    where = proposal.boundaries
-    passed = sum(after < layer for after in proposal.filter_layers)
-    holds = where.inject_layer <= layer < where.exit_layer
-    kept = (proposal.shape[1], *proposal.keeps)[passed] if holds else 0
+    where, schedule = proposal.boundaries, proposal.schedule()
+    kept = schedule.kept(proposal.shape[1])[schedule.stage_of_layer(layer - 1)]
     signs = ((where.inject_layer, "inject"), (where.exit_layer, "exit"))
     words = [word for at, word in signs if at == layer] + ["filter"] * (layer in proposal.filter_layers)
     return str(kept), " ".join(words)

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from vllm_hidrop.terminal import Terminal
 
 if TYPE_CHECKING:
-    from vllm_hidrop.lab.convert import Conversion
+    from vllm_hidrop.lab.convert.conversion import Conversion
 
 
 def run(source: Path, destination: Path, preset: str | None, vision_tower: Path | None) -> None:
@@ -25,7 +25,7 @@ def run(source: Path, destination: Path, preset: str | None, vision_tower: Path 
         OSError: files cannot be read or written.
     """
     try:
-        from vllm_hidrop.lab.convert import prepare
+        from vllm_hidrop.lab.convert.conversion import prepare
     except ImportError as error:
         raise ValueError(
             f"convert needs PyTorch, safetensors and transformers ({error}); install the extra cpu"

@@ -1,12 +1,10 @@
-"""``hidrop eval``: ask, score, show.
-
-Knows the terminal and the result files; the work is in `vllm_hidrop.lab.evaluate`.
-"""
+"""``hidrop eval``: asks, scores and shows by `vllm_hidrop.lab.evaluate`."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from vllm_hidrop.cli.local_server import local_server
-from vllm_hidrop.lab.evaluate.arms import Arm, embedded_arms
-from vllm_hidrop.lab.evaluate.asking import Endpoint
+from vllm_hidrop.lab.evaluate import exam as exams
+from vllm_hidrop.lab.evaluate.endpoint import Endpoint
+from vllm_hidrop.lab.evaluate.exam import Arm, Exam, Outcome, embedded_arms, provenance, take, take_arms
+from vllm_hidrop.lab.evaluate.figure import draw_results
 from vllm_hidrop.lab.evaluate.journal import check_journal
-from vllm_hidrop.lab.evaluate.plot import draw
-from vllm_hidrop.lab.evaluate.run import Exam, Outcome, provenance, take
 from vllm_hidrop.lab.evaluate.samples import Source
 from vllm_hidrop.lab.evaluate.scoring import compare, mean_tokens, summarise
 from vllm_hidrop.outputs import write_file
@@ -38,20 +36,12 @@ class Choice:
     out: Path | None
 
     def exam(self) -> Exam:
-        """The questions.
-
-        Raises:
-            ValueError: unknown task or unreadable data.
-        """
+        """The questions. Raises ValueError: unknown task or unreadable data."""
         return Exam.load(self.task, self.source, self.concurrency)
 
 
 def xargs(off: bool, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``--off`` and ``--xargs`` ask for together.
-
-    Raises:
-        ValueError: both name ``hidrop``.
-    """
+    """What ``--off`` and ``--xargs`` ask for together. Raises ValueError: both name ``hidrop``."""
     if off and "hidrop" in given:
         raise ValueError('give --off or "hidrop" in --xargs, not both')
     return {**given, **(OFF if off else {})}
@@ -64,8 +54,8 @@ def run_url(choice: Choice, endpoint: Endpoint) -> int:
         ValueError: data, settings or endpoint that cannot be used.
     """
     exam, console = choice.exam(), Terminal()
-    with _progress() as progress:
-        outcome = _take(exam, endpoint, choice.out, progress, exam.name)
+    with progress_bars() as bars:
+        outcome = take(exam, endpoint, choice.out, show_progress(bars, exam, Arm(exam.name)))
     result = {
         **exam.settings(endpoint),
         "url": endpoint.url,
@@ -82,51 +72,34 @@ def run_embedded(choice: Choice) -> int:
     Raises:
         ValueError: data or settings that cannot be used, or a server that does not start.
     """
-    exam, console, arms = choice.exam(), Terminal(), embedded_arms()
-    if choice.out is not None:
-        for arm in arms:
-            check_journal(choice.out / arm.name)
-    outcomes: list[Outcome] = []
-    with _progress() as progress, ExitStack() as servers:
-        urls: dict[tuple[str, ...], str] = {}
-        for arm in arms:
-            if arm.serve not in urls:
-                servers.close()  # one server at a time
-                urls = {arm.serve: servers.enter_context(_serving(arm, progress))}
-            directory = choice.out / arm.name if choice.out else None
-            endpoint = Endpoint(urls[arm.serve], xargs=arm.xargs)
-            outcomes.append(_take(exam, endpoint, directory, progress, arm.name))
+    exam, console, arms = choice.exam(), Terminal(), embedded_arms(choice.out)
+    for arm in arms:
+        if arm.directory is not None:
+            check_journal(arm.directory)
+    with progress_bars() as bars:
+        outcomes = list(take_arms(exam, arms, partial(_serving, bars), partial(show_progress, bars, exam)))
     result = _comparison(exam, outcomes)
     return _end(console, _comparison_table(result), outcomes, choice.json_file, result)
 
 
 def run_plot(results: Sequence[Path], png: Path) -> None:
-    """Plot result files.
-
-    Raises:
-        ValueError: a file that is no result.
-    """
-    draw(results, png)
+    """Plot result files. Raises ValueError: a file that is no result."""
+    draw_results(results, png)
     Terminal().print(f"{png}: accuracy against vision tokens of {len(results)} result(s)", markup=False)
 
 
 @contextmanager
-def _serving(arm: Arm, progress: Progress) -> Iterator[str]:
-    waiting = progress.add_task("starting the server", total=None)
-    with local_server(arm.serve, on_wait=progress.refresh) as url:
-        progress.remove_task(waiting)
+def _serving(bars: Progress, arm: Arm) -> Iterator[str]:
+    waiting = bars.add_task("starting the server", total=None)
+    with local_server(arm.serve, on_wait=bars.refresh) as url:
+        bars.remove_task(waiting)
         yield url
 
 
-def _take(exam: Exam, endpoint: Endpoint, directory: Path | None, progress: Progress, title: str) -> Outcome:
-    bar = progress.add_task(title, total=len(exam.samples))
-    return take(
-        exam,
-        endpoint,
-        directory,
-        on_start=lambda num_answered: progress.update(bar, completed=num_answered),
-        on_answer=lambda: progress.advance(bar),
-    )
+def show_progress(bars: Progress, exam: Exam, arm: Arm) -> exams.Progress:
+    """A bar of the questions that an arm has answered."""
+    bar = bars.add_task(arm.name, total=len(exam.samples))
+    return exams.Progress(lambda num_answered: bars.update(bar, completed=num_answered), lambda: bars.advance(bar))
 
 
 def _comparison(exam: Exam, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -175,15 +148,10 @@ def _between(interval: Sequence[float] | None) -> str:
     return "-" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f} %"
 
 
-def _progress() -> Progress:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Terminal(stderr=True), transient=True)
+def progress_bars() -> Progress:
+    """Bars on standard error that are gone at the end."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=Terminal(stderr=True), transient=True)
 
 
 def _end(

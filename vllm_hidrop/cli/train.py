@@ -14,13 +14,12 @@ def run(config_path: Path) -> int:
         ValueError: the configuration, the model or the data are not what they should be.
         OSError: the output cannot be written, or the disk is full.
     """
-    from vllm_hidrop.lab.train.run_config import read_train_config
-    from vllm_hidrop.lab.train.unfinished import TrainingStopped
+    from vllm_hidrop.lab.train.train_config import read_train_config
 
     config = read_train_config(config_path)
     check_folder(config.output)
     try:
-        from vllm_hidrop.lab.train.run import train
+        from vllm_hidrop.lab.train.trainer import TrainingStopped, train
     except ModuleNotFoundError as error:
         raise ValueError(f'hidrop train needs the package {error.name}: pip install "vllm-hidrop[train]"') from None
     try:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vllm_hidrop.lab.calibrate.samples import read_samples, stream_list, synthetic_seeds, take
+from vllm_hidrop.lab.calibrate.samples import read_samples, synthetic_seeds, take
 from vllm_hidrop.lab.train.scenes import FIRST_HELD_OUT_SEED
 
 ROUND = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": " a cat "}]
@@ -38,30 +38,20 @@ def test_the_first_round_of_an_entry_is_read_and_text_only_entries_are_passed_ov
     ]
 
 
-def test_a_list_longer_than_the_buffer_is_read_item_by_item(tmp_path: Path) -> None:
-    entries = [{"id": index, "text": "x" * 1000} for index in range(300)]
-    path = tmp_path / "long.json"
-    path.write_text(json.dumps(entries, indent=1))
-    assert list(stream_list(path)) == entries
-
-
-def test_an_empty_list_has_no_items(tmp_path: Path) -> None:
-    assert not list(stream_list(Path(write(tmp_path, []))))
-
-
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
         ('{"a": 1}', "data.json is not a JSON list of entries"),
-        ('[{"a": 1}, {"a"', "is not a JSON list of entries: entry 1"),
-        ([3], "entry 0 of .* is not a JSON object"),
-        ([{"image": "a.png"}], 'entry 0 of .*: "conversations" must be a list'),
-        ([{"image": "a.png", "conversations": [{"from": "human"}]}], '"conversations" must be a list'),
+        ('[{"a": 1}, {"a"', "is not a JSON list of entries: .* truncated"),
+        ([3], "entry 0: Input should be an object"),
+        ([{"image": "a.png"}], "entry 0: conversations: Field required"),
+        ([{"image": "a.png", "conversations": [{"from": "human"}]}], "entry 0: conversations.0.value: Field required"),
         ([{"image": "a.png", "conversations": ROUND[::-1]}], 'the first round must be "human", then "gpt"'),
-        ([{"image": "a.png", "conversations": [{"from": "human", "value": "hi"}]}], "must hold <image> once, got 0"),
-        ([{"image": ["a.png"], "conversations": ROUND}], '"image" must be one file name'),
-        ([{"id": 0}, {"image": "b.png", "conversations": ROUND}], "entry 1 of .*: no such image: .*b.png"),
-        ([{"image": "data.json", "conversations": ROUND}], "entry 0 of .*: cannot read image"),
+        ([{"image": "a.png", "conversations": [{"from": "human", "value": "hi"}]}], "must hold <image> once"),
+        ([{"image": ["a.png", "a.png"], "conversations": ROUND}], "and the entry one image"),
+        ([{"image": 3, "conversations": ROUND}], "entry 0: image.str: Input should be a valid string"),
+        ([{"id": 0, "conversations": ROUND}, {"image": "b.png", "conversations": ROUND}], "entry 1: no such image"),
+        ([{"image": "data.json", "conversations": ROUND}], "entry 0: not a readable image"),
     ],
 )
 def test_a_wrong_file_is_named_with_its_entry(tmp_path: Path, entries: Any, message: str) -> None:

@@ -26,10 +26,13 @@ from tests.lab.convert.originals import (
     wide_picture,
 )
 from vllm_hidrop.cli.app import app
-from vllm_hidrop.lab.convert import Summary, prepare
-from vllm_hidrop.lab.convert.tokens import SYSTEM_PROMPT
+from vllm_hidrop.lab.convert.conversion import Summary, prepare
 
 SMALL_SHARDS = 60_000
+SYSTEM_PROMPT = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 
 
 def convert(checkpoint: Checkpoint, destination: Path, preset: str | None = None) -> Summary:

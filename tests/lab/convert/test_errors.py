@@ -64,7 +64,7 @@ SHARD = "pytorch_model-00001-of-00002.bin"
 NORM = "model.norm.weight"
 BREAKS: list[tuple[Break, str]] = [
     (remove("model/config.json"), "model has no config.json"),
-    (write("model/config.json", "{"), "cannot read .*config.json"),
+    (write("model/config.json", "{"), "config.json is not JSON"),
     (set_config(model_type="llava", architectures=["LlavaForConditionalGeneration"]), "Hugging Face format already"),
     (
         set_config(model_type="mistral", architectures=["MistralForCausalLM"]),

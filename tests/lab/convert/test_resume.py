@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.lab.convert.originals import Checkpoint, make_original
-from vllm_hidrop.lab.convert import Conversion, prepare
+from vllm_hidrop.lab.atomic_write import unfinished_path
+from vllm_hidrop.lab.convert.conversion import Conversion, prepare
 
 SHARD_BYTES = 60_000
 
@@ -37,12 +38,16 @@ def stop_after(num_bytes: int, error: BaseException | None = None) -> Callable[[
     return advance
 
 
+def shards_of(conversion: Conversion) -> list[str]:
+    return list(conversion.shards)
+
+
 def interrupt(conversion: Conversion) -> int:
     """Stop inside the third shard; returns the number of finished ones."""
     sources = sum(path.stat().st_size for path in conversion.sources.values())
-    two = sum(shard.num_bytes for shard in conversion.shards[:2])
+    first, second, third = (conversion.shard_size(shard) for shard in shards_of(conversion)[:3])
     with pytest.raises(KeyboardInterrupt):
-        conversion.run(stop_after(sources + two + conversion.shards[2].num_bytes // 2 + 8000))
+        conversion.run(stop_after(sources + first + second + third // 2 + 8000))
     return 2
 
 
@@ -55,8 +60,9 @@ def test_an_interrupted_conversion_goes_on_and_ends_with_the_same_files(checkpoi
     finished = interrupt(conversion)
     out = conversion.destination
     assert not (out / "config.json").exists()
-    assert not list(out.glob("*.tmp"))
-    (out / f"{conversion.shards[2].name}.tmp").write_bytes(b"cut off by a power failure")
+    unfinished = unfinished_path(out / shards_of(conversion)[2])
+    assert not unfinished.exists()
+    unfinished.write_bytes(b"cut off by a power failure")
     summary = start(checkpoint).run(lambda _: None)
     assert len(summary.verified) == finished
     assert len(summary.written) == len(conversion.shards) - finished
@@ -81,7 +87,7 @@ def test_a_finished_conversion_is_verified_and_not_written_again(checkpoint: Che
 def test_a_written_shard_that_changed_is_written_again(checkpoint: Checkpoint) -> None:
     conversion = start(checkpoint)
     conversion.run(lambda _: None)
-    path = conversion.destination / conversion.shards[1].name
+    path = conversion.destination / shards_of(conversion)[1]
     good = path.read_bytes()
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     summary = start(checkpoint).run(lambda _: None)
@@ -114,7 +120,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_temporary_file(checkpoint: Checkp
     conversion = start(checkpoint)
     sources = sum(path.stat().st_size for path in conversion.sources.values())
     full = OSError(code, os.strerror(code))
-    with pytest.raises(ValueError, match=f"no space left on the disk of .* for {conversion.shards[0].name}"):
+    with pytest.raises(OSError, match=f"disk full while writing .*{shards_of(conversion)[0]}"):
         conversion.run(stop_after(sources, full))
     assert {path.name for path in conversion.destination.iterdir()} == {"hidrop_convert.json"}
     assert len(start(checkpoint).run(lambda _: None).written) == len(conversion.shards)
@@ -125,7 +131,7 @@ def test_a_link_under_a_temporary_name_is_not_followed(checkpoint: Checkpoint) -
     interrupt(conversion)
     elsewhere = checkpoint.directory.parent / "elsewhere"
     elsewhere.write_text("mine")
-    (conversion.destination / f"{conversion.shards[2].name}.tmp").symlink_to(elsewhere)
+    unfinished_path(conversion.destination / shards_of(conversion)[2]).symlink_to(elsewhere)
     start(checkpoint).run(lambda _: None)
     assert elsewhere.read_text() == "mine"
     assert not [path for path in conversion.destination.iterdir() if path.is_symlink()]

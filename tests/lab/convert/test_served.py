@@ -12,7 +12,7 @@ from tests.engine.harness import Engine, engine
 from tests.lab.convert.originals import IMAGE_TOKEN, Checkpoint, make_original, padded_pixels, wide_picture
 from tests.oracles.masked import Oracle, OracleStage
 from vllm_hidrop.config import HidropConfig, resolve
-from vllm_hidrop.lab.convert import prepare
+from vllm_hidrop.lab.convert.conversion import prepare
 from vllm_hidrop.methods import ModelShape
 
 pytestmark = pytest.mark.engine

@@ -14,12 +14,13 @@ from vllm_hidrop.lab.train import embedded
 from vllm_hidrop.lab.train.batches import IGNORED, pack_questions
 from vllm_hidrop.lab.train.evaluate import Checkpoint, make_example
 from vllm_hidrop.lab.train.initial import initialise_language_model
-from vllm_hidrop.lab.train.language import Vision, answer_logits
 from vllm_hidrop.lab.train.model import build_model
 from vllm_hidrop.lab.train.questions import draw_questions
+from vllm_hidrop.lab.train.rows import Rows
 from vllm_hidrop.lab.train.scenes import NUM_PATCHES, make_scene
 from vllm_hidrop.lab.train.schedules import FLAT_KEEP, FORMS, HIDROP, SHAPE, Form, trained_entry, with_schedule
-from vllm_hidrop.lab.train.staged import Rows, Selection, StagedTraining
+from vllm_hidrop.lab.train.staged import Selection, StagedTraining
+from vllm_hidrop.lab.train.stages import Vision, answer_logits
 from vllm_hidrop.lab.train.vocabulary import TOKEN_IDS
 from vllm_hidrop.methods.fastv import FastV
 from vllm_hidrop.plan.positions import PositionScheme
@@ -64,7 +65,7 @@ def test_a_method_that_needs_the_layer_before_cannot_be_a_form() -> None:
 def test_the_shared_image_pass_numbers_rows_as_the_staged_forward_does(
     monkeypatch: pytest.MonkeyPatch, scheme: PositionScheme
 ) -> None:
-    monkeypatch.setattr("vllm_hidrop.lab.train.language.SYSTEM_FRACTION", 0.0)
+    monkeypatch.setattr("vllm_hidrop.lab.train.stages.SYSTEM_FRACTION", 0.0)
     model, rng = build_model(0), np.random.default_rng(0)
     initialise_language_model(model, 3)
     vision = Vision(torch.randn(1, NUM_PATCHES, 128) * 0.1, torch.arange(NUM_PATCHES)[None])
@@ -83,24 +84,15 @@ def test_the_shared_image_pass_numbers_rows_as_the_staged_forward_does(
     assert (shared - expected).abs().max() < 0.1 * expected.abs().max()  # one in bfloat16, one in float32
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("ablations")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedded, "FORMS", {name: FORMS[name] for name in ("hidrop", "hidrop_seed1", "flat")})
-        embedded.main(["all-ablations", "--smoke", "--out", str(directory)])
-    return directory
-
-
-def test_a_row_is_trained_and_served_with_its_own_schedule(trained: Path) -> None:
-    config = json.loads((trained / "flat" / "config.json").read_text(encoding="utf-8"))
+def test_a_row_is_trained_and_served_with_its_own_schedule(smoke_directory: Path) -> None:
+    config = json.loads((smoke_directory / "flat" / "config.json").read_text(encoding="utf-8"))
     assert config["hidrop"] == trained_entry("flat")
-    assert Checkpoint(trained / "flat").schedule.kept(NUM_PATCHES) == (0, 576, FLAT_KEEP, 0)
+    assert Checkpoint(smoke_directory / "flat").schedule.kept(NUM_PATCHES) == (0, 576, FLAT_KEEP, 0)
 
 
-def test_a_rows_seed_changes_its_own_stages_and_not_the_base(trained: Path) -> None:
+def test_a_rows_seed_changes_its_own_stages_and_not_the_base(smoke_directory: Path) -> None:
     first, second = (
-        torch.load(trained / f"stage_{name}_images.pt", weights_only=True)["model"]
+        torch.load(smoke_directory / f"stage_{name}_images.pt", weights_only=True)["model"]
         for name in ("hidrop", "hidrop_seed1")
     )
     differs = {name for name in first if not torch.equal(first[name], second[name])}
@@ -109,11 +101,11 @@ def test_a_rows_seed_changes_its_own_stages_and_not_the_base(trained: Path) -> N
 
 
 def test_rows_that_are_there_are_not_trained_again(
-    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    smoke_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(embedded, "FORMS", {name: FORMS[name] for name in ("hidrop", "flat")})
     monkeypatch.setattr(embedded, "run_stages", None)
-    embedded.main(["all-ablations", "--smoke", "--out", str(trained)])
+    embedded.main(["all-ablations", "--smoke", "--out", str(smoke_directory)])
     assert capsys.readouterr().out == "1 of 2, hidrop: is there\n2 of 2, flat: is there\n"
 
 

@@ -28,8 +28,8 @@ from vllm_hidrop.config import HidropConfig, make_method, resolve
 from vllm_hidrop.lab.train.dtopk import SMOOTH, gates, hard_rank, soft_mask
 from vllm_hidrop.lab.train.llava_training import LlavaTraining, load_checkpoint
 from vllm_hidrop.lab.train.ratio import Ratio, learnt_options, make_ratio
-from vllm_hidrop.lab.train.run_config import parse_train_config
 from vllm_hidrop.lab.train.staged import Selection, StagedTraining
+from vllm_hidrop.lab.train.train_config import parse_train_config
 
 __all__ = ["data", "settings", "tiny"]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -15,9 +15,10 @@ from tests.oracles.masked import Oracle, OracleStage, Positions, Rule
 from tests.oracles.renumbered import RenumberedOracle
 from tests.tiny_models import IMAGE_TOKEN, NUM_LAYERS, TOKENS_PER_IMAGE, text_config, vision_config
 from vllm_hidrop.config import make_method
-from vllm_hidrop.lab.train.decoder import attend
+from vllm_hidrop.lab.train.decoder import attend, query_attention
 from vllm_hidrop.lab.train.dtopk import SMOOTH, gates, hard_rank, soft_mask, soft_rank
-from vllm_hidrop.lab.train.staged import Rows, Selection, StagedTraining, query_attention
+from vllm_hidrop.lab.train.rows import Rows
+from vllm_hidrop.lab.train.staged import Selection, StagedTraining
 from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.methods.scoring import select_top
 

@@ -33,7 +33,7 @@ def test_both_forwards_train_the_same_weights() -> None:
     weight = step.model.model.language_model.layers[0].mlp.up_proj.weight
     for method in (NoPruning(), make_method("hidrop", "tok64", {"scale": True})):
         before = weight.detach().clone()
-        step.run(step.forward_of(method))
+        step.run(step.module_of(method))
         assert not weight.equal(before)
 
 

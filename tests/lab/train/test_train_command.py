@@ -15,10 +15,10 @@ from typer.testing import CliRunner, Result
 
 from tests.lab.train.llava_data import SCHEDULE, make_talking_llava, write_data
 from vllm_hidrop.cli.app import app
-from vllm_hidrop.lab.train import saved_state
+from vllm_hidrop.lab.train import trainer
 from vllm_hidrop.lab.train.llava_training import LlavaTraining, load_checkpoint
-from vllm_hidrop.lab.train.run_config import parse_train_config
-from vllm_hidrop.lab.train.stage_loop import StageLoop, cosine_with_warm_up
+from vllm_hidrop.lab.train.train_config import parse_train_config
+from vllm_hidrop.lab.train.trainer import StageLoop, cosine_with_warm_up, load_latest
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 Settings = dict[str, Any]
@@ -81,7 +81,7 @@ def log(settings: Settings) -> list[dict[str, str]]:
 
 
 def last_checkpoint(settings: Settings) -> dict[str, Any]:
-    state = saved_state.load_latest(Path(settings["output"]) / "checkpoints")
+    state = load_latest(Path(settings["output"]) / "checkpoints")
     assert state is not None
     return state
 
@@ -169,7 +169,7 @@ def test_dense_training_has_the_loss_of_the_plain_model(settings: Settings, tiny
     source = open_source(config.stages()[0].data, 0)
     batch = checkpoint.encoder.collate([source[1], source[6]])
     with torch.no_grad():
-        summed = LlavaTraining(checkpoint, config)(batch)
+        summed = LlavaTraining.from_checkpoint(checkpoint, config)(batch)
         plain = checkpoint.llava(
             input_ids=batch.input_ids,
             attention_mask=batch.is_valid.long(),
@@ -204,7 +204,7 @@ def test_synthetic_scenes_train_the_embedded_model(tmp_path: Path) -> None:
 
 def fail_after(monkeypatch: pytest.MonkeyPatch, num_saves: int) -> None:
     """Raise right after a checkpoint is written, as a kill would."""
-    save: Callable[..., None] = saved_state.save
+    save: Callable[..., None] = trainer.save_checkpoint
     saves = []
 
     def save_then_fail(*arguments: Any) -> None:
@@ -213,7 +213,7 @@ def fail_after(monkeypatch: pytest.MonkeyPatch, num_saves: int) -> None:
         if len(saves) == num_saves:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(saved_state, "save", save_then_fail)
+    monkeypatch.setattr(trainer, "save_checkpoint", save_then_fail)
 
 
 TWO_STAGES = {"stage": [{"stage": "align", "steps": 2}, {"stage": "instruct", "steps": 3}], "steps": None}
@@ -305,7 +305,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(
 def test_a_device_without_room_is_recognised(tmp_path: Path) -> None:
     from safetensors import SafetensorError
 
-    from vllm_hidrop.lab.train.unfinished import whole_or_absent
+    from vllm_hidrop.lab.atomic_write import whole_or_absent
 
     if not Path("/dev/full").is_char_device():
         pytest.skip("no /dev/full here")

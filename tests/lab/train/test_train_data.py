@@ -11,12 +11,11 @@ from transformers import AutoProcessor
 
 from tests.lab.train.llava_data import make_talking_llava, said, write_data
 from tests.tiny_models import IMAGE_TOKEN, TOKENS_PER_IMAGE
-from vllm_hidrop.lab.train import json_entries
 from vllm_hidrop.lab.train.conversations import LlavaFile, Sample, SyntheticScenes, Turn
-from vllm_hidrop.lab.train.feeding import Share, ShuffledPositions
+from vllm_hidrop.lab.train.data_loader import Share, ShuffledPositions
 from vllm_hidrop.lab.train.prompts import IGNORED, PromptEncoder
-from vllm_hidrop.lab.train.run_config import parse_train_config, read_train_config
 from vllm_hidrop.lab.train.scenes import NUM_PATCHES
+from vllm_hidrop.lab.train.train_config import parse_train_config, read_train_config
 from vllm_hidrop.lab.train.vocabulary import IMAGE, TOKEN_IDS, build_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -66,16 +65,13 @@ def test_a_wrong_configuration_is_refused_with_the_key_and_the_known_ones(change
 # --- LLaVA files -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk", [3, 1 << 20])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
-def test_entries_are_found_by_offset_whatever_the_chunks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, name: str
-) -> None:
-    monkeypatch.setattr(json_entries, "CHUNK_BYTES", chunk)
+def test_entries_of_a_list_and_of_lines_are_found(tmp_path: Path, name: str, mark: str) -> None:
     entries = [{"conversations": said('köln 東京 "{[]}', f"t{number}")} for number in range(5)]
     lines = "\n\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
     text = lines if name.endswith("l") else json.dumps(entries, ensure_ascii=False, indent=2)
-    (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / name).write_text(mark + text, encoding="utf-8")
     source = LlavaFile(tmp_path / name, None)
     assert len(source) == 5
     assert [source[number].turns[1].text for number in (4, 0)] == ["t4", "t0"]
@@ -88,13 +84,18 @@ GOOD = {"conversations": said("t1", "t2")}
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{}", "entry 0: the file is not a JSON list"),
+        ("{}", "is not a JSON list of entries: Expected `array`"),
+        ("", "is not a JSON list of entries"),
         ("[]", "holds no entries"),
-        (json.dumps([GOOD])[:-1], "entry 1: the file ends before the list does"),
-        (json.dumps([GOOD])[:-9], "entry 0: not JSON"),
-        (json.dumps([GOOD, {"id": 1}]), 'entry 1: expected an object with a list "conversations"'),
+        (json.dumps([GOOD])[:-1], "is not a JSON list of entries: .* truncated"),
+        (json.dumps([GOOD])[:-9], "is not a JSON list of entries: "),
+        (json.dumps([GOOD, {"id": 1}]), "entry 1: conversations: Field required"),
+        (json.dumps([GOOD, 3]), "entry 1: Input should be an object"),
         (json.dumps([GOOD, {"conversations": said("t1", "t2")[:1]}]), "entry 1: .*must take turns"),
-        (json.dumps([{"conversations": [{"from": "me", "value": "t1"}]}]), 'entry 0: turn 0 must have "from"'),
+        (
+            json.dumps([{"conversations": [{"from": "me", "value": "t1"}]}]),
+            "entry 0: conversations.0.from: Input should be",
+        ),
         (json.dumps([GOOD | {"image": "a.png"}]), "entry 0: 1 images but 0 <image>"),
     ],
 )

@@ -149,11 +149,7 @@ class Checkpoint:
 
 
 def check_family(config: Any) -> None:
-    """Refuse a model that the curves are not defined for.
-
-    Raises:
-        ValueError: names the part and the supported ones.
-    """
+    """Refuse a model that the curves are not defined for. Raises ValueError: names the part and the supported ones."""
     if config.model_type not in FAMILIES:
         raise ValueError(f"cannot calibrate model type {config.model_type!r}; supported: {', '.join(FAMILIES)}")
     text = config.get_text_config().model_type

@@ -3,6 +3,7 @@
 Every sample weighs the same. Entry 0 of a curve belongs to the paper's layer 1.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, median_low
@@ -65,25 +66,8 @@ class Curves:
         return asdict(self) | {"ilvas": {str(window): curve for window, curve in self.ilvas.items()}}
 
 
-@dataclass(frozen=True)
-class _One:
-    """The curves of one sample."""
-
-    num_vision: int
-    vision_intra: list[float]
-    text_intra: list[float]
-    cross: list[float] | None
-    ilvas: dict[int, list[float]]
-    agreement: list[float]
-    accuracy: list[float] | None  # one more entry than layers: the last one without any exit
-
-
 def check_settings(settings: Settings, num_layers: int) -> None:
-    """Refuse windows the model is too shallow for.
-
-    Raises:
-        ValueError: names the window.
-    """
+    """Refuse windows the model is too shallow for. Raises ValueError: names the window."""
     for window in settings.windows:
         if not 1 <= window < num_layers:
             raise ValueError(f"a window must be in [1, {num_layers - 1}] for {num_layers} layers, got {window}")
@@ -96,28 +80,47 @@ def measure(checkpoint: Checkpoint, samples: Iterable[Sample], settings: Setting
         ValueError: all images are the same, so that none is mismatched.
     """
     check_settings(settings, checkpoint.num_layers)
-    found: list[_One] = []
+    counts: list[int] = []
+    found: dict[str, list[list[float]]] = defaultdict(list)
     seen: list[Image.Image] = []  # at most two: the last image, and the last one that differs from it
     for sample in samples:
         other = next((image for image in reversed(seen) if not _same(image, sample.image)), None)
-        found.append(_measure_one(checkpoint, sample, other, settings))
+        num_vision, curves = _measure_one(checkpoint, sample, other, settings)
+        counts.append(num_vision)
+        for name, curve in curves.items():
+            found[name].append(curve)
         seen = [*([other] if other else seen[:1]), sample.image]
-    if all(one.cross is None for one in found):
+    if "cross" not in found:
         raise ValueError("every sample shows the same image; cross-image similarity needs different ones")
-    return _average(found)
+    means = {name: [round(fmean(values), DECIMALS) for values in zip(*found[name], strict=True)] for name in found}
+    accuracy = means.get("accuracy")
+    return Curves(
+        num_samples=len(counts),
+        vision_tokens=(min(counts), median_low(counts), max(counts)),
+        vision_intra=means["vision_intra"],
+        text_intra=means["text_intra"],
+        cross=means["cross"],
+        ilvas={window: means[f"ilvas {window}"] for window in settings.windows},
+        agreement=means["agreement"],
+        accuracy=accuracy[:-1] if accuracy else None,
+        full_accuracy=accuracy[-1] if accuracy else None,
+    )
 
 
-def _measure_one(checkpoint: Checkpoint, sample: Sample, other: Image.Image | None, settings: Settings) -> _One:
+def _measure_one(
+    checkpoint: Checkpoint, sample: Sample, other: Image.Image | None, settings: Settings
+) -> tuple[int, dict[str, list[float]]]:
+    """Vision tokens and curves of one sample; no ``cross`` without another image, no ``accuracy`` without an answer."""
     encoded = checkpoint.encode(sample.image, sample.question, sample.answer, settings.max_answer_tokens)
     own = _record(checkpoint, encoded)
-    cross = None
+    curves = {"vision_intra": own.vision_intra, "text_intra": own.text_intra}
     if other is not None:
         # The same size, so that a model of variable resolution has the same rows at the same positions.
         fitted = other.resize(sample.image.size)
-        cross = cross_similarity(own, _record(checkpoint, checkpoint.encode(fitted, sample.question, "", 0)))
-    agreement, accuracy = exit_sweep(checkpoint, own, encoded)
-    ilvas = {window: ilvas_curve(own.attention, window, settings.top_tokens) for window in settings.windows}
-    return _One(len(own.rows.vision), own.vision_intra, own.text_intra, cross, ilvas, agreement, accuracy)
+        curves["cross"] = cross_similarity(own, _record(checkpoint, checkpoint.encode(fitted, sample.question, "", 0)))
+    for window in settings.windows:
+        curves[f"ilvas {window}"] = ilvas_curve(own.attention, window, settings.top_tokens)
+    return len(own.rows.vision), curves | exit_sweep(checkpoint, own, encoded)
 
 
 def _same(one: Image.Image, other: Image.Image) -> bool:
@@ -153,38 +156,17 @@ def ilvas_curve(attention: Sequence[Tensor], window: int, top_tokens: int) -> li
     return curve
 
 
-def exit_sweep(checkpoint: Checkpoint, own: Recording, encoded: Encoded) -> tuple[list[float], list[float] | None]:
+def exit_sweep(checkpoint: Checkpoint, own: Recording, encoded: Encoded) -> dict[str, list[float]]:
     """Drop vision at every layer in turn and predict the answer token by token, the right ones before it given.
 
     Returns:
-        ``agreement`` by layer, and ``accuracy`` by layer and without any exit (None where the data has no answer).
+        ``agreement`` by layer, and ``accuracy`` by layer and without any exit, where the data has an answer.
     """
     layers = checkpoint.llm.layers
     end = slice(-encoded.rows.num_answer - 1, -1)
     full = checkpoint.predict(own.last_states[end])
     tokens = [checkpoint.predict(states_without_vision(layers, own, first)[end]) for first in range(len(layers))]
-    agreement = [float((guess == full).float().mean()) for guess in tokens]
-    if not encoded.has_answer:
-        return agreement, None
-    return agreement, [float(torch.equal(guess, encoded.answer)) for guess in (*tokens, full)]
-
-
-def _average(found: Sequence[_One]) -> Curves:
-    counts = [one.num_vision for one in found]
-    accuracy = [one.accuracy for one in found if one.accuracy is not None]
-    by_layer = _mean(accuracy) if accuracy else None
-    return Curves(
-        num_samples=len(found),
-        vision_tokens=(min(counts), median_low(counts), max(counts)),
-        vision_intra=_mean([one.vision_intra for one in found]),
-        text_intra=_mean([one.text_intra for one in found]),
-        cross=_mean([one.cross for one in found if one.cross is not None]),
-        ilvas={window: _mean([one.ilvas[window] for one in found]) for window in found[0].ilvas},
-        agreement=_mean([one.agreement for one in found]),
-        accuracy=by_layer[:-1] if by_layer else None,
-        full_accuracy=by_layer[-1] if by_layer else None,
-    )
-
-
-def _mean(curves: Sequence[Sequence[float]]) -> list[float]:
-    return [round(fmean(values), DECIMALS) for values in zip(*curves, strict=True)]
+    curves = {"agreement": [float((guess == full).float().mean()) for guess in tokens]}
+    if encoded.has_answer:
+        curves["accuracy"] = [float(torch.equal(guess, encoded.answer)) for guess in (*tokens, full)]
+    return curves

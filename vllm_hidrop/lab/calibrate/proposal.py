@@ -1,4 +1,4 @@
-"""From curves to a schedule, as arithmetic on plain numbers. Knows neither models nor tensors.
+"""From curves to a schedule, as arithmetic on plain numbers.
 
 Layers are the paper's one-based numbers throughout, as in the options of `vllm_hidrop.methods.hidrop`: ``inject``
 is the first layer with vision, a filter r stands after layer r, ``exit`` is the first layer without vision (one more
@@ -10,6 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+
+import numpy as np
+
+from vllm_hidrop.config import make_method
+from vllm_hidrop.methods import ModelShape
+from vllm_hidrop.plan.schedule import Schedule
 
 PAPER_TAIL = (10, 5, 1)
 """Tokens kept after the second filter and later ones, in every released schedule."""
@@ -38,14 +44,9 @@ class Proposal:
     keeps: tuple[int, ...]
     shape: tuple[int, int]
 
-    @property
-    def mean_kept(self) -> float:
-        """Vision tokens of one image, mean over all layers, zeros included."""
-        num_layers, num_tokens = self.shape
-        held = (num_tokens, *self.keeps)
-        return sum(k * n for k, n in zip(held, stage_layers(self.boundaries, self.filter_layers), strict=True)) / (
-            num_layers
-        )
+    def schedule(self) -> Schedule:
+        """What the options are served as."""
+        return make_method("hidrop", None, self.options()).schedule(ModelShape(*self.shape))
 
     def options(self) -> dict[str, Any]:
         """The method's options, JSON-able."""
@@ -146,15 +147,9 @@ def tail_keeps(num_filters: int, tokens_per_image: int) -> tuple[int, ...]:
 
     Linear between the paper's three points, rounded half up, at least 1.
     """
-    num_tail = num_filters - 1
-    ends = len(PAPER_TAIL) - 1
-    found = []
-    for index in range(num_tail):
-        at = ends * index / max(1, num_tail - 1)
-        low = min(int(at), ends - 1)
-        value = PAPER_TAIL[low] + (at - low) * (PAPER_TAIL[low + 1] - PAPER_TAIL[low])
-        found.append(max(1, math.floor(value * tokens_per_image / PAPER_TOKENS_PER_IMAGE + 0.5)))
-    return tuple(found)
+    last = len(PAPER_TAIL) - 1
+    tail = np.interp(np.linspace(0, last, num_filters - 1), range(last + 1), PAPER_TAIL)
+    return tuple(max(1, math.floor(keep * tokens_per_image / PAPER_TOKENS_PER_IMAGE + 0.5)) for keep in tail)
 
 
 def keep_counts(where: Boundaries, filters: Sequence[int], shape: tuple[int, int], budget: float) -> tuple[int, ...]:

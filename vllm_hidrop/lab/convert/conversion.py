@@ -4,20 +4,27 @@ The order in the destination: manifest, shards (each noted in the manifest when 
 processor, ``config.json`` last. A directory without it cannot be loaded by mistake.
 """
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from vllm_hidrop.lab.convert.hub_config import build_config, choose_preset, config_json, preset_warnings
-from vllm_hidrop.lab.convert.image_processor import image_processor, processor
-from vllm_hidrop.lab.convert.manifest import MANIFEST_FILE, Manifest, check_same, read_manifest
-from vllm_hidrop.lab.convert.names import EMBEDDING
+from safetensors.torch import save_file
+
+from vllm_hidrop.lab.atomic_write import whole_or_absent, write_json
+from vllm_hidrop.lab.convert.hub_config import (
+    build_config,
+    choose_preset,
+    config_json,
+    image_processor_json,
+    preset_warnings,
+    processor_json,
+)
+from vllm_hidrop.lab.convert.manifest import MANIFEST_FILE, Advance, Manifest, check_same, hash_file, read_manifest
 from vllm_hidrop.lab.convert.original import Original, Tower, find_tower, read_json, read_original
-from vllm_hidrop.lab.convert.shards import Found, Shard, find_all, split
 from vllm_hidrop.lab.convert.tokens import Tokens, read_tokens, save_tokens, tokenizer_files
-from vllm_hidrop.lab.convert.weights import DTYPES
-from vllm_hidrop.lab.convert.writing import Advance, atomic_file, hash_file, write_json
+from vllm_hidrop.lab.convert.weights import EMBEDDING, Weights, find_all, split
 
 SHARD_BYTES = 2 << 30
 CONFIG_FILE = "config.json"
@@ -38,6 +45,7 @@ class Conversion:
 
     Attributes:
         preset: HiDrop's preset, or "none".
+        shards: names of the weights of every file.
         warnings: what the user should know, a line each.
         sources: files read, by their name in the manifest.
     """
@@ -47,8 +55,8 @@ class Conversion:
     tokens: Tokens
     config: Any
     preset: str
-    weights: dict[str, Found]
-    shards: list[Shard]
+    weights: Weights
+    shards: dict[str, list[str]]
     shard_bytes: int
     destination: Path
     warnings: list[str]
@@ -57,7 +65,11 @@ class Conversion:
     @property
     def num_bytes(self) -> int:
         """Bytes to read and to write, about; what :meth:`run` reports progress in."""
-        return sum(path.stat().st_size for path in self.sources.values()) + sum(s.num_bytes for s in self.shards)
+        return sum(path.stat().st_size for path in self.sources.values()) + sum(map(self.shard_size, self.shards))
+
+    def shard_size(self, shard: str) -> int:
+        """Bytes of a shard's tensors."""
+        return sum(self.weights[name].meta().nbytes for name in self.shards[shard])
 
     def run(self, advance: Advance) -> Summary:
         """Hash the source, write what is missing, verify what is there.
@@ -66,14 +78,14 @@ class Conversion:
             advance: called with bytes done.
 
         Raises:
-            ValueError: the destination holds a conversion of something else, a source file is damaged, or the disk is
-                full.
+            ValueError: the destination holds a conversion of something else.
+            OSError: files cannot be written, as on a full disk.
         """
         manifest = self._begin(advance)
         summary = Summary()
         for shard in self.shards:
             outcome = self._write_shard(shard, manifest, advance)
-            getattr(summary, outcome).append(shard.name)
+            getattr(summary, outcome).append(shard)
         self._write_rest()
         manifest.complete = True
         self._save(manifest)
@@ -90,29 +102,32 @@ class Conversion:
         self._save(manifest)
         return manifest
 
-    def _write_shard(self, shard: Shard, manifest: Manifest, advance: Advance) -> str:
-        path, known = self.destination / shard.name, manifest.written.get(shard.name)
+    def _write_shard(self, shard: str, manifest: Manifest, advance: Advance) -> str:
+        path, known = self.destination / shard, manifest.written.pop(shard, None)
         if known is not None and path.is_file() and hash_file(path, advance) == known:
+            manifest.written[shard] = known
             return "verified"
         manifest.complete = False
-        manifest.written.pop(shard.name, None)
-        manifest.written[shard.name] = shard.write(self.destination, advance)
+        with whole_or_absent(path) as unfinished:
+            tensors = {name: self.weights[name].tensor() for name in self.shards[shard]}
+            save_file(tensors, unfinished, metadata={"format": "pt"})
+            manifest.written[shard] = hash_file(unfinished, advance)
         self._save(manifest)
         return "written" if known is None else "repaired"
 
     def _write_rest(self) -> None:
         """Index, tokenizer, processor and configurations; small, so always written."""
-        weight_map = {name: shard.name for shard in self.shards for name in shard.weights}
-        total = sum(shard.num_bytes for shard in self.shards)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(self.destination / "model.safetensors.index.json", index)
+        if len(self.shards) > 1:
+            weight_map = {name: shard for shard, names in self.shards.items() for name in names}
+            index = {"metadata": {"total_size": sum(map(self.shard_size, self.shards))}, "weight_map": weight_map}
+            write_json(self.destination / "model.safetensors.index.json", index)
         with TemporaryDirectory() as staging:
             save_tokens(self.tokens, self.original.directory, Path(staging))
             for file in sorted(Path(staging).iterdir()):
-                with atomic_file(self.destination / file.name) as target:
-                    target.write(file.read_bytes())
-        write_json(self.destination / "preprocessor_config.json", image_processor(self.tower, self.config))
-        write_json(self.destination / "processor_config.json", processor(self.config))
+                with whole_or_absent(self.destination / file.name) as unfinished:
+                    shutil.copyfile(file, unfinished)
+        write_json(self.destination / "preprocessor_config.json", image_processor_json(self.tower, self.config))
+        write_json(self.destination / "processor_config.json", processor_json(self.config))
         write_json(self.destination / "generation_config.json", self._generation_config())
         write_json(self.destination / CONFIG_FILE, config_json(self.config, self._dtype()))
 
@@ -128,7 +143,7 @@ class Conversion:
     def _dtype(self) -> str:
         """The original's, else that of its embeddings; weights are written as they are."""
         given = self.original.config.get("torch_dtype") or self.original.config.get("dtype")
-        stored = DTYPES[self.weights[EMBEDDING].info.dtype]
+        stored = self.weights[EMBEDDING].stored.dtype
         return str(given or stored).removeprefix("torch.")
 
     def _save(self, manifest: Manifest) -> None:
@@ -179,12 +194,12 @@ def prepare(
     )
 
 
-def _sources(original: Original, tower: Tower, weights: dict[str, Found]) -> dict[str, Path]:
+def _sources(original: Original, tower: Tower, weights: Weights) -> dict[str, Path]:
     """Every file that the result depends on."""
     own = [original.directory / CONFIG_FILE, original.directory / "generation_config.json"]
     others = [tower.directory / CONFIG_FILE, tower.directory / "preprocessor_config.json"]
     own += tokenizer_files(original.directory)
-    for path in dict.fromkeys(found.path for found in weights.values()):
+    for path in dict.fromkeys(weight.path for weight in weights.values()):
         (own if path.parent == original.directory else others).append(path)
     named = {f"model/{path.name}": path for path in own} | {f"tower/{path.name}": path for path in others}
     return {name: path for name, path in named.items() if path.is_file()}

@@ -1,11 +1,19 @@
-"""The configuration of the converted model, from those of its parts. Reads and writes no file."""
+"""The configuration and the image processor of the converted model, from those of its parts.
+
+``image_aspect_ratio`` "pad" is transformers' LlavaImageProcessor with ``do_pad``: the image is padded to a square with
+the mean colour, as LLaVA does, then resized. Hugging Face's own conversion of LLaVA-1.5 crops instead. Other values are
+CLIP's processor: the shorter side is resized, the centre kept.
+
+**Differs** transformers resizes with torchvision on tensors, LLaVA with Pillow: bicubic and antialiased both, they
+differ by rounding.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.lab.convert.original import Original, Tower
-from vllm_hidrop.lab.convert.tokens import Tokens
+from vllm_hidrop.lab.convert.tokens import IMAGE_TOKEN, Tokens
 from vllm_hidrop.methods import METHODS, ModelShape
 
 NO_PRESET = "none"
@@ -14,34 +22,17 @@ ALIASES = {"c1": "tok48-c1"}
 ROWS_MULTIPLE = 64
 """Embedding rows are rounded up to it, as in the hub's llava-1.5: 32000 + 2 tokens are 32064 rows."""
 TEXT_KEYS = (
-    "attention_bias",
-    "bos_token_id",
-    "eos_token_id",
-    "head_dim",
-    "hidden_act",
-    "hidden_size",
-    "initializer_range",
-    "intermediate_size",
-    "max_position_embeddings",
-    "mlp_bias",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "rms_norm_eps",
+    *("attention_bias", "bos_token_id", "eos_token_id", "head_dim", "hidden_act", "hidden_size", "initializer_range"),
+    *("intermediate_size", "max_position_embeddings", "mlp_bias", "num_attention_heads", "num_hidden_layers"),
+    *("num_key_value_heads", "rms_norm_eps"),
 )
 VISION_KEYS = (
-    "attention_dropout",
-    "hidden_act",
-    "hidden_size",
-    "image_size",
-    "intermediate_size",
-    "layer_norm_eps",
-    "num_attention_heads",
-    "num_channels",
-    "num_hidden_layers",
-    "patch_size",
-    "projection_dim",
+    *("attention_dropout", "hidden_act", "hidden_size", "image_size", "intermediate_size", "layer_norm_eps"),
+    *("num_attention_heads", "num_channels", "num_hidden_layers", "patch_size", "projection_dim"),
 )
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+BICUBIC = 3
 DEFAULT_ROPE_THETA = 10000.0
 
 
@@ -145,3 +136,36 @@ def _text_config(source: Mapping[str, Any], tokens: Tokens) -> Any:
         rope_parameters=rope,
         tie_word_embeddings=False,
     )
+
+
+def image_processor_json(tower: Tower, config: Any) -> dict[str, Any]:
+    """What ``preprocessor_config.json`` holds."""
+    side = config.vision_config.image_size
+    pads = config.image_aspect_ratio == "pad"
+    return {
+        "image_processor_type": "LlavaImageProcessor" if pads else "CLIPImageProcessor",
+        "processor_class": "LlavaProcessor",
+        **({"do_pad": True} if pads else {}),
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": BICUBIC,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": tower.processor.get("image_mean", CLIP_MEAN),
+        "image_std": tower.processor.get("image_std", CLIP_STD),
+        "do_convert_rgb": True,
+    }
+
+
+def processor_json(config: Any) -> dict[str, Any]:
+    """What ``processor_config.json`` holds; the one additional token is CLIP's class token."""
+    return {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE_TOKEN,
+        "patch_size": config.vision_config.patch_size,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+    }

@@ -1,10 +1,15 @@
-"""``hidrop_convert.json``: what a conversion read, how, and which shards it has written. Knows no weights."""
+"""``hidrop_convert.json``: what a conversion read, how, and which shards it has written."""
 
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 MANIFEST_FILE = "hidrop_convert.json"
+CHUNK_BYTES = 1 << 24
+Advance = Callable[[int], None]
+"""Called with the bytes done since the last call."""
 
 
 class FileRecord(BaseModel):
@@ -14,6 +19,17 @@ class FileRecord(BaseModel):
 
     sha256: str
     size_bytes: int
+
+
+def hash_file(path: Path, advance: Advance) -> FileRecord:
+    """Hash and size of a file."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while data := file.read(CHUNK_BYTES):
+            digest.update(data)
+            size += len(data)
+            advance(len(data))
+    return FileRecord(sha256=digest.hexdigest(), size_bytes=size)
 
 
 class Manifest(BaseModel):
@@ -56,11 +72,7 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 
 def check_same(earlier: Manifest, now: Manifest, directory: Path) -> None:
-    """Refuse to go on with a conversion of something else.
-
-    Raises:
-        ValueError: names what differs.
-    """
+    """Refuse, by a ValueError that names what differs, to go on with a conversion of something else."""
     if earlier.preset != now.preset:
         raise ValueError(
             f"{directory} holds a conversion with preset {earlier.preset}, not {now.preset}; choose another directory"

@@ -1,10 +1,11 @@
 """What is in an original LLaVA directory and in its vision tower's: configurations and weight files, no weights."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from vllm_hidrop.json_text import parse_object
 
 PRUNED_TYPE = "llava_llama_exit_topk"
 MODEL_TYPES = ("llava_llama", PRUNED_TYPE)
@@ -117,20 +118,14 @@ def find_weights(directory: Path) -> tuple[Path, ...]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ValueError: missing, unreadable or no object.
-    """
+    """Read a JSON object. Raises ValueError: missing, unreadable or no object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"{path.parent} has no {path.name}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return content
+    return parse_object(text, str(path))
 
 
 def _architectures(config: Mapping[str, Any]) -> list[str]:

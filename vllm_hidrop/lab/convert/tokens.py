@@ -1,4 +1,4 @@
-"""The tokenizer with LLaVA's two extra tokens, and the chat template. Knows no weights."""
+"""The tokenizer with LLaVA's two extra tokens, and its conversation form ``vicuna_v1`` as a chat template."""
 
 import json
 import shutil
@@ -11,43 +11,10 @@ IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
 SENTENCEPIECE = "tokenizer.model"
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    SENTENCEPIECE,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
+    *("tokenizer.json", SENTENCEPIECE),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
-SYSTEM_PROMPT = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-"""Of LLaVA's conversation ``vicuna_v1``; a system message of the request takes its place."""
-CHAT_TEMPLATE = f"""\
-{{#- LLaVA's vicuna_v1. Images of a message come before its text, each with a line break, as LLaVA was trained. -#}}
-{{%- macro words(content) -%}}
-{{%- if content is string -%}}{{{{ content }}}}
-{{%- elif content -%}}
-{{%- for part in content if part.type in ('image', 'image_url') -%}}{{{{ '{IMAGE_TOKEN}\\n' }}}}{{%- endfor -%}}
-{{%- for part in content if part.type == 'text' -%}}
-{{{{ part.text }}}}{{{{ '' if loop.last else ' ' }}}}
-{{%- endfor -%}}
-{{%- endif -%}}
-{{%- endmacro -%}}
-{{{{- bos_token -}}}}
-{{%- if not messages or messages[0].role not in ('system', 'developer') -%}}
-{{{{- "{SYSTEM_PROMPT} " -}}}}
-{{%- endif -%}}
-{{%- for message in messages -%}}
-{{%- if message.role == 'assistant' -%}}
-{{{{- 'ASSISTANT: ' + words(message.content) + eos_token -}}}}
-{{%- elif message.role in ('system', 'developer') -%}}
-{{{{- words(message.content) + ' ' -}}}}
-{{%- else -%}}
-{{{{- 'USER: ' + words(message.content) + ' ' -}}}}
-{{%- endif -%}}
-{{%- endfor -%}}
-{{%- if add_generation_prompt -%}}{{{{- 'ASSISTANT:' -}}}}{{%- endif -%}}
-"""
+CHAT_TEMPLATE = Path(__file__).with_name("vicuna_v1.jinja")
 
 
 @dataclass(frozen=True)
@@ -109,7 +76,7 @@ def save_tokens(tokens: Tokens, original: Path, directory: Path) -> None:
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if (original / SENTENCEPIECE).is_file():
         shutil.copy(original / SENTENCEPIECE, directory)
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    shutil.copyfile(CHAT_TEMPLATE, directory / "chat_template.jinja")
 
 
 def _name_class(directory: Path) -> None:

@@ -1,1 +1,1 @@
-"""Accuracy over HTTP: tasks, asking any OpenAI-compatible endpoint, scores with intervals. Knows no engine."""
+"""Accuracy over HTTP: tasks, asking any OpenAI-compatible endpoint, scores with intervals."""

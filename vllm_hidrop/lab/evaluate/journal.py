@@ -1,33 +1,49 @@
 """Answers on disk, so that a run that was cut off goes on where it ended.
 
 One JSON-lines file: its first line holds the settings, every other an answer with the sample's id and the settings'
-hash. A failed answer is kept as a record and asked again by the next run. Knows neither servers nor scores.
+hash. A failed answer is kept as a record and asked again by the next run.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from vllm_hidrop.lab.evaluate.asking import Answer
-from vllm_hidrop.lab.evaluate.reading import has_fields, read_text
+from pydantic import BaseModel
+
+from vllm_hidrop.lab.evaluate.endpoint import Answer
+from vllm_hidrop.lab.evaluate.reading import parse_json, read_text
 from vllm_hidrop.lab.evaluate.samples import Sample
 from vllm_hidrop.outputs import check_file
 
 FILE = "answers.jsonl"
-FIELDS = ("settings", "id", "asked", "text", "vision_tokens", "error")
+
+
+class _Header(BaseModel):
+    settings: dict[str, Any]
+
+
+class _Line(BaseModel):
+    settings: str
+    id: str
+    asked: str
+    text: str | None
+    vision_tokens: float | None
+    error: str | None
 
 
 def check_journal(directory: Path) -> None:
-    """See that a run can keep its answers there.
-
-    Raises:
-        OSError: it cannot.
-    """
+    """See that a run can keep its answers there; OSError when it cannot."""
     check_file(directory / FILE)
+
+
+def read_settings(directory: Path) -> dict[str, Any] | None:
+    """The settings of a journal; None where there is none."""
+    path = directory / FILE
+    return parse_json(_Header, read_text(path).partition("\n")[0], path, 1).settings if path.exists() else None
 
 
 class Journal:
@@ -51,7 +67,7 @@ class Journal:
             self._read(self._path)
             self._file = self._path.open("a", encoding="utf-8")
             if self._path.stat().st_size == 0:
-                self._write({"settings": self._settings})
+                self._write(_Header(settings=self._settings))
         return self
 
     def __exit__(
@@ -60,7 +76,7 @@ class Journal:
         if self._file is not None:
             self._file.close()
 
-    def missing(self, samples: list[Sample]) -> list[Sample]:
+    def missing(self, samples: Sequence[Sample]) -> list[Sample]:
         """Samples without an answer, failed ones included.
 
         Raises:
@@ -76,12 +92,13 @@ class Journal:
     def add(self, sample: Sample, answer: Answer) -> None:
         """Keep an answer, on disk before this returns."""
         self.answers[sample.id] = answer
-        self._asked[sample.id] = _fingerprint(sample)
-        self._write({"settings": self._hash, "asked": self._asked[sample.id], **dataclasses.asdict(answer)})
+        self._asked[sample.id] = asked = _fingerprint(sample)
+        said = dataclasses.asdict(dataclasses.replace(answer, report=None))
+        self._write(_Line.model_validate({"settings": self._hash, "asked": asked, **said}))
 
-    def _write(self, line: Mapping[str, Any]) -> None:
+    def _write(self, line: BaseModel) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(line.model_dump_json() + "\n")
             self._file.flush()
 
     def _read(self, path: Path) -> None:
@@ -89,34 +106,28 @@ class Journal:
         whole = text[: text.rfind("\n") + 1]
         if whole != text:  # the run was killed while it wrote its last line
             path.write_text(whole, encoding="utf-8")
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                value = json.loads(line)
-            except (json.JSONDecodeError, RecursionError):
-                raise ValueError(f"{path}, line {number}: expected a JSON object") from None
+        for number, line in enumerate(whole.split("\n")[:-1], start=1):
             if number == 1:
-                self._check_settings(has_fields(value, ("settings",), f"{path}, line 1")["settings"])
+                self._check_settings(parse_json(_Header, line, path, 1).settings)
             else:
-                self._take(has_fields(value, FIELDS, f"{path}, line {number}"), number)
+                self._take(parse_json(_Line, line, path, number), number)
 
-    def _check_settings(self, found: Any) -> None:
-        if found != self._settings:
-            found = found if isinstance(found, dict) else {}
-            names = sorted(found.keys() | self._settings.keys())
-            changed = [
-                f"{name} was {json.dumps(found.get(name))}, is {json.dumps(self._settings.get(name))}"
-                for name in names
-                if found.get(name) != self._settings.get(name)
-            ]
+    def _check_settings(self, found: Mapping[str, Any]) -> None:
+        changed = [
+            f"{name} was {json.dumps(found.get(name))}, is {json.dumps(self._settings.get(name))}"
+            for name in sorted(found.keys() | self._settings.keys())
+            if found.get(name) != self._settings.get(name)
+        ]
+        if changed:
             raise ValueError(
                 f"{self._path} holds answers under other settings: {'; '.join(changed)}; take another --out"
             )
 
-    def _take(self, line: dict[str, Any], number: int) -> None:
-        if line["settings"] != self._hash:
-            raise ValueError(f"{self._path}, line {number}: expected settings {self._hash}, got {line['settings']}")
-        self.answers[line["id"]] = Answer(line["id"], line["text"], line["vision_tokens"], line["error"])
-        self._asked[line["id"]] = line["asked"]
+    def _take(self, line: _Line, number: int) -> None:
+        if line.settings != self._hash:
+            raise ValueError(f"{self._path}, line {number}: expected settings {self._hash}, got {line.settings}")
+        self.answers[line.id] = Answer(line.id, line.text, line.vision_tokens, line.error)
+        self._asked[line.id] = line.asked
 
 
 def digest(value: Any) -> str:

@@ -1,22 +1,23 @@
-"""Reads JSON, JSON lines and tab-separated files; every mistake names file, line and what was expected."""
+"""Reads JSON, JSON lines and tab-separated files into pydantic models; every mistake names file, line and field."""
 
 import csv
 import io
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from vllm_hidrop.lab.validation import first_fault
 
 MAX_FIELD_CHARACTERS = 2**31 - 1
 """A field may hold an image."""
+T = TypeVar("T")
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_text(path: Path) -> str:
-    """A text file.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
+    """A text file; ValueError when it cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -25,67 +26,40 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}: expected UTF-8 text: {error}") from None
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file.
+def parse_json(form: type[T], text: str, path: Path, line: int | None = None) -> T:
+    """JSON of a form, a model or a type made of models.
 
     Raises:
-        ValueError: it cannot be read or is not JSON.
+        ValueError: it is not; names the file, the line and the first field that is wrong.
     """
     try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: expected JSON: {error.msg}") from None
-    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
-        raise ValueError(f"{path}: expected JSON: {error}") from None
+        return TypeAdapter(form).validate_json(text)
+    except ValidationError as error:
+        place = f"{path}, line {line}" if line else str(path)
+        raise ValueError(f"{place}: {first_fault(error)}") from None
 
 
-def read_json_lines(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers and objects of a JSON-lines file; every object has ``fields``.
+def read_json(path: Path, form: type[T]) -> T:
+    """A JSON file of a form; ValueError when it cannot be read or has another."""
+    return parse_json(form, read_text(path), path)
 
-    Raises:
-        ValueError: a line is not such an object.
-    """
+
+def read_json_lines(path: Path, model: type[Model]) -> Iterator[Model]:
+    """The objects of a JSON-lines file; ValueError where a line is none of the model's."""
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
-            try:
-                value = json.loads(line)
-            except (RecursionError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}: expected a JSON object: {error}") from None
-            yield number, has_fields(value, fields, f"{path}, line {number}")
+            yield parse_json(model, line, path, number)
 
 
-def has_fields(value: Any, fields: Sequence[str], place: str) -> dict[str, Any]:
-    """The value, an object that has all ``fields``.
-
-    Raises:
-        ValueError: it is not; names the place and the missing fields.
-    """
-    if not isinstance(value, dict):
-        raise ValueError(f"{place}: expected an object with {', '.join(fields)}, got {type(value).__name__}")
-    missing = [field for field in fields if field not in value]
-    if missing:
-        raise ValueError(f"{place}: expected {', '.join(fields)}; no {', '.join(missing)}")
-    return value
-
-
-def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line numbers and rows of a tab-separated file with a header.
-
-    Raises:
-        ValueError: no such file, a missing column, or a row of another length.
-    """
+def read_table(path: Path, model: type[Model]) -> Iterator[Model]:
+    """The rows of a tab-separated file with a header; ValueError where a row is none of the model's."""
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t")
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t")
     try:
-        rows = [(reader.line_num, row) for row in reader]
+        for row in reader:
+            values: dict[Any, Any] = {name: value for name, value in row.items() if value is not None}
+            yield model.model_validate(values)
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
-    header = rows.pop(0)[1] if rows else []
-    missing = [column for column in columns if column not in header]
-    if missing:
-        raise ValueError(f"{path}, line 1: expected columns {', '.join(columns)}; no {', '.join(missing)}")
-    for number, row in rows:
-        if row:
-            if len(row) != len(header):
-                raise ValueError(f"{path}, line {number}: expected {len(header)} columns, got {len(row)}")
-            yield number, dict(zip(header, row, strict=True))
+    except ValidationError as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {first_fault(error)}") from None

@@ -1,7 +1,9 @@
-"""What a task is made of: samples in, scored samples out. Knows neither files nor servers."""
+"""What a task is made of: samples in, scored samples out."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +23,13 @@ class Source:
     seed: int = 0
 
     def data_path(self) -> Path:
-        """The file or folder of ``--data``.
-
-        Raises:
-            ValueError: not given.
-        """
+        """The file or folder of ``--data``. Raises ValueError: not given."""
         if self.data is None:
             raise ValueError("this task needs --data")
         return self.data
 
     def image_path(self, name: str) -> Path:
-        """A file in the folder of ``--images``.
-
-        Raises:
-            ValueError: the folder was not given.
-        """
+        """A file in the folder of ``--images``. Raises ValueError: the folder was not given."""
         if self.images is None:
             raise ValueError("this task needs --images")
         return self.images / name
@@ -63,10 +57,6 @@ class Scored:
     failed: bool = False
 
 
-def _no_figures(scored: Sequence[Scored]) -> dict[str, float]:
-    return {}
-
-
 @dataclass(frozen=True)
 class Task:
     """How a benchmark is read, asked and scored.
@@ -81,7 +71,7 @@ class Task:
     load: Callable[[Source], list[Sample]]
     score: Callable[[Sample, str], float]
     max_tokens: int
-    figures: Callable[[Sequence[Scored]], dict[str, float]] = _no_figures
+    figures: Callable[[Sequence[Scored]], dict[str, float]] = lambda _: {}
 
 
 def choose(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Sample]:
@@ -91,46 +81,31 @@ def choose(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Samp
     """
     if limit is None or limit >= len(samples):
         return list(samples)
-    groups = list(dict.fromkeys(_group(sample) for sample in samples))
-    sizes = dict.fromkeys(groups, 0)
-    for sample in samples:
-        sizes[_group(sample)] += 1
-    chosen, size = set(), 0
+    sizes = Counter(sample.group or sample.id for sample in samples)
+    groups, chosen, size = list(sizes), set(), 0
     for index in np.random.default_rng(seed).permutation(len(groups)):
         if size >= limit:
             break
         chosen.add(groups[index])
         size += sizes[groups[index]]
-    return [sample for sample in samples if _group(sample) in chosen]
+    return [sample for sample in samples if (sample.group or sample.id) in chosen]
 
 
-def _group(sample: Sample) -> str:
-    return sample.group or sample.id
-
-
-def file_image(path: Path) -> Callable[[], bytes]:
-    """Reads ``path`` when called.
+def checked_images(paths: Iterable[Path]) -> list[Callable[[], bytes]]:
+    """Readers of image files, in their order: a missing one fails before the first question, not in the middle.
 
     Raises:
-        ValueError: when called and it cannot be read.
+        ValueError: an image is missing; names the first and says how many. A reader raises it too.
     """
-
-    def read() -> bytes:
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}") from None
-
-    return read
-
-
-def checked_images(paths: Iterable[Path]) -> None:
-    """Fail before the first question rather than in the middle.
-
-    Raises:
-        ValueError: an image is missing; names the first and says how many.
-    """
-    unique = set(paths)
-    missing = sorted(path for path in unique if not path.is_file())
-    if missing:
+    listed = list(paths)
+    unique = set(listed)
+    if missing := sorted(path for path in unique if not path.is_file()):
         raise ValueError(f"{missing[0]}: no such image ({len(missing)} of {len(unique)} missing)")
+    return [partial(_read_image, path) for path in listed]
+
+
+def _read_image(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None

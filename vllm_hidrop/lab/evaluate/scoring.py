@@ -1,22 +1,79 @@
-"""From answers to figures: accuracy with intervals, by type, and two arms compared. Knows no server."""
+"""From answers to figures: accuracy by type, and two arms compared, with bootstrap intervals.
 
-from collections.abc import Iterable, Mapping, Sequence
+**Source** of the percentile bootstrap: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from vllm_hidrop.lab.evaluate.asking import Answer
-from vllm_hidrop.lab.evaluate.bootstrap import mean_interval, ratio_interval
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_hidrop.lab.evaluate.endpoint import Answer
 from vllm_hidrop.lab.evaluate.samples import Sample, Scored, Task
+
+Interval = tuple[float, float]
+NUM_RESAMPLES = 2000
+LEVEL = 0.95
+MAX_DRAWS = 4_000_000
+"""Indices drawn at once: bounds memory to some tens of megabytes."""
+
+
+def mean_interval(scores: Sequence[float], seed: int = 0, num_resamples: int = NUM_RESAMPLES) -> Interval:
+    """The 95 % interval of the mean of scores [N]; ValueError without scores."""
+    return _percentiles(_resampled([scores], seed, num_resamples)[0])
+
+
+def ratio_interval(
+    above: Sequence[float], below: Sequence[float], seed: int = 0, num_resamples: int = NUM_RESAMPLES
+) -> Interval | None:
+    """The 95 % interval of mean(above) / mean(below) over the same questions, resampled together.
+
+    Resamples whose denominator is 0 are left out; ``None`` when all are.
+
+    Raises:
+        ValueError: no scores, or not the same number of both.
+    """
+    tops, bottoms = _resampled([above, below], seed, num_resamples)
+    is_defined = bottoms > 0
+    return _percentiles(tops[is_defined] / bottoms[is_defined]) if is_defined.any() else None
+
+
+def _resampled(columns: Sequence[Sequence[float]], seed: int, num_resamples: int) -> NDArray[np.float64]:
+    """Means [columns, resamples] of scores that are drawn together."""
+    if len({len(column) for column in columns}) > 1:
+        raise ValueError(f"paired scores must be equally many, got {' and '.join(str(len(one)) for one in columns)}")
+    if not len(columns[0]):
+        raise ValueError("no scores to resample")
+    values = np.asarray(columns, np.float64)
+    return np.concatenate([values[:, draw].mean(2) for draw in _draws(values.shape[1], seed, num_resamples)], axis=1)
+
+
+def _draws(num_scores: int, seed: int, num_resamples: int) -> Iterator[NDArray[np.int64]]:
+    """Indices [resamples, num_scores], some resamples at a time."""
+    rng = np.random.default_rng(seed)
+    at_once = max(1, MAX_DRAWS // num_scores)
+    for start in range(0, num_resamples, at_once):
+        yield rng.integers(num_scores, size=(min(at_once, num_resamples - start), num_scores))
+
+
+def _percentiles(values: NDArray[np.float64]) -> Interval:
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def score_all(task: Task, samples: Sequence[Sample], answers: Mapping[str, Answer]) -> list[Scored]:
     """A score for every sample; a failed request scores 0 and says so."""
-    return [_scored(task, sample, answers[sample.id]) for sample in samples]
+    texts = [(sample, answers[sample.id].text) for sample in samples]
+    return [
+        Scored(sample, 0.0, failed=True) if text is None else Scored(sample, task.score(sample, text))
+        for sample, text in texts
+    ]
 
 
-def _scored(task: Task, sample: Sample, answer: Answer) -> Scored:
-    if answer.text is None:
-        return Scored(sample, 0.0, failed=True)
-    return Scored(sample, task.score(sample, answer.text))
+def mean_score(scored: Sequence[Scored]) -> float:
+    """Accuracy, failed requests included."""
+    return sum(one.score for one in scored) / len(scored)
 
 
 def summarise(task: Task, scored: Sequence[Scored], answers: Mapping[str, Answer], seed: int) -> dict[str, Any]:
@@ -32,8 +89,7 @@ def summarise(task: Task, scored: Sequence[Scored], answers: Mapping[str, Answer
 
 
 def _mean(scored: Sequence[Scored], seed: int) -> dict[str, Any]:
-    scores = [one.score for one in scored]
-    return {"accuracy": sum(scores) / len(scored), "interval": mean_interval(scores, seed)}
+    return {"accuracy": mean_score(scored), "interval": mean_interval([one.score for one in scored], seed)}
 
 
 def by_type(scored: Iterable[Scored]) -> dict[str, list[Scored]]:
@@ -57,28 +113,29 @@ def compare(dense: Sequence[Scored], pruned: Sequence[Scored], seed: int) -> dic
     """
     by_kind = by_type(pruned)
     return {
-        **_ratio(dense, pruned),
-        "intervals": _intervals(dense, pruned, seed),
+        **_compared(dense, pruned, seed),
         "by_type": {
-            kind: {
-                **_ratio(group, by_kind[kind]),
-                "questions": len(group),
-                "intervals": _intervals(group, by_kind[kind], seed),
-            }
+            kind: {**_compared(group, by_kind[kind], seed), "questions": len(group)}
             for kind, group in by_type(dense).items()
         },
     }
 
 
-def _ratio(dense: Sequence[Scored], pruned: Sequence[Scored]) -> dict[str, float | None]:
-    below, above = (sum(one.score for one in scored) / len(scored) for scored in (dense, pruned))
-    return {"dense": below, "hidrop": above, "retention": above / below if below else None}
-
-
-def _intervals(dense: Sequence[Scored], pruned: Sequence[Scored], seed: int) -> dict[str, Any]:
+def _compared(dense: Sequence[Scored], pruned: Sequence[Scored], seed: int) -> dict[str, Any]:
     below, above = ([one.score for one in scored] for scored in (dense, pruned))
+    accuracy = {"dense": mean_score(dense), "hidrop": mean_score(pruned)}
     return {
-        "dense": mean_interval(below, seed),
-        "hidrop": mean_interval(above, seed),
-        "retention": ratio_interval(above, below, seed),
+        **accuracy,
+        "retention": accuracy["hidrop"] / accuracy["dense"] if accuracy["dense"] else None,
+        "intervals": {
+            "dense": mean_interval(below, seed),
+            "hidrop": mean_interval(above, seed),
+            "retention": ratio_interval(above, below, seed),
+        },
     }
+
+
+def difference(before: Sequence[Scored], after: Sequence[Scored], seed: int) -> dict[str, Any]:
+    """Accuracy of ``after`` less that of ``before`` on the same questions, with its paired interval."""
+    scores = [one.score - other.score for one, other in zip(after, before, strict=True)]
+    return {"difference": sum(scores) / len(scores), "interval": mean_interval(scores, seed)}

@@ -1,4 +1,4 @@
-"""Questions packed behind one image, and scenes as symbols. Knows no weights.
+"""Questions packed behind one image, and scenes as symbols.
 
 Many questions share one image: each is a *block* of text that sees the image and itself only.
 Axes: S scenes, P prefix tokens (bos, roles, image), V vision tokens, T text tokens, D hidden.

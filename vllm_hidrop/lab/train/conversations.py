@@ -1,27 +1,33 @@
-"""Samples to train on: dialogues about images, read one at a time. Knows neither tokens nor models."""
+"""Samples to train on: dialogues about images, read one at a time."""
 
+import mmap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
+import msgspec
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel, Field, ValidationError
 
-from vllm_hidrop.lab.train.json_entries import index_entries, read_entry
 from vllm_hidrop.lab.train.questions import QUESTION_TYPES, draw_questions
-from vllm_hidrop.lab.train.run_config import DataConfig
 from vllm_hidrop.lab.train.scenes import FIRST_HELD_OUT_SEED, make_scene, render
+from vllm_hidrop.lab.train.train_config import DataConfig
+from vllm_hidrop.lab.validation import first_fault
 
 PLACEHOLDER = "<image>"
 """Where LLaVA's files put an image, whatever the model's own token is."""
-ROLES: dict[str, Literal["system", "user", "assistant"]] = {"system": "system", "human": "user", "gpt": "assistant"}
+Role = Literal["system", "user", "assistant"]
+ROLES: dict[str, Role] = {"system": "system", "human": "user", "gpt": "assistant"}
+UTF8_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class Turn:
     """What one side says; its images stand before its text."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Role
     text: str
     num_images: int = 0
 
@@ -41,40 +47,101 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
-def read_turns(entry: object) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
-    """Turns and image names of one LLaVA entry; a first turn of the assistant is left out, as LLaVA does.
+class _Spoken(BaseModel):
+    speaker: Literal["system", "human", "gpt"] = Field(alias="from")
+    value: str
+
+
+class LlavaEntry(BaseModel):
+    """One entry of a LLaVA file; other keys than these are ignored."""
+
+    conversations: list[_Spoken]
+    image: str | list[str] | None = None
+
+    @property
+    def images(self) -> list[str]:
+        """Names of the image files."""
+        return [self.image] if isinstance(self.image, str) else self.image or []
+
+    def turns(self) -> tuple[Turn, ...]:
+        """The dialogue; a first turn of the assistant is left out, as LLaVA does.
+
+        Raises:
+            ValueError: the sides do not take turns, or placeholders and images do not fit each other.
+        """
+        turns = [_turn(said, number) for number, said in enumerate(self.conversations)]
+        if turns and turns[0].role == "assistant":
+            del turns[0]
+        said = [turn.role for turn in turns if turn.role != "system"]
+        if len(said) < 2 or said != (["user", "assistant"] * len(said))[: len(said)]:
+            raise ValueError('"conversations" must take turns, "human" then "gpt"')
+        num_placeholders = sum(turn.num_images for turn in turns)
+        if num_placeholders != len(self.images):
+            raise ValueError(f"{len(self.images)} images but {num_placeholders} {PLACEHOLDER} in the conversations")
+        return tuple(turns)
+
+
+def _turn(said: _Spoken, number: int) -> Turn:
+    role = ROLES[said.speaker]
+    if role != "user" and PLACEHOLDER in said.value:
+        raise ValueError(f"turn {number}: {PLACEHOLDER} belongs to a human turn")
+    return Turn(role, said.value.replace(PLACEHOLDER, "").strip(), said.value.count(PLACEHOLDER))
+
+
+class EntriesFile:
+    """The entries of a LLaVA file, ``.jsonl`` or a JSON list: mapped and found at once, parsed when asked for.
+
+    Args:
+        path: the file.
+        images: folder of its images; default: the file's.
 
     Raises:
-        ValueError: says what is wrong with the entry.
+        ValueError: no such file, or no JSON of this form.
     """
-    if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
-        raise ValueError('expected an object with a list "conversations"')
-    turns = [_turn(value, number) for number, value in enumerate(entry["conversations"])]
-    if turns and turns[0].role == "assistant":
-        del turns[0]
-    said = [turn.role for turn in turns if turn.role != "system"]
-    if len(said) < 2 or said != (["user", "assistant"] * len(said))[: len(said)]:
-        raise ValueError('"conversations" must take turns, "human" then "gpt"')
-    image = entry.get("image")
-    names = () if image is None else tuple(image) if isinstance(image, list) else (image,)
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError('"image" must be a file name or a list of them')
-    num_placeholders = sum(turn.num_images for turn in turns)
-    if num_placeholders != len(names):
-        raise ValueError(f"{len(names)} images but {num_placeholders} {PLACEHOLDER} in the conversations")
-    return tuple(turns), names
+
+    def __init__(self, path: Path, images: Path | None) -> None:
+        self.path, self.image_root = path, images or path.parent
+        try:
+            with path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+            content = memoryview(mapped)[len(UTF8_MARK) * (mapped[: len(UTF8_MARK)] == UTF8_MARK) :]
+            if path.suffix == ".jsonl":
+                self._entries = msgspec.json.Decoder(msgspec.Raw).decode_lines(content)
+            else:
+                self._entries = msgspec.json.decode(content, type=list[msgspec.Raw])
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}") from None
+        except msgspec.MsgspecError as error:
+            raise ValueError(f"{path} is not a JSON list of entries: {error}") from None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def entry(self, index: int) -> LlavaEntry:
+        """The entry; ValueError with its index when it has another form."""
+        try:
+            return LlavaEntry.model_validate_json(bytes(self._entries[index]))
+        except ValidationError as error:
+            raise self.fault(index, first_fault(error)) from None
+
+    def open_images(self, index: int, names: Iterable[str]) -> tuple[Image.Image, ...]:
+        """An entry's images in RGB; ValueError with its index when one cannot be read."""
+        return tuple(self._open(index, self.image_root / name) for name in names)
+
+    def _open(self, index: int, path: Path) -> Image.Image:
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except OSError as error:
+            what = "no such image" if isinstance(error, FileNotFoundError) else "not a readable image"
+            raise self.fault(index, f"{what}: {path}") from None
+
+    def fault(self, index: int, what: object) -> ValueError:
+        """What is wrong with an entry."""
+        return ValueError(f"{self.path}: entry {index}: {what}")
 
 
-def _turn(value: object, number: int) -> Turn:
-    if not isinstance(value, dict) or not isinstance(value.get("value"), str) or value.get("from") not in ROLES:
-        raise ValueError(f'turn {number} must have "from" (one of {", ".join(ROLES)}) and a text "value"')
-    role, text = ROLES[value["from"]], value["value"]
-    if role != "user" and PLACEHOLDER in text:
-        raise ValueError(f"turn {number}: {PLACEHOLDER} belongs to a human turn")
-    return Turn(role, text.replace(PLACEHOLDER, "").strip(), text.count(PLACEHOLDER))
-
-
-class LlavaFile:
+class LlavaFile(EntriesFile):
     """Dialogues of a LLaVA file; every entry is checked once, then read from disk with its images when asked for.
 
     Raises:
@@ -82,26 +149,21 @@ class LlavaFile:
     """
 
     def __init__(self, path: Path, images: Path | None) -> None:
-        self.path = path
-        self.image_root = images or path.parent
-        self._spans = index_entries(path, read_turns)
-
-    def __len__(self) -> int:
-        return len(self._spans) // 2
+        super().__init__(path, images)
+        if not len(self):
+            raise ValueError(f"{path} holds no entries")
+        for index in range(len(self)):
+            self._turns(index, self.entry(index))
 
     def __getitem__(self, index: int) -> Sample:
-        entry: Any = read_entry(self.path, self._spans[2 * index], self._spans[2 * index + 1])
-        turns, names = read_turns(entry)
-        return Sample(turns, tuple(self._open(index, name) for name in names))
+        entry = self.entry(index)
+        return Sample(self._turns(index, entry), self.open_images(index, entry.images))
 
-    def _open(self, index: int, name: str) -> Image.Image:
-        path = self.image_root / name
+    def _turns(self, index: int, entry: LlavaEntry) -> tuple[Turn, ...]:
         try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except OSError as error:
-            what = "no such image" if isinstance(error, FileNotFoundError) else "not a readable image"
-            raise ValueError(f"{self.path}: entry {index}: {what}: {path}") from None
+            return entry.turns()
+        except ValueError as error:
+            raise self.fault(index, error) from None
 
 
 class SyntheticScenes:
@@ -125,11 +187,7 @@ class SyntheticScenes:
 
 
 def open_source(config: DataConfig, seed: int) -> Source:
-    """The samples a configuration asks for.
-
-    Raises:
-        ValueError: the files cannot be read as what they are said to be.
-    """
+    """The samples a configuration asks for. Raises ValueError: the files cannot be read as what they are said to be."""
     if config.format == "synthetic":
         return SyntheticScenes(config.num_samples, config.rounds, seed)
     assert config.path is not None

@@ -1,4 +1,4 @@
-"""One decoder layer of a Hugging Face language model, taken apart. Knows no schedule.
+"""One decoder layer of a Hugging Face language model, taken apart.
 
 Axes: B samples, T rows, C hidden size, H query heads, G key/value heads, D head size.
 """
@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from vllm_hidrop.lab.train.rows import Rows
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -89,3 +91,28 @@ def attend(query: Tensor, key: Tensor, value: Tensor, presence: Tensor | None = 
         query, key, value, is_causal=True, scale=size**-0.5, enable_gqa=query.shape[1] != num_groups
     )
     return attended[..., :size]
+
+
+def query_attention(query: Tensor, key: Tensor, rows: Rows) -> Tensor:
+    """Head-mean attention of the query rows to every row, mean over a sample's query rows.
+
+    Args:
+        query: [B, H, T, D] after RoPE.
+        key: [B, G, T, D] after RoPE.
+        rows: the current rows.
+
+    Returns:
+        float32 [B, T]; zero for a sample without query rows (HiDrop section 3.3).
+    """
+    num_queries = rows.is_query.sum(1)
+    order = (~rows.is_query).int().argsort(dim=1, stable=True)[:, : max(1, int(num_queries.max()))]
+    asked = query.gather(2, order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])).float()
+    groups = query.shape[1] // key.shape[1]
+    with torch.autocast(query.device.type, enabled=False):  # float32 statistics, as served
+        logits = torch.einsum("bghqd,bgtd->bghqt", asked.unflatten(1, (-1, groups)), key.float())
+    logits = logits * query.shape[-1] ** -0.5
+    columns = torch.arange(key.shape[2], device=key.device)
+    is_hidden = columns > order[:, :, None]
+    weights = logits.masked_fill(is_hidden[:, None, None], float("-inf")).softmax(-1).mean((1, 2))
+    is_asked = rows.is_query.gather(1, order)
+    return (weights * is_asked[:, :, None]).sum(1) / num_queries.clamp_min(1)[:, None]

@@ -1,7 +1,5 @@
 """Differentiable top-k (HiDrop section 3.2): a hard choice forward, a soft mask backward.
 
-Knows one image's scores; not where they come from.
-
 With N candidates, the rank of a score is ``c_i = (1 / N) sum_j [s_i >= s_j]`` and the mask
 ``m_i = sigmoid(N (c_i - a))`` with the dropped share ``a = 1 - k / N``; kept is where ``m_i > 0.5``.
 

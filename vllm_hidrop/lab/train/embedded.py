@@ -30,19 +30,29 @@ from pathlib import Path
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from vllm_hidrop.lab.train.images import ImagePhase, SceneFeatures, align_projector, train_on_images
+from vllm_hidrop.lab.atomic_write import whole_or_absent
 from vllm_hidrop.lab.train.initial import initialise_language_model
-from vllm_hidrop.lab.train.language import ALL_TYPES, FIRST_READING_LAYER, ONE_HOP_TYPES
 from vllm_hidrop.lab.train.model import LAST_FILE, build_model, save_checkpoint
 from vllm_hidrop.lab.train.optimiser import LearningRates
 from vllm_hidrop.lab.train.scenes import held_out_seed
 from vllm_hidrop.lab.train.schedules import FORMS, trained_entry, with_schedule
-from vllm_hidrop.lab.train.symbols import SymbolEmbedding, SymbolPhase, train_on_symbols
+from vllm_hidrop.lab.train.stages import (
+    ALL_TYPES,
+    FIRST_READING_LAYER,
+    ONE_HOP_TYPES,
+    Figures,
+    ImagePhase,
+    SceneFeatures,
+    SymbolEmbedding,
+    SymbolPhase,
+    align_projector,
+    train_on_images,
+    train_on_symbols,
+)
 from vllm_hidrop.lab.train.tower import train_tower
 
 FIRST_FEATURE_SEED = 2**29
 ALL_ABLATIONS = "all-ablations"
-Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -117,38 +127,26 @@ class Training:
         """Held-out scenes seen by the finished tower."""
         return SceneFeatures(self.model, held_out_seed(0), self.recipe.num_held_out_scenes)
 
-    def tower(self) -> Figures:
-        """Stage A."""
-        recipe = self.recipe
-        return train_tower(self.model, recipe.tower_steps, recipe.tower_scenes_per_step, recipe.seed)
-
-    def on_symbols(self, phase: SymbolPhase) -> Figures:
-        """One phase of stage S."""
-        recipe = self.recipe
-        return train_on_symbols(self.model, self.symbols, phase, recipe.symbol_scenes_per_step, recipe.seed)
-
-    def align(self) -> Figures:
-        """The projector alone."""
-        recipe = self.recipe
-        return align_projector(self.model, self.symbols, self.features, recipe.align_steps, recipe.seed)
-
     def on_images(self) -> Figures:
-        """Stage B."""
-        form = FORMS[self.form]
+        """Stage B, the only one that knows the form."""
+        form, recipe = FORMS[self.form], self.recipe
         staged = with_schedule(self.model, form.method, form.selection, form.position_scheme)
-        seed = self.recipe.seed + form.seed
-        return train_on_images(staged, self.model, self.features, self.held_out, self.recipe.images, seed)
+        seed = recipe.seed + form.seed
+        return train_on_images(staged, self.model, self.features, self.held_out, recipe.images, seed)
 
     def stages(self) -> dict[str, Callable[[], Figures]]:
         """All stages in their order."""
-        symbol_stages = {
-            f"symbols_{phase.num_tokens}": partial(self.on_symbols, phase) for phase in self.recipe.symbol_phases
-        }
-        own = f"{self.recipe.name}_{self.form}" if self.recipe.name else self.form
+        recipe, model, symbols = self.recipe, self.model, self.symbols
+        own = f"{recipe.name}_{self.form}" if recipe.name else self.form
         return {
-            "tower": self.tower,
-            **symbol_stages,
-            "align": self.align,
+            "tower": lambda: train_tower(model, recipe.tower_steps, recipe.tower_scenes_per_step, recipe.seed),
+            **{
+                f"symbols_{phase.num_tokens}": partial(
+                    train_on_symbols, model, symbols, phase, recipe.symbol_scenes_per_step, recipe.seed
+                )
+                for phase in recipe.symbol_phases
+            },
+            "align": lambda: align_projector(model, symbols, self.features, recipe.align_steps, recipe.seed),
             f"{own}_images": self.on_images,
         }
 
@@ -175,17 +173,9 @@ class Training:
         self.symbols.load_state_dict(state["symbols"])
 
     def remember(self, stage: str) -> None:
-        """Leave the weights after ``stage``; an interrupted write leaves nothing."""
-        state = {"model": self.model.state_dict(), "symbols": self.symbols.state_dict()}
-        unfinished = self._path(stage).with_suffix(".tmp")
-        torch.save(state, unfinished)
-        unfinished.replace(self._path(stage))
-
-
-def report(what: str, figures: Figures) -> None:
-    """Print one line of figures."""
-    rounded = {name: round(value, 4) for name, value in figures.items()}
-    print(f"{what}: {json.dumps(rounded)}", flush=True)
+        """Leave the weights after ``stage``, whole or not at all."""
+        with whole_or_absent(self._path(stage)) as unfinished, unfinished.open("wb") as file:
+            torch.save({"model": self.model.state_dict(), "symbols": self.symbols.state_dict()}, file)
 
 
 def run_stages(training: Training, names: Sequence[str] | None = None) -> None:
@@ -207,7 +197,8 @@ def run_stages(training: Training, names: Sequence[str] | None = None) -> None:
             started = time.perf_counter()
             figures = run()
             training.remember(name)
-            report(f"{name} ({time.perf_counter() - started:.0f} s)", figures)
+            rounded = {kind: round(value, 4) for kind, value in figures.items()}
+            print(f"{name} ({time.perf_counter() - started:.0f} s): {json.dumps(rounded)}", flush=True)
     save_checkpoint(training.model, training.checkpoint, trained_entry(training.form))
 
 

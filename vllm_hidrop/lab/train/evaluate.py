@@ -23,9 +23,13 @@ from tqdm import tqdm
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vllm_hidrop.config import HidropConfig, resolve
+from vllm_hidrop.lab.train.conversations import Sample, Turn
+from vllm_hidrop.lab.train.llava_training import embed
+from vllm_hidrop.lab.train.prompts import IGNORED, PromptEncoder
 from vllm_hidrop.lab.train.questions import QUESTION_TYPES, Question, ask
+from vllm_hidrop.lab.train.rows import Rows
 from vllm_hidrop.lab.train.scenes import NUM_PATCHES, UNSEEN_PAIRS, Pixels, held_out_seed, make_scene, render
-from vllm_hidrop.lab.train.staged import Rows, StagedTraining
+from vllm_hidrop.lab.train.staged import StagedTraining
 from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.methods.scoring import Scorer, Signals, attention_score, random_score
 from vllm_hidrop.plan.schedule import Schedule
@@ -115,23 +119,27 @@ class Checkpoint:
         resolved = resolve(HidropConfig.parse({}), shape, getattr(config, "hidrop", None))
         self.schedule, self.method, self.positions = resolved.schedule, resolved.method, resolved.positions
         self.own = Probe("own schedule", self.schedule)
+        self.encoder = PromptEncoder(
+            self.processor,
+            config.image_token_index,
+            config.image_seq_length,
+            config.text_config.max_position_embeddings,
+        )
 
     def staged(self, schedule: Schedule, signal: Signal, scorer: Scorer) -> StagedTraining:
         """The decoder under a schedule, with the checkpoint's own positions."""
         llm = self.model.model.language_model
         return StagedTraining(llm, schedule, signal, scorer, position_scheme=self.positions)
 
-    def _prompt(self, question: str) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        rendered = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        return str(rendered)
+    def _inputs(self, image: Pixels, question: str) -> Any:
+        """Token ids and pixels of a prompt."""
+        text = self.encoder.render((Turn("user", question, 1),), prompts_answer=True)
+        return self.processor(images=Image.fromarray(image), text=text, return_tensors="pt")
 
     @torch.no_grad()
     def generate(self, image: Pixels, question: str) -> str:
         """The answer text, decoded greedily by ``generate``."""
-        inputs = self.processor(images=Image.fromarray(image), text=self._prompt(question), return_tensors="pt")
+        inputs = self._inputs(image, question)
         output = self.model.generate(**inputs, max_new_tokens=8)
         answer = output[0, inputs["input_ids"].shape[1] :]
         return str(self.processor.decode(answer, skip_special_tokens=True))
@@ -142,9 +150,10 @@ class Checkpoint:
 
         Every step runs all rows again, so it shares no state with the step before, and nothing with vLLM.
         """
-        picture = Image.fromarray(image)
-        ids = self.processor(images=picture, text=self._prompt(question), return_tensors="pt")["input_ids"]
-        embeddings, num_prompt = self._embed(ids, picture), ids.shape[1]
+        inputs = self._inputs(image, question)
+        ids = inputs["input_ids"]
+        num_prompt = ids.shape[1]
+        embeddings = embed(self.model, ids, self._rows_of(ids, num_prompt).images, inputs["pixel_values"])
         staged = self.staged(self.schedule, self.method.signal, self.method.score)
         while ids.shape[1] < num_prompt + max_tokens:
             token = self.model.lm_head(staged(embeddings, self._rows_of(ids, num_prompt)).hidden[:, -1]).argmax(-1)
@@ -160,38 +169,25 @@ class Checkpoint:
         images = torch.where(ids == self.model.config.image_token_index, 0, -1)
         return Rows(columns, images, torch.ones_like(ids, dtype=torch.bool), columns == num_prompt - 1)
 
-    def _embed(self, ids: Tensor, image: Image.Image) -> Tensor:
-        """Input embeddings [B, N, D] of prompts that all show ``image``."""
-        pixel_values = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
-        tower = self.model.model.vision_tower(pixel_values, output_hidden_states=True)
-        layer = self.model.config.vision_feature_layer
-        features = self.model.model.multi_modal_projector(tower.hidden_states[layer][:, 1:])
-        embeddings: Tensor = self.model.get_input_embeddings()(ids)
-        is_image = (ids == self.model.config.image_token_index).unsqueeze(-1)
-        repeated = features.expand(len(ids), -1, -1)
-        return embeddings.masked_scatter(is_image, repeated)
-
-    @torch.no_grad()
     def is_right(self, image: Pixels, questions: Sequence[Question], probe: Probe | None = None) -> list[bool]:
         """Whether greedy decoding gives each answer exactly, its end included; ``None`` is the own schedule."""
-        picture, probe = Image.fromarray(image), probe or self.own
-        eos = self.processor.tokenizer.eos_token
-        prompts = [self._prompt(question.text) for question in questions]
-        texts = [f"{prompt}{one.answer}{eos}" for prompt, one in zip(prompts, questions, strict=True)]
-        batch = self.processor(images=[picture] * len(texts), text=texts, return_tensors="pt", padding=True)
-        ids, is_valid = batch["input_ids"], batch["attention_mask"].bool()
-        num_answer = torch.tensor([len(self.processor.tokenizer(one.answer).input_ids) + 1 for one in questions])
-        starts = is_valid.sum(1) - num_answer
-        columns = torch.arange(ids.shape[1]).expand(ids.shape)
-        images = torch.where(ids == self.model.config.image_token_index, 0, -1)
-        rows = Rows(columns, images, is_valid, columns == starts[:, None] - 1)
-        staged = self.staged(probe.schedule, Signal.NEXT_ATTENTION, probe.score)
-        output = staged(self._embed(ids, picture), rows)
-        predicted = self.model.lm_head(output.hidden).argmax(-1)
-        expected = ids.gather(1, (output.columns + 1).clamp_max(ids.shape[1] - 1))
-        is_answer = (output.columns >= starts[:, None] - 1) & (output.columns < is_valid.sum(1)[:, None] - 1)
-        right: list[bool] = ((predicted == expected) | ~(is_answer & output.is_valid)).all(1).tolist()
-        return right
+        return self.are_right(image, questions, [probe or self.own])[0]
+
+    @torch.no_grad()
+    def are_right(self, image: Pixels, questions: Sequence[Question], probes: Sequence[Probe]) -> list[list[bool]]:
+        """By probe, whether each answer is right; teacher forcing makes this the same as greedy decoding."""
+        picture = Image.fromarray(image)
+        turns = [(Turn("user", one.text, 1), Turn("assistant", one.answer)) for one in questions]
+        batch = self.encoder.collate([Sample(each, (picture,)) for each in turns])
+        embeds = embed(self.model, batch.input_ids, batch.images, batch.pixel_values)
+        found: list[list[bool]] = []
+        for probe in probes:
+            output = self.staged(probe.schedule, Signal.NEXT_ATTENTION, probe.score)(embeds, batch.rows())
+            predicted = self.model.lm_head(output.hidden).argmax(-1)
+            targets = batch.targets.gather(1, output.columns)
+            is_wrong = (targets != IGNORED) & output.is_valid & (predicted != targets)
+            found.append((~is_wrong.any(1)).tolist())
+        return found
 
 
 def _add(matches: Matches, questions: Sequence[Question], is_right: Sequence[bool]) -> None:
@@ -223,12 +219,12 @@ def evaluate(checkpoint: Checkpoint, num_scenes: int, probes: Sequence[Probe]) -
     for index in tqdm(range(num_scenes), desc="scenes", mininterval=5):
         example = make_example(index)
         asked = example.questions
-        right = checkpoint.is_right(example.image, asked)
+        right, *under_probes = checkpoint.are_right(example.image, asked, [checkpoint.own, *probes])
         _add(whole, asked, right)
         unseen += [one for question, one in zip(asked, right, strict=True) if is_about_an_unseen_pair(question)]
         _add(wrong_image, asked, checkpoint.is_right(previous, asked))
-        for probe, matches in zip(probes, probed, strict=True):
-            _add(matches, asked, checkpoint.is_right(example.image, asked, probe))
+        for under, matches in zip(under_probes, probed, strict=True):
+            _add(matches, asked, under)
         previous = example.image
     return {
         "num_scenes": num_scenes,

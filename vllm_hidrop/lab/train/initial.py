@@ -2,7 +2,7 @@
 
 From random weights the answers stay at their prior. Here every text embedding shares one
 direction ``u``; *local* heads use it to gather the words just before, *matching* heads use it to
-ignore text and to find the vision token that holds the same words. Knows no data.
+ignore text and to find the vision token that holds the same words.
 """
 
 import torch

@@ -1,21 +1,27 @@
-"""A Hugging Face LLaVA with the staged forward between its embeddings and its loss. Knows no data and no optimiser."""
+"""A Hugging Face LLaVA to train: loaded, with the staged forward between its embeddings and its loss, and written."""
 
 import json
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vllm_hidrop.config import HidropConfig, Resolved, resolve
+from vllm_hidrop.lab.atomic_write import whole_or_absent
 from vllm_hidrop.lab.train.prompts import IGNORED, Batch, PromptEncoder
 from vllm_hidrop.lab.train.ratio import Ratio, make_ratio
-from vllm_hidrop.lab.train.run_config import StageName, TrainConfig
 from vllm_hidrop.lab.train.staged import StagedTraining, check_trainable
+from vllm_hidrop.lab.train.train_config import StageName, TrainConfig
 from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.models.families import FAMILIES
+
+SHARD_SIZE = "5GB"
+NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".md")
 
 
 @dataclass(frozen=True)
@@ -83,50 +89,87 @@ def freeze_for(llava: Any, stage: StageName) -> None:
         llava.lm_head.requires_grad_(True)
 
 
+def embed(llava: Any, input_ids: Tensor, images: Tensor, pixel_values: Tensor | None) -> Tensor:
+    """Token embeddings [B, T, C] with projector outputs at the rows of images, those where ``images`` is not -1."""
+    embeds: Tensor = llava.get_input_embeddings()(input_ids.clamp_min(0))
+    if pixel_values is None:
+        return embeds
+    found = llava.model.get_image_features(
+        pixel_values=pixel_values,
+        vision_feature_layer=llava.config.vision_feature_layer,
+        vision_feature_select_strategy=llava.config.vision_feature_select_strategy,
+    )
+    features = torch.cat(list(found.pooler_output)).to(embeds.dtype)
+    return embeds.masked_scatter((images >= 0)[..., None], features)
+
+
 class LlavaTraining(nn.Module):
     """Batch in, summed cross entropy of the targets out; the logits of no other row are computed.
 
     With a learnable ratio its penalty is in every target's loss, so the mean over a step's targets holds it once.
     """
 
-    def __init__(self, checkpoint: Checkpoint, config: TrainConfig) -> None:
+    def __init__(self, llava: Any, staged: StagedTraining, tokens_per_image: int) -> None:
         super().__init__()
-        self.llava = checkpoint.llava
-        self.tokens_per_image = checkpoint.shape.tokens_per_image
-        self.ratio = checkpoint.ratio
-        self.staged = StagedTraining.from_method(
-            self.llava.model.language_model,
+        # In this order: parameters are named after the first module that holds them.
+        self.llava, self.ratio, self.staged = llava, staged.ratio, staged
+        self.tokens_per_image = tokens_per_image
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, config: TrainConfig) -> Self:
+        """What a configuration trains."""
+        staged = StagedTraining.from_method(
+            checkpoint.llava.model.language_model,
             checkpoint.resolved.method,
             checkpoint.shape,
             config.selection,
             checkpoint.resolved.positions,
             config.gradient_checkpointing,
-            self.ratio,
+            checkpoint.ratio,
         )
+        return cls(checkpoint.llava, staged, checkpoint.shape.tokens_per_image)
 
     @property
     def mean_vision_tokens(self) -> float:
         """Tokens of an image in the last step, mean over the layers."""
         return self.staged.schedule.mean_kept(self.tokens_per_image)
 
-    def embed(self, batch: Batch) -> Tensor:
-        """Token embeddings [B, T, C] with projector outputs at the vision rows."""
-        embeds: Tensor = self.llava.get_input_embeddings()(batch.input_ids.clamp_min(0))
-        if batch.pixel_values is None:
-            return embeds
-        found = self.llava.model.get_image_features(
-            pixel_values=batch.pixel_values,
-            vision_feature_layer=self.llava.config.vision_feature_layer,
-            vision_feature_select_strategy=self.llava.config.vision_feature_select_strategy,
-        )
-        features = torch.cat(list(found.pooler_output)).to(embeds.dtype)
-        return embeds.masked_scatter((batch.images >= 0)[..., None], features)
-
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the losses of all targets, float32; targets behind vision rows that are pruned away do not count."""
-        output = self.staged(self.embed(batch), batch.rows())
+        output = self.staged(embed(self.llava, batch.input_ids, batch.images, batch.pixel_values), batch.rows())
         targets = batch.targets.gather(1, output.columns)
         is_target = (targets != IGNORED) & output.is_valid
         logits = self.llava.lm_head(output.hidden[is_target])
         loss = functional.cross_entropy(logits.float(), targets[is_target], reduction="sum")
         return loss if self.ratio is None else loss + self.ratio.penalty() * (batch.targets != IGNORED).sum()
+
+
+def save_model(llava: Any, source: Path, directory: Path, entries: Mapping[str, Any]) -> None:
+    """Write the finished model in bfloat16, for vLLM and Hugging Face.
+
+    Args:
+        llava: converted in place.
+        source: the directory it was loaded from, whose configuration, tokenizer and processor files are kept.
+        directory: appears whole or not at all; what was there is replaced.
+        entries: keys to set in ``config.json``, ``hidrop`` above all.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    config = _in_bfloat16(json.loads((source / "config.json").read_text(encoding="utf-8")))
+    with whole_or_absent(directory) as unfinished:
+        llava.to(torch.bfloat16).save_pretrained(unfinished, max_shard_size=SHARD_SIZE)
+        (unfinished / "generation_config.json").unlink(missing_ok=True)
+        for path in sorted(source.iterdir()):
+            if path.is_file() and not path.name.endswith(NOT_COPIED):
+                shutil.copyfile(path, unfinished / path.name)
+        (unfinished / "config.json").write_text(json.dumps({**config, **entries}, indent=2) + "\n", encoding="utf-8")
+
+
+def _in_bfloat16(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with every data type it names replaced."""
+    changed = {key: _in_bfloat16(value) if isinstance(value, dict) else value for key, value in config.items()}
+    for key in ("dtype", "torch_dtype"):
+        if changed.get(key) is not None:
+            changed[key] = "bfloat16"
+    return changed | ({"dtype": "bfloat16"} if "architectures" in config and "text_config" in config else {})

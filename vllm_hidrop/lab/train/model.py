@@ -1,4 +1,4 @@
-"""Shape of the embedded model and its checkpoint directory. Knows no training."""
+"""Shape of the embedded model and its checkpoint directory."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,9 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from vllm_hidrop.lab.train.hub_checkpoint import hub_name
+from vllm_hidrop.lab.atomic_write import write_json
+from vllm_hidrop.lab.convert.hub_config import processor_json
+from vllm_hidrop.lab.convert.weights import hub_name
 from vllm_hidrop.lab.train.scenes import IMAGE_SIDE, NUM_PATCHES, PATCH_SIDE
 from vllm_hidrop.lab.train.vocabulary import (
     BOS,
@@ -88,18 +90,7 @@ def build_model(seed: int) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config).float()
 
 
-def _write_json(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def _save_processor(directory: Path) -> None:
-    processor = {
-        "processor_class": "LlavaProcessor",
-        "image_token": IMAGE,
-        "patch_size": PATCH_SIDE,
-        "num_additional_image_tokens": 1,
-        "vision_feature_select_strategy": "default",
-    }
     image_processor = {
         "image_processor_type": "CLIPImageProcessor",
         "processor_class": "LlavaProcessor",
@@ -115,8 +106,8 @@ def _save_processor(directory: Path) -> None:
         "do_convert_rgb": True,
         "resample": 3,
     }
-    _write_json(directory / "processor_config.json", processor)
-    _write_json(directory / "preprocessor_config.json", image_processor)
+    write_json(directory / "processor_config.json", processor_json(build_config()))
+    write_json(directory / "preprocessor_config.json", image_processor)
     (directory / LAST_FILE).write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
@@ -124,10 +115,10 @@ def _save_tokenizer(directory: Path) -> None:
     build_tokenizer().save_pretrained(directory)
     path = directory / "tokenizer_config.json"
     content = json.loads(path.read_text(encoding="utf-8"))
-    _write_json(path, {**content, "tokenizer_class": "PreTrainedTokenizerFast"})
+    write_json(path, {**content, "tokenizer_class": "PreTrainedTokenizerFast"})
     named = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": UNK}
     extra = [token for token in SPECIAL_TOKENS if token not in named.values()]
-    _write_json(directory / "special_tokens_map.json", {**named, "additional_special_tokens": extra})
+    write_json(directory / "special_tokens_map.json", {**named, "additional_special_tokens": extra})
 
 
 def save_checkpoint(
@@ -150,7 +141,7 @@ def save_checkpoint(
     if trained is not None:
         config["hidrop"] = dict(trained)
     config["text_config"]["rope_theta"] = ROPE_THETA
-    _write_json(directory / "config.json", config)
+    write_json(directory / "config.json", config)
     # Greedy for clients that set no temperature: vLLM reads top_k from here, but not do_sample, and
     # would make max_new_tokens a limit for all requests.
     GenerationConfig(

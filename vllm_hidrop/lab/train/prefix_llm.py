@@ -17,7 +17,8 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from vllm_hidrop.lab.train.batches import IGNORED, TextBatch
-from vllm_hidrop.lab.train.staged import Rows, StagedTraining, State
+from vllm_hidrop.lab.train.rows import Rows, State
+from vllm_hidrop.lab.train.staged import StagedTraining
 from vllm_hidrop.plan.positions import PositionScheme
 
 

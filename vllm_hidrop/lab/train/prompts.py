@@ -1,4 +1,4 @@
-"""A dialogue as token ids, labels and query rows, and padded batches of them. Knows no weights.
+"""A dialogue as token ids, labels and query rows, and padded batches of them.
 
 Axes: B samples, T tokens of the longest one, N images of the batch.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vllm_hidrop.lab.train.conversations import Sample, Turn
-from vllm_hidrop.lab.train.staged import Rows
+from vllm_hidrop.lab.train.rows import Rows
 
 IGNORED = -100
 
@@ -83,7 +83,8 @@ class PromptEncoder:
         if not (processor.chat_template or self.tokenizer.chat_template):
             raise ValueError("the model has no chat template")
 
-    def _render(self, turns: Sequence[Turn], prompts_answer: bool = False) -> str:
+    def render(self, turns: Sequence[Turn], prompts_answer: bool = False) -> str:
+        """A dialogue as text, up to where the answer begins with ``prompts_answer``."""
         messages = []
         for turn in turns:
             images: list[dict[str, str]] = [{"type": "image"}] * turn.num_images
@@ -101,10 +102,12 @@ class PromptEncoder:
         for number, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            asked, answered = self._render(turns[:number], True), self._render(turns[: number + 1])
+            asked, answered = self.render(turns[:number], True), self.render(turns[: number + 1])
             if not (asked.startswith(done) and answered.startswith(asked)):
                 raise ValueError("the model's chat template changes earlier turns: labels cannot be placed")
-            answer, blanks = _split_blanks(answered[len(asked) :])
+            rest = answered[len(asked) :]
+            answer = rest.rstrip()
+            blanks = rest[len(answer) :]
             if answer.endswith(turn.text):
                 answer += self.tokenizer.eos_token or ""
             pieces += [(asked[len(done) :], False), (answer, True), (blanks, False)]
@@ -170,11 +173,6 @@ class PromptEncoder:
 
 def _padded(parts: list[Tensor], value: float) -> Tensor:
     return pad_sequence(parts, batch_first=True, padding_value=value)
-
-
-def _split_blanks(text: str) -> tuple[str, str]:
-    kept = text.rstrip()
-    return kept, text[len(kept) :]
 
 
 def _lies_in(span: tuple[int, int], spoken: list[tuple[int, int]]) -> bool:

@@ -1,4 +1,4 @@
-"""Questions about a scene and their exact answers. Knows neither pixels nor models."""
+"""Questions about a scene and their exact answers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

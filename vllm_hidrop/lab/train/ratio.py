@@ -1,4 +1,4 @@
-"""Keeps learnt with the model: one dropped share per cut, held to a token budget. Knows neither models nor data."""
+"""Keeps learnt with the model: one dropped share per cut, held to a token budget."""
 
 import torch
 from torch import Tensor, nn
@@ -76,11 +76,7 @@ class Ratio(nn.Module):
 
 
 def make_ratio(resolved: Resolved, shape: ModelShape, weight: float) -> Ratio:
-    """The learnable ratio of HiDrop's schedule.
-
-    Raises:
-        ValueError: another method, or no filter to learn.
-    """
+    """The learnable ratio of HiDrop's schedule. Raises ValueError: another method, or no filter to learn."""
     needs = "ratio: learnable needs method hidrop with at least one filter"
     if not isinstance(resolved.method, HiDrop):
         raise ValueError(f"{needs}, got method {resolved.method.name}")

@@ -1,4 +1,4 @@
-"""Seeded synthetic scenes: objects and a word on a noisy background. Knows no model.
+"""Seeded synthetic scenes: objects and a word on a noisy background.
 
 A scene is symbolic first (what stands where) and pixels second, so that questions have exact
 answers and a language model can be taught on symbols alone. Coordinates are pixels of the

@@ -61,51 +61,39 @@ HIDROP_FORM = Form(HIDROP, "HiDrop's schedule")
 _EARLY = PyramidDrop(cuts=(EARLY_LAYER / NUM_LLM_LAYERS,), keeps=(EARLY_KEEP,))
 _QUARTERS = PyramidDrop(cuts=(EARLY_LAYER / NUM_LLM_LAYERS, 1 / 3, 2 / 3), keeps=(32, 16, 8))
 
-_SELECTIONS = {
-    f"selection_{one}": replace(HIDROP_FORM, selection=one, summary=f"hidrop with selection {one}")
-    for one in Selection
-    if one is not HIDROP_FORM.selection
-}
 
+def _hidrop(summary: str, **changed: Any) -> Form:
+    """HiDrop's form with other values of its own or of its method."""
+    of_form = {name: changed.pop(name) for name in ("selection", "position_scheme", "seed") if name in changed}
+    return Form(replace(HIDROP, **changed), summary, **of_form)
+
+
+_OTHERS = [one for one in Selection if one is not HIDROP_FORM.selection]
 FORMS: dict[str, Form] = {
     "dense": Form(DENSE, "every vision token in every layer"),
     "hidrop": HIDROP_FORM,
-    "hidrop_seed1": replace(HIDROP_FORM, seed=1, summary="hidrop with another order of the data: the noise"),
-    **_SELECTIONS,
-    "no_injection": replace(
-        HIDROP_FORM,
-        method=replace(HIDROP, inject_layer=1),
-        summary="without late injection: every token from layer 0 on, then the same cuts and exit",
+    "hidrop_seed1": _hidrop("hidrop with another order of the data: the noise", seed=1),
+    **{f"selection_{one}": _hidrop(f"hidrop with selection {one}", selection=one) for one in _OTHERS},
+    "no_injection": _hidrop(
+        "without late injection: every token from layer 0 on, then the same cuts and exit", inject_layer=1
     ),
-    "no_exit": replace(
-        HIDROP_FORM,
-        method=replace(HIDROP, exit_layer=None),
-        summary="without early exit: the last cut's tokens stay to the end",
+    "no_exit": _hidrop("without early exit: the last cut's tokens stay to the end", exit_layer=None),
+    "no_pyramid": _hidrop("without cuts: every token from injection to exit", filter_layers=(), keeps=()),
+    "flat": _hidrop(
+        f"one cut to {FLAT_KEEP} instead of the pyramid, same injection and exit",
+        filter_layers=HIDROP.filter_layers[:1],
+        keeps=(FLAT_KEEP,),
     ),
-    "no_pyramid": replace(
-        HIDROP_FORM,
-        method=replace(HIDROP, filter_layers=(), keeps=()),
-        summary="without cuts: every token from injection to exit",
-    ),
-    "flat": replace(
-        HIDROP_FORM,
-        method=replace(HIDROP, filter_layers=HIDROP.filter_layers[:1], keeps=(FLAT_KEEP,)),
-        summary=f"one cut to {FLAT_KEEP} instead of the pyramid, same injection and exit",
-    ),
-    "compacted": replace(
-        HIDROP_FORM,
+    "compacted": _hidrop(
+        "survivors renumbered after every cut instead of keeping their positions",
         position_scheme=PositionScheme.COMPACTED,
-        summary="survivors renumbered after every cut instead of keeping their positions",
     ),
-    "grouped": replace(
-        HIDROP_FORM,
-        position_scheme=PositionScheme.GROUPED,
-        summary="text numbered as if there were no image, vision keeps its positions",
+    "grouped": _hidrop(
+        "text numbered as if there were no image, vision keeps its positions", position_scheme=PositionScheme.GROUPED
     ),
     "pyramiddrop": Form(_QUARTERS, "PyramidDrop: all in layer 0, then three cuts"),
     "early_cut": Form(
-        _EARLY,
-        "FastV's schedule (one cut after layer 0), scored by attention under the layer about to run",
+        _EARLY, "FastV's schedule (one cut after layer 0), scored by attention under the layer about to run"
     ),
     "random": Form(Random(layer=EARLY_LAYER, keep=EARLY_KEEP), "early_cut with any tokens instead of the best"),
 }

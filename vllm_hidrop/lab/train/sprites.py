@@ -1,4 +1,4 @@
-"""Masks of the things a scene may hold: drawn shapes, icon glyphs, words. Knows no colours."""
+"""Masks of the things a scene may hold: drawn shapes, icon glyphs, words."""
 
 import math
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """The staged forward in training: every stage on physically shorter sequences, with gradients.
 
-The arithmetic is the served one (``staged/loop.py``), on batches of right-padded sequences. Knows no data and no
-optimiser. Axes: B samples, T rows of the full prompts, T' rows left, C hidden size.
+The arithmetic is the served one (``staged/loop.py``), on batches of right-padded sequences. Axes: B samples, T rows of
+the full prompts, T' rows left, C hidden size.
 """
 
 from dataclasses import dataclass, replace
@@ -12,9 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vllm_hidrop.lab.train.decoder import Decoder, Rotary, attend, rotate
+from vllm_hidrop.lab.train.decoder import Decoder, Rotary, attend, query_attention, rotate
 from vllm_hidrop.lab.train.dtopk import SMOOTH, gates
 from vllm_hidrop.lab.train.ratio import Ratio
+from vllm_hidrop.lab.train.rows import (
+    Rows,
+    State,
+    compacted_positions,
+    gather,
+    grouped_positions,
+    left_aligned,
+    renumbered_positions,
+    take_columns,
+    take_head_rows,
+)
 from vllm_hidrop.methods import Adaptive, Method, ModelShape
 from vllm_hidrop.methods.scoring import RowAttention, Scorer, Signals, select_top
 from vllm_hidrop.plan.positions import PositionScheme
@@ -35,77 +46,12 @@ class Selection(StrEnum):
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What the rows of right-padded prompts are; every tensor [B, T].
-
-    Attributes:
-        positions: int64, ids of the full prompt.
-        images: int64, the row's image in its sample, -1 for text.
-        is_valid: bool, false on padding.
-        is_query: bool, the last instruction token of every dialogue round: a target follows, none precedes.
-    """
-
-    positions: Tensor
-    images: Tensor
-    is_valid: Tensor
-    is_query: Tensor
-
-    @property
-    def is_vision(self) -> Tensor:
-        """Rows of images, bool [B, T]."""
-        return (self.images >= 0) & self.is_valid
-
-    def take(self, columns: Tensor, is_valid: Tensor) -> "Rows":
-        """The rows at ``columns`` [B, T']."""
-        is_query = self.is_query.gather(1, columns) & is_valid
-        return Rows(self.positions.gather(1, columns), self.images.gather(1, columns), is_valid, is_query)
-
-
-@dataclass(frozen=True)
 class StagedOutput:
     """Final-norm states of the rows the last stage holds, [B, T', C], and their columns in the input, [B, T']."""
 
     hidden: Tensor
     columns: Tensor
     is_valid: Tensor
-
-
-@dataclass(frozen=True)
-class State:
-    """The current rows of every sample, left-aligned: hidden [B, T', C], columns [B, T'] among the full rows.
-
-    ``presence`` [B, T'] is 1 and carries the gradient of the cuts behind.
-    """
-
-    hidden: Tensor
-    columns: Tensor
-    rows: Rows
-    presence: Tensor | None = None
-
-
-def query_attention(query: Tensor, key: Tensor, rows: Rows) -> Tensor:
-    """Head-mean attention of the query rows to every row, mean over a sample's query rows.
-
-    Args:
-        query: [B, H, T, D] after RoPE.
-        key: [B, G, T, D] after RoPE.
-        rows: the current rows.
-
-    Returns:
-        float32 [B, T]; zero for a sample without query rows (HiDrop section 3.3).
-    """
-    num_queries = rows.is_query.sum(1)
-    order = (~rows.is_query).int().argsort(dim=1, stable=True)[:, : max(1, int(num_queries.max()))]
-    asked = query.gather(2, order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])).float()
-    groups = query.shape[1] // key.shape[1]
-    with torch.autocast(query.device.type, enabled=False):  # float32 statistics, as served
-        logits = torch.einsum("bghqd,bgtd->bghqt", asked.unflatten(1, (-1, groups)), key.float())
-    logits = logits * query.shape[-1] ** -0.5
-    columns = torch.arange(key.shape[2], device=key.device)
-    is_hidden = columns > order[:, :, None]
-    weights = logits.masked_fill(is_hidden[:, None, None], float("-inf")).softmax(-1).mean((1, 2))
-    is_asked = rows.is_query.gather(1, order)
-    return (weights * is_asked[:, :, None]).sum(1) / num_queries.clamp_min(1)[:, None]
 
 
 def check_trainable(method: Method) -> None:
@@ -187,7 +133,7 @@ class StagedTraining(nn.Module):
         if self.ratio is not None:
             self.schedule = self.ratio.schedule()  # same stages, this step's keeps
         if self.position_scheme is PositionScheme.GROUPED:
-            rows = replace(rows, positions=_grouped_positions(rows))
+            rows = replace(rows, positions=grouped_positions(rows))
         columns = torch.arange(embeds.shape[1], device=embeds.device).expand(len(embeds), -1)
         state = self.run_stages(0, State(embeds, columns, rows), embeds, rows)
         return StagedOutput(self.decoder.norm(state.hidden), state.columns, state.rows.is_valid)
@@ -201,14 +147,16 @@ class StagedTraining(nn.Module):
             if self._keep_before(index).is_none and not stage.keep.is_none:
                 state = self._inject(state, embeds, rows)
             if stage.keep.is_none:
-                state = self._renumbered(replace(_gather(state, ~state.rows.is_vision), presence=None))
+                state = self._renumbered(replace(gather(state, ~state.rows.is_vision), presence=None))
             elif self.selects(index) and self.signal is Signal.NEXT_ATTENTION:
-                state = self._cut_layer(first, state, stage.keep, rows)
+                projected = self.decoder.project(first, state.hidden)
+                state = self.cut_projected(first, state, projected, stage.keep, rows)
                 first += 1
             elif self.selects(index):
                 kept, gate = self._choose(first, state, stage.keep, rows, attention)
-                state = self._renumbered(_gather(self._gated(state, gate), kept))
-            state, attention = self.run_layers(first, end, state, self._scores_for(index + 1))
+                state = self._renumbered(gather(self._gated(state, gate), kept))
+            scores = self.signal is Signal.PREVIOUS_ATTENTION and self.selects(index + 1)
+            state, attention = self.run_layers(first, end, state, scores)
         return state
 
     def selects(self, stage: int) -> bool:
@@ -221,10 +169,6 @@ class StagedTraining(nn.Module):
     def _keep_before(self, stage: int) -> Keep:
         """What stands before a stage; every token before the first."""
         return self.schedule.stages[stage - 1].keep if stage else ALL
-
-    def _scores_for(self, stage: int) -> bool:
-        """Whether the layer before ``stage`` must leave its attention."""
-        return self.signal is Signal.PREVIOUS_ATTENTION and self.selects(stage)
 
     def _inject(self, state: State, embeds: Tensor, rows: Rows) -> State:
         """All rows: text as it is now, vision from the projector."""
@@ -256,10 +200,6 @@ class StagedTraining(nn.Module):
             return result
         return self.decoder.run(index, hidden, rotary, presence)
 
-    def _cut_layer(self, index: int, state: State, keep: Keep, full_rows: Rows) -> State:
-        projected = self.decoder.project(index, state.hidden)
-        return self.cut_projected(index, state, projected, keep, full_rows)
-
     def cut_projected(
         self, index: int, state: State, projected: tuple[Tensor, Tensor, Tensor], keep: Keep, full_rows: Rows
     ) -> State:
@@ -274,8 +214,8 @@ class StagedTraining(nn.Module):
         if self.selection is Selection.AS_WRITTEN:
             value = value * gate[:, None, :, None].to(value.dtype)
         order, is_valid = left_aligned(kept & state.rows.is_valid)
-        short = self._renumbered(_at(gated, order, is_valid))
-        query, key, value = (_at_rows(part, order) for part in (query, key, value))
+        short = self._renumbered(take_columns(gated, order, is_valid))
+        query, key, value = (take_head_rows(part, order) for part in (query, key, value))
         query, key = rotate(query, key, self.decoder.rotary(short.hidden, short.rows.positions))
         return replace(
             short, hidden=self.decoder.finish(index, short.hidden, attend(query, key, value, short.presence))
@@ -321,51 +261,7 @@ class StagedTraining(nn.Module):
 
     def _renumbered(self, state: State) -> State:
         if self.position_scheme is PositionScheme.COMPACTED:
-            return replace(state, rows=replace(state.rows, positions=_compacted_positions(state.rows)))
+            return replace(state, rows=replace(state.rows, positions=compacted_positions(state.rows)))
         if self.position_scheme is PositionScheme.RENUMBERED:
-            return replace(state, rows=replace(state.rows, positions=_renumbered_positions(state.rows.positions)))
+            return replace(state, rows=replace(state.rows, positions=renumbered_positions(state.rows.positions)))
         return state
-
-
-def left_aligned(kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of the kept rows in their order, [B, T'], padded at the right, and which of them are rows."""
-    num_rows = kept.sum(1)
-    order = (~kept).int().argsort(dim=1, stable=True)[:, : int(num_rows.max())]
-    return order, torch.arange(order.shape[1], device=kept.device) < num_rows[:, None]
-
-
-def _gather(state: State, kept: Tensor) -> State:
-    return _at(state, *left_aligned(kept & state.rows.is_valid))
-
-
-def _at(state: State, order: Tensor, is_valid: Tensor) -> State:
-    hidden = state.hidden.gather(1, order[..., None].expand(-1, -1, state.hidden.shape[2]))
-    presence = None if state.presence is None else state.presence.gather(1, order)
-    return State(hidden, state.columns.gather(1, order), state.rows.take(order, is_valid), presence)
-
-
-def _at_rows(heads: Tensor, order: Tensor) -> Tensor:
-    return heads.gather(2, order[:, None, :, None].expand(-1, heads.shape[1], -1, heads.shape[3]))
-
-
-def _renumbered_positions(positions: Tensor) -> Tensor:
-    """0, 1, 2, ... for left-aligned rows, [B, T']."""
-    return torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
-
-
-def _grouped_positions(rows: Rows) -> Tensor:
-    is_text = rows.images < 0
-    return torch.where(is_text, is_text.long().cumsum(1) - 1, rows.positions)
-
-
-def _compacted_positions(rows: Rows) -> Tensor:
-    """Survivors of an image numbered on from where its text neighbour before it ends."""
-    positions = rows.positions.clone()
-    for sample in range(len(positions)):
-        for image in range(int(rows.images[sample].max()) + 1):
-            here = ((rows.images[sample] == image) & rows.is_valid[sample]).nonzero().flatten()
-            if len(here):
-                before = int(here[0]) - 1
-                first = int(rows.positions[sample, before]) + 1 if before >= 0 else 0
-                positions[sample, here] = first + torch.arange(len(here), device=positions.device)
-    return positions

@@ -11,10 +11,11 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_hidrop.lab.train.staged import Rows, StagedTraining
+from vllm_hidrop.lab.train.llava_training import LlavaTraining, freeze_for
+from vllm_hidrop.lab.train.prompts import IGNORED, Batch
+from vllm_hidrop.lab.train.staged import StagedTraining
 from vllm_hidrop.methods import Method, ModelShape
 from vllm_hidrop.methods.none import NoPruning
 
@@ -41,55 +42,48 @@ class TrainingStep:
 
     def __init__(self, model: Any, batch: int, num_text: int) -> None:
         self.model = model
-        self.num_vision = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
-        model.model.vision_tower.requires_grad_(False)
+        vision = model.config.vision_config
+        self.shape = ModelShape(
+            model.config.text_config.num_hidden_layers, (vision.image_size // vision.patch_size) ** 2
+        )
+        freeze_for(model, "instruct")
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimiser = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-        size = model.config.vision_config.image_size
         generator = torch.Generator().manual_seed(0)
-        self.pixels = torch.randn(batch, 3, size, size, generator=generator)
-        self.ids = torch.randint(4, 1000, (batch, num_text), generator=generator)
-        self.rows = self._rows(batch, num_text)
-
-    def _rows(self, batch: int, num_text: int) -> Rows:
-        length = num_text + self.num_vision
-        images = torch.full((batch, length), -1)
-        images[:, 1 : 1 + self.num_vision] = 0
-        is_query = torch.zeros(batch, length, dtype=torch.bool)
+        pixels = torch.randn(batch, 3, vision.image_size, vision.image_size, generator=generator)
+        text = torch.randint(4, 1000, (batch, num_text), generator=generator)
+        num_vision = self.shape.tokens_per_image
+        ids = torch.cat(
+            [text[:, :1], text.new_full((batch, num_vision), model.config.image_token_index), text[:, 1:]], 1
+        )
+        images = torch.full_like(ids, -1)
+        images[:, 1 : 1 + num_vision] = 0
+        labels = torch.full_like(ids, IGNORED)
+        labels[:, -NUM_TARGETS:] = ids[:, -NUM_TARGETS:]
+        is_query = torch.zeros_like(ids, dtype=torch.bool)
         is_query[:, -NUM_TARGETS - 1] = True
-        return Rows(torch.arange(length).expand(batch, -1), images, torch.ones_like(is_query), is_query)
+        self.batch = Batch(ids, labels, images, is_query, torch.ones_like(is_query), pixels)
 
-    def forward_of(self, method: Method) -> StagedTraining:
-        """The model's decoder under a method."""
-        shape = ModelShape(self.model.config.text_config.num_hidden_layers, self.num_vision)
-        return StagedTraining.from_method(self.model.model.language_model, method, shape)
+    def module_of(self, method: Method) -> LlavaTraining:
+        """The model under a method."""
+        staged = StagedTraining.from_method(self.model.model.language_model, method, self.shape)
+        return LlavaTraining(self.model, staged, self.shape.tokens_per_image)
 
-    def loss(self, staged: StagedTraining) -> Tensor:
+    def loss(self, module: LlavaTraining) -> Tensor:
         """Cross-entropy of the last tokens, a scalar."""
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            vision = self._image_features()
-            text = self.model.get_input_embeddings()(self.ids)
-            embeds = torch.cat([text[:, :1], vision.to(text.dtype), text[:, 1:]], 1)
-            output = staged(embeds, self.rows)
-            logits = self.model.lm_head(output.hidden[:, -NUM_TARGETS - 1 : -1])
-        return F.cross_entropy(logits.float().flatten(0, 1), self.ids[:, -NUM_TARGETS:].flatten())
+            loss: Tensor = module(self.batch)
+        return loss / (len(self.batch.labels) * NUM_TARGETS)
 
-    def _image_features(self) -> Tensor:
-        with torch.no_grad():
-            tower = self.model.model.vision_tower(self.pixels, output_hidden_states=True)
-        features = tower.hidden_states[self.model.config.vision_feature_layer][:, 1:]
-        projected: Tensor = self.model.model.multi_modal_projector(features)
-        return projected
-
-    def run(self, staged: StagedTraining) -> float:
+    def run(self, module: LlavaTraining) -> float:
         """One whole step; returns its seconds."""
         started = time.perf_counter()
-        self.loss(staged).backward()
+        self.loss(module).backward()
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         return time.perf_counter() - started
 
-    def activation_bytes(self, staged: StagedTraining) -> int:
+    def activation_bytes(self, module: LlavaTraining) -> int:
         """Bytes autograd holds for the backward pass, each storage once."""
         held: dict[int, int] = {}
         owned = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
@@ -101,7 +95,7 @@ class TrainingStep:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.loss(staged)
+            loss = self.loss(module)
         del loss
         return sum(held.values())
 
@@ -111,15 +105,15 @@ def measure(
 ) -> tuple[StepCost, StepCost]:
     """Dense and ``method``, in turn ``runs`` times after a warm-up; ``on_run`` is called after every pair."""
     step = TrainingStep(model, batch, num_text)
-    forwards = step.forward_of(NoPruning()), step.forward_of(method)
-    for staged in forwards:
-        step.run(staged)
+    modules = step.module_of(NoPruning()), step.module_of(method)
+    for module in modules:
+        step.run(module)
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(runs):
-        for staged, times in zip(forwards, seconds, strict=True):
-            times.append(step.run(staged))
+        for module, times in zip(modules, seconds, strict=True):
+            times.append(step.run(module))
         on_run()
     dense, pruned = (
-        StepCost(median(times), step.activation_bytes(staged)) for staged, times in zip(forwards, seconds, strict=True)
+        StepCost(median(times), step.activation_bytes(module)) for module, times in zip(modules, seconds, strict=True)
     )
     return dense, pruned

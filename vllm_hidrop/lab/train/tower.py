@@ -1,4 +1,4 @@
-"""Stage A: the vision tower learns to label patches of crowded scenes. Knows no language."""
+"""Stage A: the vision tower learns to label patches of crowded scenes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import trange
 from transformers import LlavaForConditionalGeneration
 
 from vllm_hidrop.lab.train.model import FEATURE_LAYER, HIDDEN_SIZE
@@ -143,19 +142,14 @@ def train_tower(
     readout = nn.Linear(HIDDEN_SIZE, NUM_READOUTS)
     tower = model.model.vision_tower
     named = [*tower.named_parameters(prefix="tower"), *readout.named_parameters(prefix="readout")]
-    optimiser = PairedOptimiser(named, LearningRates(3e-3, 3e-3), num_steps)
-    progress = trange(num_steps, desc="stage A", mininterval=5)
-    for step in progress:
+
+    def loss_of(step: int) -> Tensor:
         first = (seed * num_steps + step) * scenes_per_step
         scenes = [make_crowded_scene(first + index) for index in range(scenes_per_step)]
-        truth = label_patches(scenes)
-        pixel_values = to_pixel_values([render(scene) for scene in scenes])
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            features = tower_features(model, pixel_values)
-        loss = _losses(readout(features), truth)
-        optimiser.step(loss)
-        if step % 25 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}")
-        if step % 150 == 149:
-            progress.write(f"step {step}: {patch_accuracy(model, readout, 16)}")
+            features = tower_features(model, to_pixel_values([render(scene) for scene in scenes]))
+        return _losses(readout(features), label_patches(scenes))
+
+    optimiser = PairedOptimiser(named, LearningRates(3e-3, 3e-3), num_steps)
+    optimiser.run("stage A", loss_of, lambda: patch_accuracy(model, readout, 16), every=150)
     return patch_accuracy(model, readout)

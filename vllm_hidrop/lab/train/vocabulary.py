@@ -1,5 +1,7 @@
 """Words, tokenizer and chat template of the embedded model."""
 
+from pathlib import Path
+
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -29,29 +31,8 @@ VOCABULARY: tuple[str, ...] = (
 )
 TOKEN_IDS = {word: index for index, word in enumerate(VOCABULARY)}
 
-CHAT_TEMPLATE = """\
-{#- Images of a message come before its text, whatever the order of its parts. -#}
-{%- macro words(content) -%}
-{%- if content is string -%}{{ content }}
-{%- elif content -%}
-{%- for part in content if part.type in ('image', 'image_url') -%}<image>{%- endfor -%}
-{%- for part in content if part.type == 'text' -%}
-{{ part.text }}{{ '' if loop.last else ' ' }}
-{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-{{- bos_token -}}
-{%- for message in messages -%}
-{%- if message.role == 'assistant' -%}
-<assistant>{{ words(message.content) }}{{ eos_token }}
-{%- elif message.role in ('system', 'developer') -%}
-<system>{{ words(message.content) }}
-{%- else -%}
-<user>{{ words(message.content) }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}<assistant>{%- endif -%}
-"""
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+"""Images of a message come before its text, whatever the order of its parts."""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

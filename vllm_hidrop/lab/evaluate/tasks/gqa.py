@@ -6,10 +6,19 @@ lower case, no full stop at the end.
 "types": {"structural": "query"}}}``; images ``IMAGEID.jpg`` in ``--images``.
 """
 
-from vllm_hidrop.lab.evaluate.reading import has_fields, read_json
-from vllm_hidrop.lab.evaluate.samples import SHORT_ANSWER, Sample, Source, Task, checked_images, choose, file_image
+from typing import Any
 
-FIELDS = ("imageId", "question", "answer")
+from pydantic import BaseModel
+
+from vllm_hidrop.lab.evaluate.reading import read_json
+from vllm_hidrop.lab.evaluate.samples import SHORT_ANSWER, Sample, Source, Task, checked_images, choose
+
+
+class _Question(BaseModel):
+    imageId: str
+    question: str
+    answer: str
+    types: dict[str, Any] | None = None
 
 
 def load(source: Source) -> list[Sample]:
@@ -18,15 +27,12 @@ def load(source: Source) -> list[Sample]:
     Raises:
         ValueError: wrong format or a missing file.
     """
-    file = source.data_path()
-    rows = has_fields(read_json(file), (), str(file))
+    rows = read_json(source.data_path(), dict[str, _Question])
+    images = checked_images(source.image_path(f"{row.imageId}.jpg") for row in rows.values())
     samples = []
-    for name, row in rows.items():
-        has_fields(row, FIELDS, f"{file}, question {name}")
-        image = file_image(source.image_path(f"{row['imageId']}.jpg"))
-        kind = (row.get("types") or {}).get("structural") or "all"
-        samples.append(Sample(name, f"{row['question']}{SHORT_ANSWER}", image, (str(row["answer"]),), kind))
-    checked_images(source.image_path(f"{row['imageId']}.jpg") for row in rows.values())
+    for (name, row), image in zip(rows.items(), images, strict=True):
+        kind = (row.types or {}).get("structural") or "all"
+        samples.append(Sample(name, f"{row.question}{SHORT_ANSWER}", image, (row.answer,), kind))
     return choose(samples, source.limit, source.seed)
 
 

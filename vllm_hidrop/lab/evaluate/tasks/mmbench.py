@@ -12,49 +12,68 @@ import base64
 import binascii
 import re
 from functools import partial
+from typing import Self
+
+from pydantic import BaseModel, model_validator
 
 from vllm_hidrop.lab.evaluate.reading import read_table
 from vllm_hidrop.lab.evaluate.samples import LETTER_ANSWER, Sample, Source, Task, choose
 
 LETTERS = "ABCD"
-COLUMNS = ("index", "question", "hint", *LETTERS, "answer", "category", "image")
 ABSENT = ("", "nan", "none")
 SAID = re.compile(r"^\(?([A-D])(?:[).:,\s]|$)")
 
 
+class _Row(BaseModel):
+    index: str
+    question: str
+    hint: str
+    A: str
+    B: str
+    C: str
+    D: str
+    answer: str
+    category: str
+    image: str
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Those that are there."""
+        return tuple(text for text in (self.A, self.B, self.C, self.D) if text.lower() not in ABSENT)
+
+    @model_validator(mode="after")
+    def _has_its_answer(self) -> Self:
+        known = tuple(LETTERS[: len(self.options)])
+        if self.answer.strip() not in known:
+            raise ValueError(
+                f"expected the letter of one of {len(known)} options as answer, got {self.answer.strip() or 'none'}"
+            )
+        return self
+
+    def prompt(self) -> str:
+        """Hint, question and lettered choices."""
+        hint = "" if self.hint.lower() in ABSENT else f"{self.hint}\n"
+        choices = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False))
+        return f"{hint}{self.question}{choices}{LETTER_ANSWER}"
+
+
 def load(source: Source) -> list[Sample]:
-    """All rows of the file.
-
-    Raises:
-        ValueError: wrong format, an image that is not base64, or a missing file.
-    """
+    """All rows of the file. Raises ValueError: wrong format, an image that is not base64, or a missing file."""
     file = source.data_path()
-    rows = list(read_table(file, COLUMNS))
-    images = {row["index"]: row["image"] for _, row in rows}
-    samples = [_sample(row, images, f"{file}, line {number}") for number, row in rows]
+    rows = list(read_table(file, _Row))
+    images = {row.index: row.image for row in rows}
+    samples = []
+    for row in rows:
+        encoded = images.get(row.image, row.image)
+        try:
+            base64.b64decode(encoded, validate=True)
+        except binascii.Error:
+            place = f"{file}, question {row.index}"
+            raise ValueError(f"{place}: expected a base64 image or the index of a row that has one") from None
+        image = partial(base64.b64decode, encoded)
+        answer = (row.answer.strip(),)
+        samples.append(Sample(row.index, row.prompt(), image, answer, row.category, row.options))
     return choose(samples, source.limit, source.seed)
-
-
-def _sample(row: dict[str, str], images: dict[str, str], place: str) -> Sample:
-    options = tuple(row[letter] for letter in LETTERS if row[letter].lower() not in ABSENT)
-    answer = row["answer"].strip()
-    if answer not in tuple(LETTERS[: len(options)]):
-        raise ValueError(
-            f"{place}: expected the letter of one of {len(options)} options as answer, got {answer or 'none'}"
-        )
-    encoded = images.get(row["image"], row["image"])
-    try:
-        base64.b64decode(encoded, validate=True)
-    except binascii.Error:
-        raise ValueError(f"{place}: expected a base64 image or the index of a row that has one") from None
-    image = partial(base64.b64decode, encoded)
-    return Sample(row["index"], _prompt(row, options), image, (answer,), row["category"], options)
-
-
-def _prompt(row: dict[str, str], options: tuple[str, ...]) -> str:
-    hint = "" if row["hint"].lower() in ABSENT else f"{row['hint']}\n"
-    choices = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
-    return f"{hint}{row['question']}{choices}{LETTER_ANSWER}"
 
 
 def parse(options: tuple[str, ...], text: str) -> str | None:

@@ -12,16 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vllm_hidrop.lab.evaluate.reading import read_text
-from vllm_hidrop.lab.evaluate.samples import (
-    SHORT_ANSWER,
-    Sample,
-    Scored,
-    Source,
-    Task,
-    checked_images,
-    choose,
-    file_image,
-)
+from vllm_hidrop.lab.evaluate.samples import SHORT_ANSWER, Sample, Scored, Source, Task, checked_images, choose
 
 PERCEPTION = (
     *("existence", "count", "position", "color", "posters"),
@@ -33,11 +24,7 @@ NUM_FIELDS = 3
 
 
 def load(source: Source) -> list[Sample]:
-    """All subtasks that have a file.
-
-    Raises:
-        ValueError: wrong format, an unknown subtask, or a missing file.
-    """
+    """All subtasks that have a file. Raises ValueError: wrong format, an unknown subtask, or a missing file."""
     folder = source.data_path()
     files = sorted(folder.glob("*.txt"))
     if not files:
@@ -56,12 +43,11 @@ def _read(file: Path, source: Source) -> Iterator[Sample]:
             raise ValueError(f"{file}, line {number}: expected two lines about {first[0]}, got {second[0]}")
     if len(rows) % 2:
         raise ValueError(f"{file}, line {rows[-1][0]}: expected a second line about {rows[-1][1][0]}")
-    paths = {name: _image(source, subtask, name) for _, (name, _, _) in rows}
-    checked_images(paths.values())
-    for index, (_, (name, question, answer)) in enumerate(rows):
+    images = checked_images(_image(source, subtask, name) for _, (name, _, _) in rows)
+    for index, ((_, (_, question, answer)), image) in enumerate(zip(rows, images, strict=True)):
         text = question.replace(OWN_ENDING, "") + SHORT_ANSWER
         group = f"{subtask}/{index // 2}"
-        yield Sample(f"{group}/{index % 2}", text, file_image(paths[name]), (answer,), subtask, group=group)
+        yield Sample(f"{group}/{index % 2}", text, image, (answer,), subtask, group=group)
 
 
 def _rows(file: Path) -> Iterator[tuple[int, tuple[str, str, str]]]:

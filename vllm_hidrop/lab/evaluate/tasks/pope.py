@@ -8,21 +8,21 @@ one file or a folder of ``coco_pope_{random,popular,adversarial}.json``; images 
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel
 
 from vllm_hidrop.lab.evaluate.reading import read_json_lines
-from vllm_hidrop.lab.evaluate.samples import (
-    SHORT_ANSWER,
-    Sample,
-    Scored,
-    Source,
-    Task,
-    checked_images,
-    choose,
-    file_image,
-)
+from vllm_hidrop.lab.evaluate.samples import SHORT_ANSWER, Sample, Scored, Source, Task, checked_images, choose
 
-FIELDS = ("question_id", "image", "text", "label")
 PREFIX = "coco_pope_"
+
+
+class _Question(BaseModel):
+    question_id: int | str
+    image: str
+    text: str
+    label: Literal["yes", "no"]
 
 
 def load(source: Source) -> list[Sample]:
@@ -41,14 +41,10 @@ def load(source: Source) -> list[Sample]:
 
 def _read(file: Path, source: Source) -> Iterator[Sample]:
     category = file.stem.removeprefix(PREFIX)
-    rows = list(read_json_lines(file, FIELDS))
-    checked_images(source.image_path(str(row["image"])) for _, row in rows)
-    for number, row in rows:
-        if row["label"] not in ("yes", "no"):
-            raise ValueError(f"{file}, line {number}: expected label yes or no, got {row['label']}")
-        image = file_image(source.image_path(str(row["image"])))
-        question = f"{row['text']}{SHORT_ANSWER}"
-        yield Sample(f"{category}/{row['question_id']}", question, image, (row["label"],), category)
+    rows = list(read_json_lines(file, _Question))
+    images = checked_images(source.image_path(row.image) for row in rows)
+    for row, image in zip(rows, images, strict=True):
+        yield Sample(f"{category}/{row.question_id}", f"{row.text}{SHORT_ANSWER}", image, (row.label,), category)
 
 
 def parse(text: str) -> str:

@@ -8,55 +8,55 @@
 """
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Self
 
-from vllm_hidrop.lab.evaluate.reading import has_fields, read_json
-from vllm_hidrop.lab.evaluate.samples import LETTER_ANSWER, Sample, Source, Task, checked_images, choose, file_image
+from pydantic import BaseModel, Field, model_validator
+
+from vllm_hidrop.lab.evaluate.reading import read_json
+from vllm_hidrop.lab.evaluate.samples import LETTER_ANSWER, Sample, Source, Task, checked_images, choose
 
 SPLIT = "test"
 LETTERS = "ABCDE"
-FIELDS = ("question", "choices", "answer", "hint", "image")
 SAID = re.compile(r"The answer is ([A-E])")
 
 
-def load(source: Source) -> list[Sample]:
-    """The image subset of the test split.
+class _Problem(BaseModel):
+    question: str
+    choices: tuple[str, ...] = Field(max_length=len(LETTERS))
+    answer: int
+    hint: str
+    image: str | None
+    subject: str = "all"
 
-    Raises:
-        ValueError: wrong format or a missing file.
-    """
+    @model_validator(mode="after")
+    def _has_its_answer(self) -> Self:
+        if self.answer not in range(len(self.choices)):
+            raise ValueError("expected the index of a choice as answer")
+        return self
+
+    def prompt(self) -> str:
+        """Hint, question and lettered choices."""
+        hint = f"Context: {self.hint}\n" if self.hint else ""
+        choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False))
+        return f"{hint}{self.question}\n{choices}{LETTER_ANSWER}"
+
+
+def load(source: Source) -> list[Sample]:
+    """The image subset of the test split. Raises ValueError: wrong format or a missing file."""
     folder = source.data_path()
     file = folder / "problems.json"
-    problems = has_fields(read_json(file), (), str(file))
-    splits = has_fields(read_json(folder / "pid_splits.json"), (SPLIT,), str(folder / "pid_splits.json"))
-    missing = [name for name in splits[SPLIT] if name not in problems]
-    if missing:
+    problems = read_json(file, dict[str, _Problem])
+    names = read_json(folder / "pid_splits.json", dict[str, list[str]]).get(SPLIT, [])
+    if missing := [name for name in names if name not in problems]:
         raise ValueError(f"{file}: expected problem {missing[0]} of split {SPLIT}")
-    images = source.images or folder / SPLIT
-    chosen = {name: has_fields(problems[name], FIELDS, f"{file}, problem {name}") for name in splits[SPLIT]}
-    shown = {name: problem for name, problem in chosen.items() if problem["image"]}
-    checked_images(images / name / str(problem["image"]) for name, problem in shown.items())
-    return choose(list(_samples(shown, images, file)), source.limit, source.seed)
-
-
-def _samples(problems: dict[str, dict[str, Any]], images: Path, file: Path) -> Iterator[Sample]:
-    for name, problem in problems.items():
-        choices, answer = problem["choices"], problem["answer"]
-        is_list = isinstance(choices, list) and len(choices) <= len(LETTERS)
-        if not is_list or answer not in range(len(choices)):
-            raise ValueError(f"{file}, problem {name}: expected up to 5 choices and the index of one as answer")
-        image = file_image(images / name / str(problem["image"]))
-        kind = str(problem.get("subject", "all"))
-        yield Sample(name, prompt(problem), image, (LETTERS[answer],), kind, options=tuple(map(str, choices)))
-
-
-def prompt(problem: dict[str, Any]) -> str:
-    """Hint, question and lettered choices."""
-    hint = f"Context: {problem['hint']}\n" if problem["hint"] else ""
-    choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, problem["choices"], strict=False))
-    return f"{hint}{problem['question']}\n{choices}{LETTER_ANSWER}"
+    shown = {name: problems[name] for name in names if problems[name].image}
+    root = source.images or folder / SPLIT
+    images = checked_images(root / name / str(problem.image) for name, problem in shown.items())
+    samples = [
+        Sample(name, one.prompt(), image, (LETTERS[one.answer],), one.subject, options=one.choices)
+        for (name, one), image in zip(shown.items(), images, strict=True)
+    ]
+    return choose(samples, source.limit, source.seed)
 
 
 def parse(text: str) -> str | None:

@@ -6,34 +6,34 @@
 **Differs**: LLaVA-1.5's published figure adds OCR tokens to the prompt, which this file does not hold; here none.
 """
 
-from vllm_hidrop.lab.evaluate.answer_form import normalised
-from vllm_hidrop.lab.evaluate.reading import has_fields, read_json
-from vllm_hidrop.lab.evaluate.samples import SHORT_ANSWER, Sample, Source, Task, checked_images, choose, file_image
+from pydantic import BaseModel, Field
 
-FIELDS = ("question_id", "image_id", "question", "answers")
+from vllm_hidrop.lab.evaluate.answer_form import normalised
+from vllm_hidrop.lab.evaluate.reading import read_json
+from vllm_hidrop.lab.evaluate.samples import SHORT_ANSWER, Sample, Source, Task, checked_images, choose
+
 NUM_ANSWERS = 10
 
 
-def load(source: Source) -> list[Sample]:
-    """All questions of the file.
+class _Question(BaseModel):
+    question_id: int | str
+    image_id: str
+    question: str
+    answers: tuple[str, ...] = Field(min_length=NUM_ANSWERS, max_length=NUM_ANSWERS)
 
-    Raises:
-        ValueError: wrong format or a missing file.
-    """
-    file = source.data_path()
-    rows = has_fields(read_json(file), ("data",), str(file))["data"]
-    if not isinstance(rows, list):
-        raise ValueError(f"{file}: expected data to be a list of questions")
-    samples = []
-    for index, row in enumerate(rows):
-        place = f"{file}, data[{index}]"
-        has_fields(row, FIELDS, place)
-        if not isinstance(row["answers"], list) or len(row["answers"]) != NUM_ANSWERS:
-            raise ValueError(f"{place}: expected {NUM_ANSWERS} answers")
-        image = file_image(source.image_path(f"{row['image_id']}.jpg"))
-        question = f"{row['question']}{SHORT_ANSWER}"
-        samples.append(Sample(str(row["question_id"]), question, image, tuple(map(str, row["answers"])), "all"))
-    checked_images(source.image_path(f"{row['image_id']}.jpg") for row in rows)
+
+class _File(BaseModel):
+    data: list[_Question]
+
+
+def load(source: Source) -> list[Sample]:
+    """All questions of the file. Raises ValueError: wrong format or a missing file."""
+    rows = read_json(source.data_path(), _File).data
+    images = checked_images(source.image_path(f"{row.image_id}.jpg") for row in rows)
+    samples = [
+        Sample(str(row.question_id), f"{row.question}{SHORT_ANSWER}", image, row.answers, "all")
+        for row, image in zip(rows, images, strict=True)
+    ]
     return choose(samples, source.limit, source.seed)
 
 

@@ -1,1 +1,0 @@
-"""Accuracy of the embedded checkpoints, served: what `scripts/accuracy.py` asks, compares and writes."""
