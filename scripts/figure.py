@@ -145,11 +145,12 @@ def _mark_cuts(axis: Axes, data: list[dict[str, int]]) -> None:
 def main() -> None:
     """Draw both."""
     mpl.use("Agg")
-    for name, draw, data in (
-        ("stages.png", draw_stages, stages_data()),
-        ("request.png", draw_request, request_data()),
+    stages, request = stages_data(), request_data()
+    for name, figure, data in (
+        ("stages.png", draw_stages(stages), stages),
+        ("request.png", draw_request(request), request),
     ):
-        draw(data).savefig(DOCS / name, dpi=160, metadata={"Description": json.dumps(data)})  # type: ignore[operator]
+        figure.savefig(DOCS / name, dpi=160, metadata={"Description": json.dumps(data)})
 
 
 if __name__ == "__main__":

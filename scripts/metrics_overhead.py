@@ -85,7 +85,8 @@ def run(engine: Any, numbers: range) -> dict[str, Any]:
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
-    config, waiting, report = engine.model_config.hf_config, list(numbers), {}
+    config, waiting = engine.model_config.hf_config, list(numbers)
+    report: dict[str, Any] = {}
     while waiting or engine.has_unfinished_requests():
         while waiting and engine.get_num_unfinished_requests() < CONCURRENCY:
             number = waiting.pop()
