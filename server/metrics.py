@@ -21,8 +21,9 @@ ENGINE = "0"
 TIMED_MODES = ("pruned", "off", "text", "fallback")
 MODES = (*TIMED_MODES, "aborted", "unreported")
 REFUSALS = ("options", "media", "key", "header", "body", "grammar", "deadline")
-REUSE_OFF = ("disabled", "adaptive", "cache_dtype", "first_layer", "states")
-"""The server caches no prefixes; the method decides the counts; the cache rounds K, which scoring reads; the first
+REUSE_OFF = ("disabled", "adaptive", "signal", "cache_dtype", "first_layer", "states")
+"""The server caches no prefixes; the method decides the counts; its signal needs rows that are
+cached; the cache rounds K, which scoring reads; the first
 layer cuts; the server has no memory for states."""
 
 SECONDS = tuple(float(f"{digit}e{power}") for power in range(-3, 3) for digit in (1, 2, 3, 5, 7))

@@ -1,6 +1,7 @@
 """Real vLLM engines in this process, one at a time, with their scheduler and runner at hand."""
 
 import gc
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from vllm.triton_utils import dispatcher
 
 from tests.tiny_models import IMAGE_SIZE, IMAGE_TOKEN
 from vllm_hidrop.methods.scoring import Signals, select_top
+from vllm_hidrop.models.families import hidrop_architecture
 from vllm_hidrop.plan.signal import Signal
 
 TOWER_SIZE = (IMAGE_SIZE, IMAGE_SIZE)
@@ -194,7 +196,9 @@ def engine(model: Path, hidrop: dict[str, Any] | None, **settings: Any) -> Itera
     """Start an engine with this pruning choice; None is stock vLLM with its own model class."""
     ours: dict[str, Any] = {}
     if hidrop is not None:
-        ours = {"hf_overrides": {"architectures": [ARCHITECTURE]}, "additional_config": {"hidrop": hidrop}}
+        (stock,) = json.loads((model / "config.json").read_text())["architectures"]
+        staged = {"architectures": [hidrop_architecture(stock)]}
+        ours = {"hf_overrides": staged, "additional_config": {"hidrop": hidrop}}
     defaults: dict[str, Any] = {
         "dtype": "float32",
         "enforce_eager": True,

@@ -82,11 +82,13 @@ def oracle(model: Path) -> Oracle:
 
 
 def rule_of(choice: dict[str, Any]) -> Rule:
-    rules: dict[str, Rule] = {"random": "random", "uniform": "uniform"}
-    attention: Rule = (
-        "attention_previous" if METHODS[choice["method"]].signal is Signal.PREVIOUS_ATTENTION else "attention_next"
-    )
-    return rules.get(choice["method"], attention)
+    of_method: dict[str, Rule] = {"random": "random", "uniform": "uniform", "none": "uniform"}
+    of_signal: dict[Signal, Rule] = {
+        Signal.PREVIOUS_ATTENTION: "attention_previous",
+        Signal.NEXT_ATTENTION: "attention_next",
+    }
+    name = choice["method"]
+    return of_method[name] if name in of_method else of_signal[METHODS[name].signal]
 
 
 def pixel_values(ask: Ask) -> torch.Tensor | None:

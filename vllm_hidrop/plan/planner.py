@@ -136,10 +136,10 @@ class Planner:
         keeps = wishes.get("hidrop_keep")
         schedule = self._wished_keeps(keeps, mode, name, method)
         plan = make_plan(schedule, num_prompt_tokens, spans, mode == "off", method.adaptive)
+        plan = replace(plan, method=name)
         prefix = self._prefix_tokens(plan)
         plan = replace(
             plan,
-            method=name,
             prefix_tokens=prefix,
             carried_from=prefix // self.block_size * self.block_size,
             explains=_wished_explanation(wishes),
@@ -165,8 +165,13 @@ class Planner:
 
         Renumbered, the K of a prefix depends on the images behind it.
         """
-        is_same = not plan.adaptive and self.cache_is_exact and self.positions is not PositionScheme.RENUMBERED
+        is_same = self.cache_is_exact and self.positions is not PositionScheme.RENUMBERED
+        is_same = is_same and not plan.adaptive and not self._needs_every_row(plan)
         return plan.spans[0].offset if plan.is_pruned and is_same else 0
+
+    def _needs_every_row(self, plan: Plan) -> bool:
+        signal = self.methods[plan.method].signal
+        return signal is not None and signal.needs_every_row
 
     def reuse_off(self, plan: Plan) -> str | None:
         """Why no image of this prompt can be reused by a later one, or come from an earlier one; None where it can."""
@@ -174,6 +179,8 @@ class Planner:
             return None
         if plan.adaptive:
             return "adaptive"
+        if self._needs_every_row(plan):
+            return "signal"
         if not self.cache_is_exact:
             return "cache_dtype"
         if plan.first_cut == 0:

@@ -18,31 +18,35 @@ class Under(StrEnum):
 
 
 class Signal(StrEnum):
-    """One entry per signal: its name, the layer it is computed under, the rows of attention that it costs.
+    """One entry per signal: its name, the layer it is computed under, the rows of attention it costs, what it reads.
 
-    A row of attention is one product with every prompt row's K or V, 2 H D FLOPs each.
+    A row of attention is one product with every prompt row's K or V, 2 H D FLOPs each. Of tokens that the KV cache
+    holds from an earlier step K can be read, Q and V cannot: a signal that needs those of every row runs on prompts
+    from their first token on only, so nothing is reused for its methods.
     """
 
-    NEXT_ATTENTION = "next_attention", Under.NEXT_LAYER, 1
+    NEXT_ATTENTION = "next_attention", Under.NEXT_LAYER, 1, False
     """Attention that the last prompt row pays to each vision token."""
-    PREVIOUS_ATTENTION = "previous_attention", Under.LAST_LAYER, 1
+    PREVIOUS_ATTENTION = "previous_attention", Under.LAST_LAYER, 1, False
     """The same, as the last layer of the old stage ran."""
-    CONTRIBUTION = "contribution", Under.LAST_LAYER, 3
+    CONTRIBUTION = "contribution", Under.LAST_LAYER, 3, True
     """What each vision token adds to the last prompt row's attention output: one product with K, two with V."""
-    TEXT_ATTENTION = "text_attention", Under.LAST_LAYER, None
+    TEXT_ATTENTION = "text_attention", Under.LAST_LAYER, None, True
     """Attention that each vision token gets from all text rows behind the first image."""
-    NONE = "none", Under.NO_LAYER, 0
+    NONE = "none", Under.NO_LAYER, 0, False
     """Nothing: the score depends on the token's place only."""
 
     under: Under
     rows: int | None
     """None: as many as the prompt has text rows."""
+    needs_every_row: bool
+    """Whether it reads Q or V of more rows than the last."""
 
-    def __new__(cls, name: str, under: Under, rows: int | None) -> Self:
+    def __new__(cls, name: str, under: Under, rows: int | None, needs_every_row: bool) -> Self:
         """A member whose value is its name."""
         member = str.__new__(cls, name)
         member._value_ = name
-        member.under, member.rows = under, rows
+        member.under, member.rows, member.needs_every_row = under, rows, needs_every_row
         return member
 
     def attention_rows(self, plan: Plan) -> int:

@@ -163,7 +163,9 @@ class StagedLoop:
         layer = self.decoder.schedule.stages[stage].first_layer
         size = prefill.plan.spans[run.image].length
         signals = Signals(layer, run.keep, size, survivors, self.statistics.get(run.key))
-        return select_top(prefill.method.score(signals), run.keep)
+        scores = prefill.method.score(signals)
+        assert scores.shape == (run.num_rows,), "a score is one number per surviving token"
+        return select_top(scores, run.keep)
 
     def run_cut_layer(
         self, stage: int, runs: list[ImageRun], scored: list[ScoredPrompt], observe: Observer | None
@@ -205,6 +207,8 @@ class StagedLoop:
         with self.timed():
             for prompt, images in scored:
                 whole = SIGNALS[prompt.prefill.method.signal](prompt.attention(attention, *qkv))
+                num_tokens = prompt.places.count(prompt.prefill.plan.num_prompt_tokens)
+                assert all(len(part) == num_tokens for part in whole), "a statistic is of every token of the stage"
                 for image in images:
                     here = prompt.places.images[image]
                     own = type(whole)(*(part[here.offset : here.end] for part in whole))

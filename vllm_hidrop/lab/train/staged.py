@@ -54,16 +54,24 @@ class StagedOutput:
     is_valid: Tensor
 
 
+SIGNALS = (Signal.NONE, Signal.NEXT_ATTENTION, Signal.PREVIOUS_ATTENTION)
+"""Those that training computes."""
+
+
 def check_trainable(method: Method) -> None:
     """Refuse a method that has no schedule to train with.
 
     Raises:
-        ValueError: it decides while a prompt runs how many tokens stay.
+        ValueError: it decides while a prompt runs how many tokens stay, or scores by a signal that training has not.
     """
     if isinstance(method, Adaptive):
         raise ValueError(
             f"{method.name} decides while a prompt runs how many tokens stay, and is made for models trained dense: "
             "serve it, do not train with it"
+        )
+    if method.signal not in SIGNALS:
+        raise ValueError(
+            f"{method.name} scores by {method.signal}, which training does not compute: {', '.join(SIGNALS)}"
         )
 
 
