@@ -83,7 +83,7 @@ class MustDrop(Adaptive):
 
     @property
     def reduction(self) -> EncoderReduction | None:
-        """Merging and key tokens, the paper's first stage; None when both are switched off."""
+        """Merging and key tokens, the paper's first phase; None when both are switched off."""
         if self.merge_threshold is None and not self.key_rate:
             return None
         return EncoderReduction(self.merge_threshold, self.merge_window, self.key_rate, KeyLayer(self.key_layer))
@@ -101,7 +101,7 @@ class MustDrop(Adaptive):
         return replace(self, filter_layers=left, shape=(shape.num_layers, shape.tokens_per_image))
 
     def schedule(self, shape: ModelShape) -> Schedule:
-        """A stage after every filter layer; the first filter layer starts one too, as its cache is cut later."""
+        """A stage after every filter layer, and one from the first filter layer on: its cache is cut after prefill."""
         layers = self.fitted(shape).filter_layers
         if layers[-1] >= shape.num_layers - 1:
             raise ValueError(f"no layer is left after filter layer {layers[-1]} of {shape.num_layers}")
@@ -116,7 +116,7 @@ class MustDrop(Adaptive):
         return layer - 1 in self.filter_layers
 
     def judge(self, signals: Signals, memory: Memory) -> Verdict:
-        """The dual test: weak to the text as a whole and to each of its rows, and no key token."""
+        """Drop a token with little attention from the text as a whole and from each row, unless it is a key token."""
         total, peak = signals.read(TextAttention)
         weak = (total < self.global_threshold * total.sum()) & (peak < self.individual_threshold)
         if signals.protected is not None:
