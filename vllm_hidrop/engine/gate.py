@@ -145,11 +145,7 @@ RULES = (
         "it skips prompt rows the cuts score",
         lambda c: c.cache_config.kv_sharing_fast_prefill,
     ),
-    Rule(
-        "CUDA graphs (no --enforce-eager on CUDA)",
-        "a staged step's row counts vary",
-        _is_cuda_graph,
-    ),
+    Rule("CUDA graphs (no --enforce-eager on CUDA)", "a staged step's row counts vary", _is_cuda_graph),
     Rule(
         "vLLM's V2 model runner",
         "the adapter is for V1; set VLLM_USE_V2_MODEL_RUNNER=0",

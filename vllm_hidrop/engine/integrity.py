@@ -26,7 +26,6 @@ class IntegrityLog:
     """The results of a scheduler's checks.
 
     Attributes:
-        num_checks: checks made.
         num_failed: checks that found a fault.
         findings: faults of the last check that found any; they stay, because books that once were wrong are not trusted
             again before a restart.

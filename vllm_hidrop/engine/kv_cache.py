@@ -85,13 +85,12 @@ class StageManager(FullAttentionManager):
         **kwargs: Any,
     ) -> int:
         """The blocks that vLLM would allocate for this stage's tokens."""
-        total, local, main = (
+        stage_tokens, computed, local, main = (
             self._stage_tokens(request_id, count)
-            for count in (total_computed_tokens, num_local_computed_tokens, num_tokens_main_model)
+            for count in (num_tokens, total_computed_tokens, num_local_computed_tokens, num_tokens_main_model)
         )
-        stage_tokens = self._stage_tokens(request_id, num_tokens)
         return super().get_num_blocks_to_allocate(
-            request_id, stage_tokens, new_computed_blocks, total, local, main, *args, **kwargs
+            request_id, stage_tokens, new_computed_blocks, computed, local, main, *args, **kwargs
         )
 
     def add_local_computed_blocks(

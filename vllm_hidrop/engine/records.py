@@ -53,7 +53,6 @@ class Record:
         withheld: images whose pixels the worker does not have, because the prompt was admitted behind them.
         report: of the prompt's run, without the blocks; None until it is made, and whenever ``life`` changes.
         is_reported: whether a first report was sent.
-        life: the state of the request.
     """
 
     prefill_plan: Plan

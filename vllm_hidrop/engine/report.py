@@ -24,11 +24,9 @@ class Costing:
     """The sizes that a server's reports need.
 
     Attributes:
-        planner: the server's schedule and methods.
-        text: the text model.
         vision: the tower and projector; None where their form is unknown.
         block_bytes: bytes of one block of the pool, on all ranks: as many layers as the widest group has.
-        page_bytes: by block size, bytes of one block in every layer, on all ranks.
+        page_bytes: by block size, bytes of one block of all layers together, on all ranks.
     """
 
     planner: Planner

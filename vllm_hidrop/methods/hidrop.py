@@ -10,7 +10,6 @@ from vllm_hidrop.methods.scoring import Signals, attention_score
 from vllm_hidrop.plan.schedule import KeepValue, Schedule
 from vllm_hidrop.plan.signal import Signal
 
-_PAPER = ModelShape(num_layers=32, tokens_per_image=576)
 _CONCAVE = {"inject_layer": 9, "exit_layer": 25, "filter_layers": (10, 14, 16, 18)}
 _CONCAVE_C1 = {"inject_layer": 9, "exit_layer": 25, "filter_layers": (10, 13, 16, 19)}
 
@@ -62,7 +61,7 @@ class HiDrop(Method):
     filter_layers: tuple[int, ...] = (10, 14, 16, 18)
     keeps: tuple[KeepValue, ...] = (215, 10, 5, 1)
     exit_layer: int | None = 25
-    shape: tuple[int, int] = (_PAPER.num_layers, _PAPER.tokens_per_image)
+    shape: tuple[int, int] = (32, 576)
     scale: bool = False
 
     def __post_init__(self) -> None:

@@ -30,13 +30,13 @@ class VisiPruner(Adaptive):
     LLaVA-1.5 are published, the others belong to their checkpoint.
 
     **Differs** every image of a prompt has its own test, cut and exit, its own sink and its own half; the code treats
-    all as one. Rows of the shallow edit are not renormalised, as in the code; ``form`` "pre_softmax" is another
-    function. Vision rows see vision in the layers after the first, as in the code, not in the paper's list. The exit
-    needs consecutive layers, as in the paper; the code counts all (``exit_consecutive`` False: then every set and
-    answer is the code's on equal float32 weights, while the paper's rule keeps other sets in 12 % of requests at the
-    published thresholds). A cut that keeps every token can be left here; in the code the exit then never comes. The
-    preset "llava-1.5-13b" has 13B's sink and 7B's thresholds: the authors' scripts name no others, and the thresholds
-    are magnitudes of one model's values. Tests are made in float32, the code's in float16.
+    all as one. Rows of the shallow edit are not renormalised, as in the code; ``form`` "pre_softmax" renormalises them.
+    Vision rows see vision in the layers after the first, as in the code, not in the paper's list. The exit needs
+    consecutive layers, as in the paper; the code counts all (``exit_consecutive`` False: then every set and answer is
+    the code's on equal float32 weights, while the paper's rule keeps other sets in 12 % of requests at the published
+    thresholds). A cut that keeps every token can be left here; in the code the exit then never comes. The preset
+    "llava-1.5-13b" has 13B's sink and 7B's thresholds: the authors' scripts name no others, and the thresholds are
+    magnitudes of one model's values. Tests are made in float32, the code's in float16.
 
     **Options** ``parts`` (which of shallow, middle, deep), ``shallow_layers``, ``cosine``, ``norm``, ``exit_cosine``,
     ``exit_count``, ``exit_consecutive``, ``sink`` ("first" token of the image as for 7B, second "half" as for 13B),

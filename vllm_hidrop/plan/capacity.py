@@ -13,11 +13,8 @@ from vllm_hidrop.plan.shapes import TextShape
 class Machine:
     """What one replica can do, as measured on it rather than by its data sheet.
 
-    Attributes:
-        flops_per_second: that a prefill reaches.
-        bytes_per_second: that a decode step reads from memory.
-        kv_bytes: size of the KV pool.
-        most_sequences: sequences that the server runs at once, ``--max-num-seqs``.
+    A prefill reaches ``flops_per_second``, a decode step reads ``bytes_per_second`` from memory; ``kv_bytes`` is the KV
+    pool's size, ``most_sequences`` vLLM's ``--max-num-seqs``.
     """
 
     flops_per_second: float
@@ -28,13 +25,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Request:
-    """What one request costs.
-
-    Attributes:
-        prefill_flops: of text model and vision tower.
-        prompt_kv_bytes: KV cache that the prompt holds after its prefill.
-        output_tokens: generated tokens; every layer caches each of them.
-    """
+    """What one request costs; ``prefill_flops`` include the vision tower, every layer caches all ``output_tokens``."""
 
     prefill_flops: float
     prompt_kv_bytes: float
@@ -43,13 +34,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a machine reaches under an endless queue of such requests.
+    """What a machine reaches at most under an endless queue of such requests.
 
-    Attributes:
-        sequences: run at once, as the KV pool or the server's limit allows.
-        prefill_seconds: of one request.
-        step_seconds: of a decode step of all ``sequences``.
-        requests_per_second: the upper bound.
+    ``sequences`` run at once, as the KV pool or the server's limit allows; a decode step of all takes ``step_seconds``.
     """
 
     sequences: int

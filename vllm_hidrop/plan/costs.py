@@ -33,8 +33,6 @@ class StageCosts:
     """One request in one stage; ``dense_`` fields are the dense model's in the same layers.
 
     Attributes:
-        first_layer: zero-based, inclusive.
-        end_layer: exclusive.
         vision_tokens: kept, all images together.
         rows: text and kept vision tokens that every layer of the stage runs.
         layer_blocks: blocks that hold one layer's K and V each, summed over the stage's layers.
@@ -148,22 +146,13 @@ class RequestCosts:
 
 
 def request_costs(
-    shape: TextShape,
-    schedule: Schedule,
-    plan: Plan,
-    signal: Signal,
-    block_size: int,
-    vision: VisionShape | None = None,
+    shape: TextShape, schedule: Schedule, plan: Plan, signal: Signal, block_size: int, vision: VisionShape | None = None
 ) -> RequestCosts:
     """Cost one request's prefill and the KV cache it holds afterwards.
 
-    Args:
-        shape: the text model.
-        schedule: its stages; ValueError where they have another number of layers.
-        plan: the request's plan over these stages; an adaptive method's decided counts.
-        signal: what the method's scorer looks at.
-        block_size: tokens of a KV block; ValueError where it is under 1.
-        vision: the tower and projector, run once per image; None if unknown.
+    ``plan`` is over the stages of ``schedule``, with an adaptive method's decided counts; ``signal`` is what the method
+    looks at; a KV block has ``block_size`` tokens; ``vision`` is run once per image. ValueError where schedule and
+    shape disagree on the number of layers, or block_size is under 1.
     """
     if schedule.num_layers != shape.num_layers:
         raise ValueError(f"the schedule has {schedule.num_layers} layers, the model {shape.num_layers}")

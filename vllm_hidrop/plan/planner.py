@@ -163,7 +163,7 @@ class Planner:
         return plan.spans[0].offset if plan.is_pruned and may_run_first else 0
 
     def reuse_off(self, plan: Plan) -> str | None:
-        """Why this prompt's images can neither be reused by a later prompt nor come from an earlier one; None: they can."""
+        """Why this prompt's images can neither be reused by a later prompt nor come from an earlier one, or None."""
         if not plan.is_pruned:
             return None
         if plan.adaptive:

@@ -82,11 +82,7 @@ class SlotLayout:
         cache[self._index(cache, blocks, moved)] = cache[self._index(cache, blocks, source[moved])]
 
     def _index(
-        self,
-        cache: torch.Tensor,
-        blocks: npt.NDArray[np.int32],
-        slots: npt.NDArray[np.int64],
-        width: int | None = None,
+        self, cache: torch.Tensor, blocks: npt.NDArray[np.int32], slots: npt.NDArray[np.int64], width: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Index of the first ``width`` elements (None: all) of a request's slots, int64 [n]: it gives [n, G, width].
 

@@ -34,14 +34,13 @@ def has_tower_kernel(vision_config: Any, dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class Pages:
-    """Scratch pages for a batch of B images of L rows each.
+    """Scratch pages for a batch of B images of L rows each, as vLLM's kernel takes them.
 
     Attributes:
         row_starts: int32 [B + 1], first row of every image, then the number of all rows.
         lengths: int32 [B], rows of every image.
         blocks: int32 [B, blocks per image], block ids.
         slots: int64 [B * L], the slot of every row.
-        metadata: the kernel's own.
         cache: [blocks, H, BLOCK_SIZE, 2 * D].
     """
 

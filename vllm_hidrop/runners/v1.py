@@ -41,7 +41,6 @@ class StagedRunner(GPUModelRunner):
         step: which rows every stage runs in the running step; None in dummy runs.
         outcome: result of the running step's staged loop, once it has run.
         built: attention metadata of the running step, by the rows it is for.
-        tables: the block tables of all KV groups.
         slot_layouts: how pages store slots, by (page shape, dtype, kind of attention).
     """
 

@@ -19,7 +19,6 @@ class AdaptiveImage:
     """One image of an adaptive prompt.
 
     Attributes:
-        prefill: the prompt.
         number: index of the image in the prompt.
         survivors: int32, the tokens that enter the next stage: zero-based inside the image, in row order.
         memory: what the method remembers of the image, see ``Adaptive.remember``.

@@ -1,4 +1,4 @@
-"""Where the rows of every prompt and image stand in a stage, and the gather index from one stage to the next."""
+"""Where the rows of every prompt and image stand in a stage, and the index that gathers the next stage's rows."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -24,10 +24,8 @@ class PromptRows:
     """The rows of one prompt among a stage's rows.
 
     Attributes:
-        prefill: the prompt.
         places: where the stage holds the prompt's tokens.
-        first_row: the prompt's first row.
-        num_cached: tokens of the stage that are in the KV cache instead of the rows; the first row is the next one.
+        num_cached: tokens of the prompt that the stage has cached already; they have no rows.
     """
 
     prefill: PrunedPrefill

@@ -120,7 +120,6 @@ class PromptAttention:
         key: [T, G * D], of all its tokens in the stage: those that were cached before the step come first.
         value: [N, G * D], of its rows in this step.
         places: where the stage holds the prompt's tokens.
-        num_prompt_tokens: length of the full prompt.
         shape: (H, G, scale of the logits).
     """
 

@@ -1,4 +1,4 @@
-"""Sums, means and broadcasts over tensor-parallel ranks, equal to the bit on every rank; free where there is one rank.
+"""Sums, means and broadcasts over tensor-parallel ranks, equal to the bit on every rank; nothing is sent by one alone.
 
 Each rank has its own share of the heads. vLLM's all-reduce may add in another order on every rank (its shared-memory
 kernel starts with its own rank's part), and a last bit is enough to choose another token. So parts are gathered and
