@@ -1,4 +1,4 @@
-"""The vLLM version this package is written for, the check that it is installed, and all changes to vLLM's objects.
+"""The vLLM version this package is written for, the check that it is installed, and what is done to vLLM's classes.
 
 Two objects get a subclass of their class (:func:`specialise`), ``EngineCore`` gets one more method
 (:func:`let_clients_ask`), and vLLM's processes end with their server (:func:`end_with_parent`).
