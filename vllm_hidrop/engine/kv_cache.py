@@ -23,13 +23,13 @@ from vllm_hidrop.engine.records import Record
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec(FullAttentionSpec):
-    """A full-attention layer's cache format plus the stage it belongs to."""
+    """A full-attention layer's cache format, and the index of the stage that the layer belongs to."""
 
     stage: int
 
     @classmethod
     def of(cls, spec: FullAttentionSpec, stage: int) -> Self:
-        """The same format, in a stage."""
+        """The format of ``spec``, in a stage."""
         return cls(**{f.name: getattr(spec, f.name) for f in fields(spec) if f.init}, stage=stage)
 
     @classmethod
@@ -39,12 +39,12 @@ class StageSpec(FullAttentionSpec):
         return specs[0]
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
-        """Whether all layers are of this stage."""
+        """Whether all these layers are of this stage."""
         return all(isinstance(spec, StageSpec) and spec.stage == self.stage for spec in kv_cache_specs.values())
 
 
 class StageManager(FullAttentionManager):
-    """Allocates blocks for the tokens a stage really holds.
+    """Allocates blocks for the tokens that a stage holds.
 
     ::
 
@@ -58,15 +58,15 @@ class StageManager(FullAttentionManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.fresh: set[int] = set()
-        """Ids of the blocks that this step allocated: nothing is in them before it has run."""
+        """Ids of the blocks allocated in this step, which are empty until it has run."""
 
     def new_step_starts(self) -> None:
-        """What earlier steps allocated is written."""
+        """Forget the fresh blocks: the last step has written them."""
         super().new_step_starts()
         self.fresh.clear()
 
     def follow(self, records: Mapping[str, Record]) -> None:
-        """Count by the plans in these records, which the scheduler keeps by request id."""
+        """Count by the plans in the scheduler's records, by request id."""
         self.records = records
 
     def _stage_tokens(self, request_id: str, num_tokens: int) -> int:
@@ -84,14 +84,13 @@ class StageManager(FullAttentionManager):
         *args: Any,
         **kwargs: Any,
     ) -> int:
-        """The count of vLLM, for this stage's share of the tokens."""
-        total, local, main = (
+        """The blocks that vLLM would allocate for this stage's tokens."""
+        stage_tokens, computed, local, main = (
             self._stage_tokens(request_id, count)
-            for count in (total_computed_tokens, num_local_computed_tokens, num_tokens_main_model)
+            for count in (num_tokens, total_computed_tokens, num_local_computed_tokens, num_tokens_main_model)
         )
-        stage_tokens = self._stage_tokens(request_id, num_tokens)
         return super().get_num_blocks_to_allocate(
-            request_id, stage_tokens, new_computed_blocks, total, local, main, *args, **kwargs
+            request_id, stage_tokens, new_computed_blocks, computed, local, main, *args, **kwargs
         )
 
     def add_local_computed_blocks(
@@ -101,26 +100,26 @@ class StageManager(FullAttentionManager):
         num_local_computed_tokens: int,
         num_external_computed_tokens: int,
     ) -> None:
-        """The blocks of a hit; of one that this stage's share ends within, vLLM copies the page for the request."""
+        """Add the blocks of a prefix-cache hit; vLLM copies the page of a block that this stage's tokens end within."""
         stage_tokens = self._stage_tokens(request_id, num_local_computed_tokens)
         super().add_local_computed_blocks(request_id, new_computed_blocks, stage_tokens, num_external_computed_tokens)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        """The allocation of vLLM, for this stage's share of ``num_tokens``."""
+        """Allocate as vLLM does, for this stage's tokens among the request's first ``num_tokens``."""
         stage_tokens = self._stage_tokens(request_id, num_tokens)
         blocks = super().allocate_new_blocks(request_id, stage_tokens, stage_tokens)
         self.fresh.update(block.block_id for block in blocks)
         return blocks
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """The caching of vLLM; of a pruned request only blocks within its prefix, where slots are prompt places."""
+        """Cache as vLLM does; of a pruned request only blocks within its prefix, where slots are prompt places."""
         record = self.records.get(request.request_id)
         if record is not None and record.plan.is_pruned:
             num_tokens = min(num_tokens, record.plan.prefix_tokens)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def trim(self, request_id: str, num_tokens: int) -> int:
-        """Free the blocks beyond those for this stage's share of ``num_tokens``; return how many."""
+        """Free the blocks that this stage's tokens among the first ``num_tokens`` do not need; return how many."""
         blocks = self.req_to_blocks[request_id]
         num_needed = cdiv(self._stage_tokens(request_id, num_tokens), self.block_size)
         tail = blocks[num_needed:]
@@ -130,12 +129,9 @@ class StageManager(FullAttentionManager):
 
 
 def block_size_of(kv_cache_config: Any) -> int:
-    """Slots of a block in every group: plans are counted in it, by scheduler and worker alike.
+    """Slots of a KV block, by which scheduler and worker count plans; ValueError where groups differ.
 
-    The configuration's own number is not final before the caches are made: an attention backend may choose another.
-
-    Raises:
-        ValueError: groups differ.
+    Read once the caches are made: until then an attention backend may choose another size than the configuration's.
     """
     sizes = {group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups}
     if len(sizes) != 1:
@@ -146,59 +142,59 @@ def block_size_of(kv_cache_config: Any) -> int:
 
 
 def register_stage_spec() -> None:
-    """Make the spec known in this process; idempotent.
+    """Register the spec in this process; idempotent.
 
-    The built-in specs must come first: ours in an empty registry would leave them unknown in this process.
+    vLLM's own specs must come first: it registers them in this process only while the registry is empty.
     """
     register_all_kvcache_specs(None)
     KVCacheSpecRegistry.register(StageSpec, StageManager, uniform_type_base_spec=StageSpec)
 
 
 class StagedCacheManager(KVCacheManager):
-    """vLLM's manager, which knows how far each request's tables reach; see :func:`count_by`.
+    """vLLM's manager, which allocates nothing without asking the stages' managers where nothing is needed.
 
-    Decode steps that need no block anywhere ask no stage's manager: vLLM asks every KV cache group twice per request
-    and step, which with a group per few layers is most of a scheduler step (docs/performance.md).
+    vLLM asks every KV cache group twice per request and step, which with a group per few layers is most of a scheduler
+    step (docs/performance.md); most decode steps need no block in any group. Made by :func:`count_by`.
     """
 
     records: Mapping[str, Record]
-    reach: dict[str, int]
-    """By request whose prompt has run: tokens up to which no table needs a block and no block fills."""
+    num_covered: dict[str, int]
+    """By id of a request whose prompt has run: with fewer tokens than this it needs no further block, nor fills one."""
 
     def allocate_slots(
         self, request: Request, num_new_tokens: int, *args: Any, num_lookahead_tokens: int = 0, **kwargs: Any
     ) -> KVCacheBlocks | None:
-        """The allocation of vLLM, or at once nothing where nothing is needed."""
-        name = request.request_id
+        """Allocate as vLLM does, or return no block at once where the request's blocks cover its tokens."""
+        request_id = request.request_id
         num_tokens = request.num_computed_tokens + num_new_tokens + num_lookahead_tokens
-        if num_tokens < self.reach.get(name, 0):
+        if num_tokens < self.num_covered.get(request_id, 0):
             return self.empty_kv_cache_blocks
-        found = super().allocate_slots(
+        blocks = super().allocate_slots(
             request, num_new_tokens, *args, num_lookahead_tokens=num_lookahead_tokens, **kwargs
         )
-        if found is not None and num_tokens >= self.records[name].plan.num_prompt_tokens:
-            self.reach[name] = self._reach(name)
-        return found
+        if blocks is not None and num_tokens >= self.records[request_id].plan.num_prompt_tokens:
+            self.num_covered[request_id] = self._num_covered(request_id)
+        return blocks
 
-    def _reach(self, name: str) -> int:
-        dropped = self.records[name].plan.dropped
+    def _num_covered(self, request_id: str) -> int:
+        dropped = self.records[request_id].plan.dropped
         managers = self.coordinator.single_type_managers
-        return min(len(m.req_to_blocks[name]) * m.block_size + dropped[m.kv_cache_spec.stage] for m in managers)
+        return min(len(m.req_to_blocks[request_id]) * m.block_size + dropped[m.kv_cache_spec.stage] for m in managers)
 
     def free(self, request: Request) -> None:
-        """The freeing of vLLM."""
+        """Free as vLLM does."""
         self.forget(request.request_id)
         super().free(request)
 
-    def forget(self, name: str) -> None:
-        """A request's tables, or what its plan says of them, have changed otherwise."""
-        self.reach.pop(name, None)
+    def forget(self, request_id: str) -> None:
+        """Forget how many tokens a request's blocks cover: its blocks or its plan have changed."""
+        self.num_covered.pop(request_id, None)
 
 
 def count_by(manager: KVCacheManager, records: Mapping[str, Record]) -> None:
-    """Make a freshly constructed manager ours, and its stages' managers count by these records, by request id."""
+    """Make vLLM's freshly constructed manager ours, counting by the scheduler's records, by request id."""
     why = "the scheduler's constructor names its cache manager's class; until it takes one"
-    subclass(manager, StagedCacheManager, why=why, records=records, reach={})
+    subclass(manager, StagedCacheManager, why=why, records=records, num_covered={})
     for of_group in manager.coordinator.single_type_managers:
         assert isinstance(of_group, StageManager)
         of_group.follow(records)

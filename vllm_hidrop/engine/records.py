@@ -1,14 +1,13 @@
 """What the scheduler knows of one request, from its arrival to its last report.
 
-A record lives as long as its request::
+::
 
     planned ---> ran ---> decided         ran: the worker has run the pruned prompt; unpruned ones stay planned
-       |         ^ |         |            decided: the worker has told how many tokens stay (adaptive methods)
+       |         ^ |         |            decided: the worker has reported its counts (adaptive methods)
        v         | v         |
-       +--> preempted <------+            its prompt will run again, by the plan it ran by
+       +--> preempted <------+            the prompt will run again by the same plan
 
-The worker's word may come a step late: that of a run before a preemption comes after it, and the next run's then
-follows a run.
+The worker may report a run a step late, after the request was preempted; the next run's report then finds it ran.
 """
 
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from vllm_hidrop.staged.explain import Patches
 
 
 class Life(StrEnum):
-    """Where a request is in its life."""
+    """The state of a request."""
 
     PLANNED = "planned"
     RAN = "ran"
@@ -43,18 +42,17 @@ class Record:
     """One request.
 
     Attributes:
-        prefill_plan: what its prompt runs by, now and after a preemption; an adaptive method's decisions stay in it.
-        plan: what its caches hold; managers count blocks by it.
-        rows_run: of every stage in the prompt's prefill, as the worker ran them; None where the prompt ran dense.
-        selection_ms: what the step took for scoring and selecting.
-        patches: what every stage ran with, where the request asks.
-        num_reused: tokens of the prompt that came from the prefix cache.
-        num_returned: blocks given back because fewer tokens stayed than were allowed for.
+        prefill_plan: by which its prompt runs, again after a preemption; an adaptive method's decided counts stay.
+        plan: by which managers count its blocks: what its caches hold.
+        rows_run: per stage, rows of the whole prompt, as the worker reported; None where the prompt ran dense.
+        selection_ms: time that the prompt's step spent on scoring and selecting.
+        patches: vision tokens that every stage ran, where the request asks.
+        num_reused: prompt tokens that came from the prefix cache.
+        num_returned: blocks freed because fewer tokens stayed than the upper bounds allowed.
         encoded: images that the tower ran for this request.
-        withheld: images whose pixels the worker has not got: the prompt was admitted behind them.
-        report: of the prompt's run, without the blocks; None until it is made, and where it must be made anew.
+        withheld: images whose pixels the worker does not have, because the prompt was admitted behind them.
+        report: of the prompt's run, without the blocks; None until it is made, and whenever ``life`` changes.
         is_reported: whether a first report was sent.
-        life: see the module.
     """
 
     prefill_plan: Plan
@@ -72,29 +70,29 @@ class Record:
 
     @classmethod
     def of(cls, plan: Plan) -> "Record":
-        """Of a request that has just been planned."""
+        """The record of a request that has just been planned."""
         return cls(plan, plan)
 
     def ran(self, rows: tuple[int, ...], selection_ms: float) -> None:
-        """The worker has run its prompt."""
-        self._live(Life.RAN)
+        """Note that the worker has run the prompt."""
+        self._enter(Life.RAN)
         self.rows_run, self.selection_ms = rows, selection_ms
 
     def decided(self, kept: Sequence[Sequence[int]]) -> None:
-        """The worker has told how many tokens of every image every stage keeps; the next run keeps as many."""
-        self._live(Life.DECIDED)
+        """Note the worker's counts, ``kept[stage][image]`` tokens; after a preemption the prompt runs by them."""
+        self._enter(Life.DECIDED)
         self.prefill_plan = self.prefill_plan.settled(kept)
 
     def holds(self, schedule: Schedule) -> None:
-        """Its caches hold what the decided counts leave of them."""
+        """Count blocks by the decided counts from now on: the caches hold no more."""
         assert self.life is Life.DECIDED, f"holds what was decided, and is {self.life}"
         self.plan = self.prefill_plan.after_prefill(schedule)
 
     def preempted(self) -> None:
-        """Its blocks are gone; its prompt will run again."""
-        self._live(Life.PREEMPTED)
+        """Note that the blocks are gone and the prompt will run again."""
+        self._enter(Life.PREEMPTED)
         self.plan = self.prefill_plan
 
-    def _live(self, life: Life) -> None:
+    def _enter(self, life: Life) -> None:
         assert life in NEXT[self.life], f"a request that is {self.life} cannot be {life}"
         self.life, self.report = life, None

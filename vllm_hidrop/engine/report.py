@@ -1,4 +1,4 @@
-"""What one finished request held and ran, read from the engine: the ``hidrop`` object users see."""
+"""The ``hidrop`` object of a response: what the engine ran and held for one request, read from the engine."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -16,7 +16,7 @@ from vllm_hidrop.plan.signal import Signal
 from vllm_hidrop.staged.explain import Patches, every_patch
 
 EMBEDDINGS = "image_embeds"
-"""Key of the features that a client sends instead of an image."""
+"""vLLM's key for image features that a client sends instead of an image."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,9 @@ class Costing:
     """The sizes that a server's reports need.
 
     Attributes:
-        planner: the server's schedule and methods.
-        text: the text model.
         vision: the tower and projector; None where their form is unknown.
-        block_bytes: of one block of the pool, on all ranks: the layers of the widest group, whichever group holds it.
-        page_bytes: of one block of every layer, by the tokens in it, on all ranks.
+        block_bytes: bytes of one block of the pool, on all ranks: as many layers as the widest group has.
+        page_bytes: by block size, bytes of one block of all layers together, on all ranks.
     """
 
     planner: Planner
@@ -55,28 +53,24 @@ class Costing:
         )
 
     def kv_bytes(self, num_blocks: int) -> int:
-        """Bytes of so many blocks of the pool."""
+        """Bytes of ``num_blocks`` blocks of the pool."""
         return num_blocks * self.block_bytes
 
     def kv_bytes_dense(self, num_tokens: int) -> int:
-        """Bytes that stock vLLM holds for so many tokens: one group of all layers, nothing padded."""
+        """Bytes that stock vLLM holds for ``num_tokens`` tokens: one group of all layers, nothing padded."""
         return sum(page * cdiv(num_tokens, block_size) for block_size, page in self.page_bytes.items())
 
     def flops(self, plan: Plan, rows: Sequence[int], reused: Sequence[int], images: Collection[int]) -> int:
         """Prefill FLOPs of one request: text model, scoring, LM head; vision tower and projector for ``images``.
 
-        Args:
-            plan: the request's plan.
-            rows: of every stage, the rows of the whole prompt.
-            reused: the first so many of them come from the KV cache.
-            images: those that the tower ran for this request.
+        ``rows[s]`` are the whole prompt's rows in stage ``s``; the first ``reused[s]`` come from the KV cache.
         """
         signal = self.planner.methods[plan.method].signal or Signal.NONE
         text = flops_run(self.text, self.planner.schedule, plan, signal, rows, reused)
         return text + (encoder_flops(self.vision, plan, images) if self.vision else 0)
 
     def flops_dense(self, plan: Plan, images: Collection[int]) -> int:
-        """The same for the dense model with nothing reused and every one of ``images`` encoded."""
+        """Prefill FLOPs of the dense model, with nothing reused and all ``images`` encoded."""
         layers = self.planner.schedule.num_layers * self.text.layer_flops(plan.num_prompt_tokens)
         tower = self.vision.flops() * len(images) if self.vision else 0
         return layers + self.text.lm_head_flops + tower
@@ -87,12 +81,10 @@ class Run:
     """What the engine did for one request.
 
     Attributes:
-        rows: of every stage in the prompt's prefill, as the worker ran them; None when the prompt ran dense.
-        reused: tokens of the prompt that came from the prefix cache.
-        images: those that went through the vision tower for this request; others were in the encoder's cache, or were
-            not needed.
-        patches: what every stage ran with, as the worker tells where the request asks; None before a pruned prompt
-            has run.
+        rows: per stage, the whole prompt's rows, as the worker reported; None when the prompt ran dense.
+        reused: prompt tokens that came from the prefix cache.
+        images: images that the vision tower ran for this request; the others were cached, or not needed.
+        patches: vision tokens that every stage ran; None unless the request asks and its pruned prompt has run.
     """
 
     rows: tuple[int, ...] | None
@@ -102,16 +94,9 @@ class Run:
 
 
 def what_ran(costing: Costing, plan: Plan, run: Run, request: Any) -> dict[str, Any]:
-    """Report the part that stays as it is once a request's prompt has run.
+    """The part of a report that no longer changes once the prompt has run, as JSON values.
 
-    Args:
-        costing: the server's schedule, names and sizes.
-        plan: the request's plan.
-        run: what was done for it.
-        request: vLLM's request.
-
-    Returns:
-        Plain data; ``layer_tokens`` are rows summed over layers.
+    ``layer_tokens`` are rows summed over layers; ``request`` is vLLM's.
     """
     planner, reused = costing.planner, run.reused
     schedule = planner.schedule
@@ -154,16 +139,9 @@ def what_ran(costing: Costing, plan: Plan, run: Run, request: Any) -> dict[str, 
 
 
 def with_blocks(report: dict[str, Any], costing: Costing, managers: Sequence[Any], request: Any) -> dict[str, Any]:
-    """Add what a request holds now; asked last just before its blocks are freed.
+    """A copy of the report of what ran, with the blocks of the shared pool that vLLM's ``request`` holds now.
 
-    Args:
-        report: of what ran; stays as it is.
-        costing: the server's sizes.
-        managers: vLLM's block managers, one per KV group.
-        request: vLLM's request.
-
-    Returns:
-        Plain data; ``kv_blocks`` are blocks of the shared pool.
+    Called for the last time just before the blocks are freed; ``managers`` are vLLM's, one per KV group.
     """
     num_tokens = request.num_computed_tokens
     blocks = [0] * len(report["stages"])
@@ -185,16 +163,16 @@ def _num_layers(stage: dict[str, Any]) -> int:
 
 
 def _cut_and_exit(stages: Sequence[dict[str, Any]], num_vision_tokens: int) -> dict[str, int | None]:
-    """The first layer that runs with fewer vision tokens than there are, once there are any, and the first without."""
-    held = [(stage["first_layer"], stage["kept"]) for stage in stages]
-    since_injection = list(dropwhile(lambda stage: not stage[1], held))
+    """After injection, the first layer that runs fewer vision tokens than the prompt has, and the first without any."""
+    kept_from = [(stage["first_layer"], stage["kept"]) for stage in stages]
+    since_injection = list(dropwhile(lambda stage: not stage[1], kept_from))
     cut = (layer for layer, kept in since_injection if kept < num_vision_tokens)
-    left = (layer for layer, kept in since_injection if not kept)
-    return {"cut_layer": next(cut, None), "exit_layer": next(left, None)}
+    exits = (layer for layer, kept in since_injection if not kept)
+    return {"cut_layer": next(cut, None), "exit_layer": next(exits, None)}
 
 
 def tower_images(request: Any) -> frozenset[int]:
-    """Which images of vLLM's request the tower encodes; embeddings that a client sends pass it by."""
+    """Indices of the images of vLLM's request that the tower encodes: not those that a client sent as features."""
     return frozenset(i for i, feature in enumerate(request.mm_features) if EMBEDDINGS not in (feature.data or ()))
 
 

@@ -4,30 +4,31 @@ Rules, on top of vLLM's own:
 
 1. A request is planned once, when it arrives; its stages' managers count by that plan until it is freed.
 2. A pruned prompt is prefilled in one step from its first image to its end: scoring needs its last row beside every
-   vision row. The text before the first image (its prefix) is chunked as in vLLM: into what room a step has left. Until
-   a step has room for the rest (token budget, all images in the encoder's, blocks) the request waits in its place, at
-   the head of the queue or among the running ones; requests that came later are served what it leaves, those that came
-   earlier come first. So it cannot starve, and neither can they.
+   vision row. The text before the first image (the prefix) is chunked as in vLLM, into the room that a step has left.
+   Until a step has room for the rest (token budget, encoder budget for all its images, blocks) the request keeps its
+   place, at the head of the queue or among the running ones: earlier requests come first, later ones get what it
+   leaves. So neither it nor they can starve.
 3. Text-only and ``off`` requests are scheduled, chunked and preempted as in vLLM.
-4. A preempted request is prefilled again under the same plan; tokens it had generated may follow in the same step,
-   or, where the method decides the counts, in the next one: they see what the caches hold after the prompt.
-5. Where the method decides the counts, blocks are allocated for their upper bounds; the blocks that the worker's
-   report shows to be unneeded are free again before the next step is scheduled. What was decided stays so.
+4. A preempted request is prefilled again under the same plan. Tokens it had generated may follow in the same step; with
+   an adaptive method they follow in the next one, as they attend to what the caches hold after the prompt.
+5. For an adaptive method, blocks are allocated for the upper bounds; the blocks that the worker's report shows to be
+   unneeded are free again before the next step is scheduled. A preempted prompt keeps the decided counts.
 6. Prefix caching is vLLM's: every stage hashes the blocks of the full sequence. Of a pruned prompt only blocks within
    its prefix are cached, and only those are reused, if an earlier step has written them: scoring reads their K. Where
-   the method decides the counts, or the cache rounds K, the prompt has no such prefix: nothing is cached or chunked.
-7. A request whose options are invalid (the server refuses those with a 400 before they get here) ends with an error,
-   whose reason is logged and is the output's ``stop_reason``; nothing else is touched.
-8. ``--max-num-batched-tokens`` bounds the rows that a step computes, averaged over the layers: a token that is not
-   pruned is a row, a pruned prompt is fewer rows than tokens. One that alone exceeds the bound runs in a step without
-   other prefills, beside the decodes. vLLM's own limit on a step's tokens is higher, and sizes its buffers.
-9. When the last request has ended, a part of the books is checked, and all of them when an idle engine is asked; what
-   is found makes the server unready, not the engine dead.
+   the method is adaptive, its signal needs every row, or the cache rounds K, the prompt has no such prefix: nothing is
+   cached or chunked.
+7. A request whose options are invalid ends with an error, whose reason is logged and is the output's ``stop_reason``,
+   and touches no other (the server answers 400 before).
+8. ``--max-num-batched-tokens`` bounds the rows that a step computes, mean over the layers: an unpruned token is a row,
+   a pruned prompt is fewer rows than tokens. A prompt that alone exceeds the bound runs in a step without other
+   prefills, beside the decodes. vLLM's own limit on a step's tokens is higher, and sizes its buffers.
+9. When the last request has ended, a part of the books is checked; all of them when an idle engine is asked. A fault
+   makes the server unready and leaves the engine running.
 10. Images are reused up to the first cut: a pruned prompt may start behind any image that an earlier prompt had at the
-    same place after the same tokens, see ``prefix``. A page that the reused slots end within is copied for it. Only
-    images behind that one are encoded, and the step's budget counts the rows that are computed. What is reused is there
-    in full, blocks and states, or it is not reused.
-11. The worker gets no pixels of images that a prompt was admitted behind, as in vLLM. If the prompt must run again, and
+    same place after the same tokens, see ``engine.image_prefix``. vLLM copies a page that the reused slots end within.
+    Only images behind the reused ones are encoded; the step's budget counts the rows that are computed. A prefix is
+    reused only where all its blocks and its state are there.
+11. As in vLLM, the worker gets no pixels of images that a prompt was admitted behind. If the prompt must run again, and
     neither their blocks nor their features are left, the pixels come with the step that encodes them.
 """
 
@@ -69,9 +70,9 @@ class StagedScheduler(Scheduler):
         self.costing = Costing.of(self.planner, self.vllm_config, self.kv_cache_config)
         self.records: dict[str, Record] = {}
         self.trimmed: dict[str, list[int]] = {}
-        """Blocks that are left of tables that were trimmed since the last step, by request and group."""
+        """By request id and KV group, the number of blocks left in tables that were trimmed since the last step."""
         self.failures: dict[str, str | None] = {}
-        """Why requests ended with an error in this step; None where a retry may help."""
+        """By request id, why it ended with an error in this step; None where a retry may help."""
         step_rows = self.vllm_config.additional_config["hidrop"]["resolved"]["step_rows"]
         self.budget = StepBudget(step_rows, self.planner.schedule)
         self.integrity = IntegrityLog()
@@ -94,25 +95,25 @@ class StagedScheduler(Scheduler):
             plan, refusal = self.planner.plan_or_refuse(request)
             self.records[request.request_id] = Record.of(plan)
             if plan.is_pruned:
-                _name_apart(request, plan, self.hash_block_size)
+                _rename_features(request, plan, self.hash_block_size)
             if refusal is not None:
                 logger.error("request %s refused: %s", request.request_id, refusal)
-                # vLLM ends the requests of this set with an error at its next update.
+                # vLLM ends the requests in this set with an error at its next update.
                 self.grammar_compile_error_reqs.add(request.request_id)
                 self.failures[request.request_id] = refusal
         super().add_request(request)
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """The last word of vLLM on how many tokens of a request a step runs (rules 2, 4 and 8)."""
+        """How many tokens of a request the step runs; vLLM calls this last (rules 2, 4 and 8)."""
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         num_new_tokens = self._chunk(request, num_computed_tokens, num_new_tokens)
         if num_new_tokens:
-            name = request.request_id
-            self.budget.spend(name, self.records[name].plan, num_computed_tokens, num_new_tokens)
+            request_id = request.request_id
+            self.budget.spend(request_id, self.records[request_id].plan, num_computed_tokens, num_new_tokens)
         return num_new_tokens
 
     def _chunk(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """Of so many tokens that vLLM's step has room for, those that it may run (rules 2, 4 and 8)."""
+        """How many of the tokens that vLLM has room for may run in this step (rules 2, 4 and 8)."""
         plan = self.records[request.request_id].plan
         num_new_tokens = self.budget.fit(plan, num_computed_tokens, num_new_tokens)
         if plan.is_pruned and num_computed_tokens + num_new_tokens < plan.num_prompt_tokens:
@@ -133,105 +134,105 @@ class StagedScheduler(Scheduler):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[list[int], int, int, list[int], list[int]]:
-        """The images of a pruned prompt are encoded all or none: two requests must not wait for what both hold."""
+        """Schedule all images of a pruned prompt or none: two requests that hold some each would wait for ever."""
         chunk = self._chunk(request, num_computed_tokens, num_new_tokens)
         if chunk == 0:
             return [], 0, encoder_compute_budget, [], []
-        found = super()._try_schedule_encoder_inputs(
+        scheduled = super()._try_schedule_encoder_inputs(
             request, num_computed_tokens, chunk, encoder_compute_budget, *args, **kwargs
         )
-        if found[1] < chunk and self.records[request.request_id].plan.is_pruned:
+        if scheduled[1] < chunk and self.records[request.request_id].plan.is_pruned:
             self.encoder_cache_manager.free(request)
-            return [], self._chunk(request, num_computed_tokens, found[1]), encoder_compute_budget, [], []
-        return found
+            return [], self._chunk(request, num_computed_tokens, scheduled[1]), encoder_compute_budget, [], []
+        return scheduled
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
-        """The cached blocks that a request may start from (rules 6 and 10)."""
-        found = super()._get_local_prefix_cache_hit(request)
+        """The cached blocks that a request may start behind, and their number of tokens (rules 6 and 10)."""
+        hit = super()._get_local_prefix_cache_hit(request)
         record = self.records[request.request_id]
         plan = record.plan
-        entry = self._reusable(request, plan)
+        entry = self._find_image_prefix(request, plan)
         if entry is not None:
-            found = self.prefixes.blocks_of(entry), entry.num_tokens, 0, False
-        elif plan.is_pruned and found[1]:
-            num_blocks = min(found[1], plan.prefix_tokens) // self.block_size
+            hit = self.prefixes.blocks_of(entry), entry.num_tokens, 0, False
+        elif plan.is_pruned and hit[1]:
+            num_blocks = min(hit[1], plan.prefix_tokens) // self.block_size
             managers = self.kv_cache_manager.coordinator.single_type_managers
-            for manager, blocks in zip(managers, found[0].blocks, strict=True):
+            for manager, blocks in zip(managers, hit[0].blocks, strict=True):
                 written = (block.block_id not in manager.fresh for block in blocks[:num_blocks])
                 num_blocks = len(list(takewhile(bool, written)))
             num_tokens = num_blocks * self.block_size
-            found = self.kv_cache_manager.truncate_computed_blocks(found[0], num_tokens), num_tokens, 0, False
-        # A preempted request may find tokens that it had generated, too.
-        record.num_reused = min(found[1], request.num_prompt_tokens)
-        return found
+            hit = self.kv_cache_manager.truncate_computed_blocks(hit[0], num_tokens), num_tokens, 0, False
+        # A preempted request may hit tokens that it had generated, too.
+        record.num_reused = min(hit[1], request.num_prompt_tokens)
+        return hit
 
-    def _reusable(self, request: Request, plan: Plan) -> Entry | None:
-        """The longest prefix that ends with an image, if the request may start behind one."""
+    def _find_image_prefix(self, request: Request, plan: Plan) -> Entry | None:
+        """The longest reusable prefix that ends with an image; None where the request may not start behind one."""
         if self._reuse_off(plan) or not plan.is_pruned or request.skip_reading_prefix_cache:
             return None
         return self.prefixes.find(request, plan)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """The step that vLLM schedules, and what the worker must forget before it, and keep (rules 5 and 10)."""
+        """The step that vLLM schedules, with tables to trim, states to keep or drop, and pixels (rules 5, 10, 11)."""
         self.budget.start()
         output = super().schedule(*args, **kwargs)
         output.trimmed, self.trimmed = self.trimmed, {}
         self.prefixes.start(self._prompts_ending(output))
         output.prefix_orders = self.prefixes.take_orders()
         output.images_again = self._images_again(output)
-        for name, images in output.scheduled_encoder_inputs.items():
-            self.records[name].encoded |= tower_images(self.requests[name]).intersection(images)
-        # The step that tells the worker of the last request's end; its answer is on its way already (rule 9).
+        for request_id, images in output.scheduled_encoder_inputs.items():
+            self.records[request_id].encoded |= tower_images(self.requests[request_id]).intersection(images)
+        # This step tells the worker of the last request's end: a check now delays no answer (rule 9).
         if not self.requests and self.integrity.sample(self):
             self.integrity.record(self.check_integrity())
         return output
 
     def _images_again(self, output: SchedulerOutput) -> dict[str, dict[int, Any]]:
-        """Pixels of images that this step encodes and the worker has not got, by request and image (rule 11)."""
+        """By request id and image, pixels that this step encodes and the worker does not have (rule 11)."""
         for new in output.scheduled_new_reqs:
             self.records[new.req_id].withheld = {
                 image for image, feature in enumerate(new.mm_features) if feature.data is None
             }
         again = {}
-        for name, encoded in output.scheduled_encoder_inputs.items():
-            withheld = self.records[name].withheld
+        for request_id, encoded in output.scheduled_encoder_inputs.items():
+            withheld = self.records[request_id].withheld
             images = withheld.intersection(encoded)
             if images:
                 withheld -= images
-                again[name] = {image: self.requests[name].mm_features[image].data for image in images}
+                again[request_id] = {image: self.requests[request_id].mm_features[image].data for image in images}
         return again
 
     def integrity_report(self) -> dict[str, Any]:
-        """What the checks came to, after one if the engine is idle and has run since the last; for between steps."""
+        """The results of all checks, after another one if the engine is idle and has run since; call between steps."""
         if self.integrity.is_due and not self.requests:
             self.integrity.record(self.check_integrity())
         return self.integrity.dump()
 
     def check_integrity(self) -> list[str]:
-        """What is wrong with the books, one line each, also logged; for between steps, see ``engine.integrity``."""
+        """Log and return the faults of the books, one line each; call between steps."""
         faults = find_faults(self)
         for fault in faults:
             logger.error("integrity: %s", fault)
         return faults
 
     def _prompts_ending(self, output: SchedulerOutput) -> Iterator[tuple[Request, Plan, int]]:
-        """Pruned prompts whose ends run in a step, and the first token of each that does."""
-        for name, num_tokens in output.num_scheduled_tokens.items():
-            plan, request = self.records[name].plan, self.requests[name]
+        """Pruned prompts whose images can be reused and whose ends run in a step, with the first token that runs."""
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            plan, request = self.records[request_id].plan, self.requests[request_id]
             first = request.num_computed_tokens - num_tokens
             ends_here = first < plan.num_prompt_tokens <= request.num_computed_tokens
             if ends_here and plan.is_pruned and self._reuse_off(plan) is None:
                 yield request, plan, first
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
-        """The reset of vLLM, and of what is remembered of images."""
+        """Reset vLLM's prefix cache, and forget the reusable images."""
         is_reset: bool = super().reset_prefix_cache(*args, **kwargs)
         if is_reset:
             self.prefixes.clear()
         return is_reset
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        """Its prompt will run again, by the plan it ran by (rule 4)."""
+        """Preempt as vLLM does; the prompt will run again under the same plan (rule 4)."""
         super()._preempt_request(request, *args, **kwargs)
         self.budget.take_back(request.request_id)
         self.prefixes.gone(request.request_id)
@@ -240,20 +241,20 @@ class StagedScheduler(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """Take the worker's word on the rows it ran, then vLLM's update, then the first reports."""
+        """Read the worker's report of the step, update as vLLM does, then send the first reports."""
         took_ms = 1000 * getattr(model_runner_output, "selection_seconds", 0.0)
-        for name, rows in getattr(model_runner_output, "rows_run", {}).items():
-            if name in self.records:  # else aborted since
-                self.records[name].ran(rows, took_ms)
-                plan = self.records[name].plan
+        for request_id, rows in getattr(model_runner_output, "rows_run", {}).items():
+            if request_id in self.records:  # else aborted since
+                self.records[request_id].ran(rows, took_ms)
+                plan = self.records[request_id].plan
                 if not self._reuse_off(plan):
-                    self.prefixes.ran(self.requests[name], plan)
-        for name, patches in getattr(model_runner_output, "patches", {}).items():
-            if name in self.records:
-                self.records[name].patches = patches
-        for name, kept in getattr(model_runner_output, "decided", {}).items():
-            if name in self.records:
-                self._settle(self.requests[name], kept)
+                    self.prefixes.ran(self.requests[request_id], plan)
+        for request_id, patches in getattr(model_runner_output, "patches", {}).items():
+            if request_id in self.records:
+                self.records[request_id].patches = patches
+        for request_id, kept in getattr(model_runner_output, "decided", {}).items():
+            if request_id in self.records:
+                self._settle(self.requests[request_id], kept)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for of_client in outputs.values():
             for output in of_client.outputs:
@@ -263,32 +264,33 @@ class StagedScheduler(Scheduler):
         return outputs
 
     def finish_requests(self, request_ids: Any, finished_status: RequestStatus, *args: Any, **kwargs: Any) -> Any:
-        """Stock, by which vLLM ends by this what could not be compiled, and what lost its caches or features."""
+        """Finish as vLLM does; note why on errors: a grammar that cannot be compiled, or None (a retry may help)."""
         if finished_status == RequestStatus.FINISHED_ERROR:
-            for name in request_ids:
-                structured = self.requests[name].structured_output_request if name in self.requests else None
+            for request_id in request_ids:
+                request = self.requests.get(request_id)
+                structured = request.structured_output_request if request is not None else None
                 error = structured.grammar if structured is not None else None
-                why = f"the grammar cannot be compiled: {error}" if isinstance(error, Exception) else None
-                self.failures.setdefault(name, why)
+                reason = f"the grammar cannot be compiled: {error}" if isinstance(error, Exception) else None
+                self.failures.setdefault(request_id, reason)
         return super().finish_requests(request_ids, finished_status, *args, **kwargs)
 
     def _settle(self, request: Request, kept: Sequence[Sequence[int]]) -> None:
-        """Go on by the counts that the worker decided, and take back the blocks beyond them (rule 5)."""
-        name = request.request_id
-        record = self.records[name]
+        """Count by what the worker decided from now on, and free the blocks that are not needed (rule 5)."""
+        request_id = request.request_id
+        record = self.records[request_id]
         record.decided(kept)
         if request.num_computed_tokens == 0:
             return  # preempted since; its blocks are free already
         record.holds(self.planner.schedule)
         managers = self.kv_cache_manager.coordinator.single_type_managers
-        returned = sum(manager.trim(name, request.num_computed_tokens) for manager in managers)
-        self.kv_cache_manager.forget(name)
-        if returned:
-            self.trimmed[name] = [len(manager.req_to_blocks[name]) for manager in managers]
-            record.num_returned += returned
+        num_returned = sum(manager.trim(request_id, request.num_computed_tokens) for manager in managers)
+        self.kv_cache_manager.forget(request_id)
+        if num_returned:
+            self.trimmed[request_id] = [len(manager.req_to_blocks[request_id]) for manager in managers]
+            record.num_returned += num_returned
 
     def _report_early(self, output: EngineCoreOutput) -> None:
-        """Report with a request's first token too: one that the client ends (stop string, abort) has no last output."""
+        """Report with the first token: a request that its client ends (stop string, abort) has no last output."""
         record = self.records.get(output.request_id)
         if record is not None and not record.is_reported and not output.finished:
             record.is_reported = True
@@ -308,14 +310,14 @@ class StagedScheduler(Scheduler):
         return report | {"kv_blocks_returned": record.num_returned}
 
     def _reuse_off(self, plan: Plan) -> str | None:
-        """Why no image of this prompt could have been reused."""
+        """Why no image of this prompt can be reused; None where images can."""
         return self.planner.reuse_off(plan) if self.kv_cache_manager.enable_caching else "disabled"
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
         """Report what the request held, free it as vLLM does, forget its record."""
         report = self._report(request)
         if request.status == RequestStatus.FINISHED_ERROR:
-            # A token was sampled against its grammar: none was allowed.
+            # A token was sampled that its grammar forbids: the grammar allowed none.
             self.failures.setdefault(request.request_id, DEAD_END)
         else:
             self.failures.pop(request.request_id, None)
@@ -326,11 +328,11 @@ class StagedScheduler(Scheduler):
         return {**(kv_transfer_params or {}), "hidrop": report}, ec_transfer_params
 
 
-def _name_apart(request: Request, plan: Plan, hash_block_size: int) -> None:
-    """Name a pruned prompt's features by how its tower makes them, and keep the hashes of its prefix only (rule 6).
+def _rename_features(request: Request, plan: Plan, hash_block_size: int) -> None:
+    """Add the encoding to the identifiers of a pruned prompt's features, and keep block hashes within its prefix only.
 
-    Stock vLLM's names stay for features that are stock vLLM's; the request's hashes were made with those names. The
-    features may be shared with another request (n > 1), so they are not changed but replaced.
+    Identifiers without it stay for stock vLLM's features; the request's hashes were made with those (rule 6). Another
+    request may share the features (n > 1), so they are not changed but replaced.
     """
     if plan.encoding != DENSE:
         request.mm_features = [

@@ -1,7 +1,7 @@
-"""The step budget: rows that a step really computes, averaged over the layers, instead of prompt tokens.
+"""The step budget: rows that a step computes, mean over the layers, instead of prompt tokens.
 
 ``--max-num-batched-tokens`` bounds what one step computes. A pruned prompt computes fewer rows than it has tokens, so
-more of them share a step; vLLM's own limit, which sizes its buffers, is set higher by :func:`most_tokens`.
+more prompts share a step; vLLM's own limit, which sizes its buffers, is raised to :func:`most_tokens`.
 """
 
 from vllm_hidrop.plan.plan import Plan
@@ -12,18 +12,13 @@ MOST_TOKENS_PER_ROW = 4
 
 
 def most_tokens(num_rows: int, schedule: Schedule, num_image_tokens: int) -> int:
-    """Prompt tokens of images that make ``num_rows`` rows under a schedule, at most a few per row."""
-    rows = schedule.mean_kept(num_image_tokens)
-    return int(num_rows * min(MOST_TOKENS_PER_ROW, num_image_tokens / max(rows, 1)))
+    """Image tokens that a schedule prunes to ``num_rows`` rows, at most :data:`MOST_TOKENS_PER_ROW` for each."""
+    rows_per_image = schedule.mean_kept(num_image_tokens)
+    return int(num_rows * min(MOST_TOKENS_PER_ROW, num_image_tokens / max(rows_per_image, 1)))
 
 
 class StepBudget:
-    """Rows left in the step that is being scheduled.
-
-    Args:
-        num_rows: of a step, averaged over the layers.
-        schedule: the server's stages.
-    """
+    """Rows left in the step that is being scheduled, of ``num_rows``, mean over the layers of a ``schedule``."""
 
     def __init__(self, num_rows: int, schedule: Schedule) -> None:
         self.num_rows = num_rows
@@ -31,15 +26,16 @@ class StepBudget:
         self.start()
 
     def start(self) -> None:
-        """A new step."""
+        """Begin a step."""
         self.left: float = self.num_rows
         self.num_prefills = 0
         self.spent: dict[str, float] = {}
 
     def fit(self, plan: Plan, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """Of so many tokens of a request, those that fit.
+        """How many of a request's ``num_new_tokens`` fit into the step.
 
-        The pruned part of a prompt fits or not. One that alone exceeds a step's rows fits where no other prefill is.
+        The pruned part of a prompt fits as a whole or not at all; where it alone exceeds a step's rows, it fits into a
+        step without other prefills.
         """
         rows = self._rows(plan, num_computed_tokens, num_new_tokens)
         is_whole = _ends_prompt(plan, num_computed_tokens, num_new_tokens)
@@ -49,27 +45,27 @@ class StepBudget:
         return max(0, min(num_new_tokens - is_whole, int(self.left)))
 
     def spend(self, request_id: str, plan: Plan, num_computed_tokens: int, num_new_tokens: int) -> None:
-        """Give a request so many tokens in this step."""
+        """Take the rows of a request's ``num_new_tokens`` from the step."""
         rows = self._rows(plan, num_computed_tokens, num_new_tokens)
         self.spent[request_id] = rows
         self.left -= rows
         self.num_prefills += rows > 1
 
     def take_back(self, request_id: str) -> None:
-        """What a request was given in this step, if anything."""
+        """Return the rows that a request took from the step, if any."""
         rows = self.spent.pop(request_id, 0)
         self.left += rows
         self.num_prefills -= rows > 1
 
     def _rows(self, plan: Plan, num_computed_tokens: int, num_new_tokens: int) -> float:
-        """What so many tokens compute."""
+        """Rows that the tokens compute, mean over the layers."""
         if not _ends_prompt(plan, num_computed_tokens, num_new_tokens):
             return num_new_tokens
         places = num_computed_tokens, num_computed_tokens + num_new_tokens
-        held, holds = ([plan.stage_tokens(stage, place) for stage in range(len(plan.kept))] for place in places)
-        return self.schedule.mean_over_layers([n - m for m, n in zip(held, holds, strict=True)])
+        before, after = ([plan.stage_tokens(stage, place) for stage in range(len(plan.kept))] for place in places)
+        return self.schedule.mean_over_layers([n - m for m, n in zip(before, after, strict=True)])
 
 
 def _ends_prompt(plan: Plan, num_computed_tokens: int, num_new_tokens: int) -> bool:
-    """Whether so many tokens are the part of a pruned prompt that runs in one step."""
+    """Whether the tokens are the part of a pruned prompt that runs in one step."""
     return plan.is_pruned and num_computed_tokens < plan.num_prompt_tokens <= num_computed_tokens + num_new_tokens

@@ -1,7 +1,4 @@
-"""The registry of pruning methods, one small file per paper.
-
-To add one: write ``methods/<paper>.py`` and add a row here.
-"""
+"""The registry of pruning methods. To add one: write ``methods/<paper>.py`` and add a row here."""
 
 from vllm_hidrop.methods.adaptive import Adaptive
 from vllm_hidrop.methods.base import Method, ModelShape

@@ -1,4 +1,4 @@
-"""What a method asks of the engine, and what one offers that decides in mid-prompt how many vision tokens stay."""
+"""The base class of adaptive methods, and the attention edits and encoder reductions that they may ask for."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,7 +15,7 @@ class Sight(StrEnum):
     """What text rows see of each image."""
 
     FIRST = "first"
-    """All its weight, on its first token."""
+    """Its first token, which gets the weight of all its tokens unless the edit renormalises."""
     SECOND_HALF = "second_half"
     NONE = "none"
 
@@ -27,8 +27,8 @@ class AttentionEdit:
     Attributes:
         text_sees: what text rows see of the images.
         vision_is_blind: whether vision rows see no vision token, themselves included.
-        renormalise: False edits the softmax's output, so that rows sum to less than 1; True hides the tokens before
-            the softmax. A row that sees nothing has output 0.
+        renormalise: True masks the tokens before the softmax; False edits the weights after it, so that a row's may sum
+            to less than 1. A row that sees nothing has output 0.
     """
 
     text_sees: Sight
@@ -47,7 +47,7 @@ class KeyLayer(StrEnum):
 
 @dataclass(frozen=True)
 class EncoderReduction:
-    """What a method does in the vision tower.
+    """A method's encoder selection, inside the vision tower.
 
     Attributes:
         merge_threshold: windows whose tokens' mean pairwise cosine reaches it become one token; None: no merging.
@@ -63,15 +63,11 @@ class EncoderReduction:
 
     @property
     def name(self) -> str:
-        """Equal for reductions that make the same features of an image."""
+        """A name that is equal for reductions that make the same features of an image."""
         return f"merge {self.merge_threshold} of {self.merge_window}, keys {self.key_rate} of {self.key_layer}"
 
     def check(self, num_patches: int, has_class_token: bool) -> None:
-        """Refuse a tower this cannot run in.
-
-        Raises:
-            ValueError: names what the tower lacks.
-        """
+        """Raise ValueError, which names what is missing, where a vision tower cannot run the reduction."""
         if not has_class_token:
             raise ValueError(
                 "it needs a vision tower whose class token ranks the patches, as CLIP's does: "
@@ -86,37 +82,37 @@ class EncoderReduction:
 
 
 Memory = int | None
-"""What a method remembers of one image between its decisions; None before the first."""
+"""What a method remembers of one image from decision to decision; None before the first."""
 
 
 class Verdict(NamedTuple):
-    """A decision about one image, on the device."""
+    """A decision about one image's V survivors, on the device."""
 
     stays: torch.Tensor
-    """bool [V], the survivors that go on."""
+    """bool [V], the tokens that stay."""
     event: torch.Tensor
-    """bool scalar, what :meth:`Adaptive.remember` is told."""
+    """bool scalar, handed to :meth:`Adaptive.remember`."""
 
 
 @dataclass(frozen=True)
 class Adaptive(Method):
-    """Base of the methods that decide how many tokens stay while a prompt runs.
+    """Base of the methods that decide while a prompt runs how many tokens stay.
 
-    The keeps of the schedule are upper bounds, and there is no score: the decision on entry to a stage is taken under
-    the layer before it.
+    The keeps of the schedule are upper bounds. There is no score: :meth:`judge` decides on entry to a stage, by signals
+    of the layer before it.
     """
 
     @property
     def reduction(self) -> EncoderReduction | None:
-        """What happens in the vision tower: nothing."""
+        """The encoder selection; None: none."""
         return None
 
     def edit(self, layer: int) -> AttentionEdit | None:
-        """How the prompt's attention in ``layer`` is edited: not at all."""
+        """The edit of the prompt's attention in ``layer``; None: none."""
         return None
 
     def judges(self, layer: int, memory: Memory) -> bool:
-        """Whether there is something to decide on entry to the stage that starts at ``layer``."""
+        """Whether the method decides on entry to the stage that starts at ``layer``."""
         raise NotImplementedError
 
     def judge(self, signals: Signals, memory: Memory) -> Verdict:
@@ -124,5 +120,5 @@ class Adaptive(Method):
         raise NotImplementedError
 
     def remember(self, memory: Memory, event: bool) -> Memory:
-        """The memory after a decision: the same."""
+        """The memory after a decision, from the memory before it and the verdict's event."""
         return memory

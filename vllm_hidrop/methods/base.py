@@ -1,4 +1,4 @@
-"""What every method file provides: a schedule, a signal and a score."""
+"""The base class of all methods: a schedule, a signal and a scorer."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,27 +16,22 @@ from vllm_hidrop.plan.signal import Signal
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The two numbers a schedule depends on."""
+    """The two numbers of a model that a schedule depends on."""
 
     num_layers: int
     tokens_per_image: int
 
 
 def check_shape(shape: tuple[int, int]) -> None:
-    """Check the (layers, tokens per image) that a method's numbers are written for.
-
-    Raises:
-        ValueError: one of them is not positive.
-    """
+    """Raise ValueError unless both of (layers, tokens per image), for which a method is written, are positive."""
     if min(shape) < 1:
         raise ValueError(f"shape is (layers, tokens per image), both >= 1, got {shape}")
 
 
 def depth_ratio(name: str, own: tuple[int, int], shape: ModelShape, may_scale: bool) -> float:
-    """By what the layer numbers of a method written for ``own`` (layers, tokens per image) scale to a model.
+    """The factor that scales layer numbers of a method written for ``own`` (layers, tokens per image) to a model.
 
-    Raises:
-        ValueError: the model has other layers, and the numbers may not be scaled.
+    ValueError where the model has another number of layers and ``may_scale`` is False.
     """
     if shape.num_layers != own[0] and not may_scale:
         raise ValueError(
@@ -48,10 +43,7 @@ def depth_ratio(name: str, own: tuple[int, int], shape: ModelShape, may_scale: b
 
 @dataclass(frozen=True)
 class Method:
-    """Base of all methods: a frozen dataclass whose fields are the paper's hyper-parameters.
-
-    A method is data plus one function, :meth:`score`.
-    """
+    """Base of all methods: data plus one function, :meth:`score`. Fields are the paper's hyper-parameters."""
 
     name: ClassVar[str]
     paper: ClassVar[str]
@@ -60,7 +52,7 @@ class Method:
     needs_training: ClassVar[bool] = False
     """Whether a model answers badly by it unless it was trained with its schedule on."""
     trained_positions: ClassVar[PositionScheme | None] = None
-    """Those that the authors' own checkpoints of this method were trained with, where it is no part of their config."""
+    """Position scheme that the authors' own checkpoints were trained with, where their configuration does not say."""
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     default_preset: ClassVar[str | None] = None
 
@@ -71,36 +63,24 @@ class Method:
 
     @classmethod
     def from_preset(cls, preset: str) -> Self:
-        """The method with a preset's values.
-
-        Raises:
-            ValueError: no such preset; the message lists the known ones.
-        """
+        """The method with a preset's values; ValueError, which lists the presets, where there is no such preset."""
         if preset not in cls.presets:
             raise ValueError(unknown(f"method {cls.name!r} has no preset", preset, cls.presets))
         return cls(**cls.presets[preset])
 
     @classmethod
     def preset_for(cls, shape: ModelShape) -> str | None:
-        """The default preset, or the first one that is written for a model of this shape when that one is not."""
+        """The default preset; where another preset is written for this shape and the default is not, the first such."""
         fits = [name for name, values in cls.presets.items() if values.get("shape") == dataclasses.astuple(shape)]
         default = cls.default_preset
         return default if default is None or default in fits or not fits else fits[0]
 
     def fitted(self, shape: ModelShape) -> Self:
-        """The method with its layer numbers scaled to a model of this shape, if they are not written for it.
-
-        Raises:
-            ValueError: the hyper-parameters are for another model.
-        """
+        """The method with its layer numbers scaled to this shape; ValueError where they may not be scaled."""
         return self
 
     def schedule(self, shape: ModelShape) -> Schedule:
-        """The stages for a model of this shape.
-
-        Raises:
-            ValueError: the hyper-parameters do not fit the model.
-        """
+        """The stages for a model of this shape; ValueError where the hyper-parameters do not fit it."""
         raise NotImplementedError
 
     def score(self, signals: Signals) -> torch.Tensor:

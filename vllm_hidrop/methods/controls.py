@@ -13,8 +13,8 @@ from vllm_hidrop.plan.schedule import KeepValue, Schedule
 class Random(Method):
     """Keep a seeded random subset of each image.
 
-    **Source** the control of arXiv 2502.11501. **Differs** the subset depends on the seed, the layer and the token's
-    place only, so a request always keeps the same tokens.
+    **Source** the control of arXiv 2502.11501. **Differs** the subset depends only on the seed, the layer and the
+    token's place, so a request always keeps the same tokens.
 
     **Options** ``layer`` (zero-based first pruned layer, default 2), ``keep`` (fraction or count, default 0.5),
     ``seed``.
@@ -37,7 +37,7 @@ class Random(Method):
         return Schedule.of({0: "all"} | {self.layer: self.keep}, shape.num_layers)
 
     def score(self, signals: Signals) -> torch.Tensor:
-        """Seeded noise."""
+        """A seeded random number per token."""
         return random_score(signals, self.seed)
 
 
@@ -62,5 +62,5 @@ class Uniform(Method):
         return Schedule.of({0: "all"} | {self.layer: self.keep}, shape.num_layers)
 
     def score(self, signals: Signals) -> torch.Tensor:
-        """One for the evenly spaced tokens."""
+        """1 for evenly spaced tokens, 0 for the rest."""
         return uniform_score(signals)

@@ -19,8 +19,8 @@ class FastV(Method):
 
     **Differs** the paper's text says the average attention received; the code, and we, use the last row. The authors'
     first fork of Transformers ranks again for every generated token, by that token's row, so its set moves while it
-    answers; the set here is that of the prompt and stays, as in their version with a KV cache. The prompt's sets are
-    the same on equal float32 weights. With several images each keeps its own share.
+    answers; here the prompt's set stays, as in their version with a KV cache. The prompt's sets are the same on equal
+    float32 weights. Of several images each keeps its own share.
 
     **Options** ``layer`` (zero-based first pruned layer, >= 1, default 2), ``keep`` (fraction or count per image,
     default 0.5), ``exit_layer`` (zero-based first layer without vision tokens, default never; an extension).
@@ -47,5 +47,5 @@ class FastV(Method):
         return Schedule.of(keeps, shape.num_layers)
 
     def score(self, signals: Signals) -> torch.Tensor:
-        """Attention under the layer that has just run."""
+        """The last prompt row's attention under layer ``layer - 1``."""
         return attention_score(signals)

@@ -10,7 +10,6 @@ from vllm_hidrop.methods.scoring import Signals, attention_score
 from vllm_hidrop.plan.schedule import KeepValue, Schedule
 from vllm_hidrop.plan.signal import Signal
 
-_PAPER = ModelShape(num_layers=32, tokens_per_image=576)
 _CONCAVE = {"inject_layer": 9, "exit_layer": 25, "filter_layers": (10, 14, 16, 18)}
 _CONCAVE_C1 = {"inject_layer": 9, "exit_layer": 25, "filter_layers": (10, 13, 16, 19)}
 
@@ -63,7 +62,7 @@ class HiDrop(Method):
     filter_layers: tuple[int, ...] = (10, 14, 16, 18)
     keeps: tuple[KeepValue, ...] = (215, 10, 5, 1)
     exit_layer: int | None = 25
-    shape: tuple[int, int] = (_PAPER.num_layers, _PAPER.tokens_per_image)
+    shape: tuple[int, int] = (32, 576)
     scale: bool = False
 
     def __post_init__(self) -> None:
@@ -82,16 +81,17 @@ class HiDrop(Method):
             )
 
     def schedule(self, shape: ModelShape) -> Schedule:
-        """Stages for a model of the shape the numbers are written for, or scaled to it."""
+        """The stages as written for ``self.shape``, or scaled to this shape where ``scale`` is set."""
         own = ModelShape(*self.shape)
         depth_ratio(self.name, self.shape, shape, self.scale)
         return self._build(own) if shape == own or not self.scale else self.scaled(shape)._build(shape)
 
     def scaled(self, shape: ModelShape) -> "HiDrop":
-        """The same depths and shares on another shape.
+        """The method with the same relative depths and shares for another shape.
 
-        Zero-based layers scale by depth and round; a cut that would not leave the stage before it a layer moves on by
-        one, and drops out when it reaches the exit. Counts scale by the tokens per image, at least 1.
+        Zero-based layers scale by depth and round. A cut that would leave the stage before it without a layer moves to
+        the next free layer, and is left out when that reaches the exit. Counts scale by the tokens per image, to at
+        least 1.
         """
         depth = shape.num_layers / self.shape[0]
         share = shape.tokens_per_image / self.shape[1]
@@ -121,5 +121,5 @@ class HiDrop(Method):
         return Schedule.of(keeps, shape.num_layers)
 
     def score(self, signals: Signals) -> torch.Tensor:
-        """Attention under the layer about to run (section 3.3)."""
+        """The last prompt row's attention under the first layer of the new stage (section 3.3)."""
         return attention_score(signals)

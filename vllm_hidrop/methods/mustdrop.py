@@ -13,27 +13,27 @@ from vllm_hidrop.plan.signal import Signal
 
 @dataclass(frozen=True)
 class MustDrop(Adaptive):
-    """Fewer tokens in each of a vision token's three lives: in the encoder, in prefill, in decode.
+    """Drop vision tokens in three phases: in the encoder, in prefill, and from the caches before decode.
 
-    *Encoder*: after the tower's first layer, windows whose tokens are alike become their mean; the class token's
-    attention names key tokens, which are never dropped. *Prefill*: in each of ``filter_layers``, a token goes that gets
-    less than ``global_threshold`` of the image's attention from all text rows behind it, and less than
+    *Encoder*: after the tower's first layer, windows of similar tokens become their mean; the class token's attention
+    names key tokens, which are never dropped. *Prefill*: after each of ``filter_layers``, a token is dropped that gets
+    less than ``global_threshold`` of the attention that all text rows behind the image pay to it, and less than
     ``individual_threshold`` from every single one. *Decode*: the caches from the first filter layer on keep only what
-    the last one kept.
+    the last filter kept.
 
     **Source** arXiv 2411.10803; details from the released code: zero-based layers 2, 6, 10, 14 of 32, and the threshold
     presets of its TextVQA scripts, tuned by the authors to average 192, 128 or 64 tokens over LLaVA-1.5's layers;
     "embedded" is tuned the same way on scenes that no table shows.
 
-    **Differs** the presets' 192, 128 and 64 are the authors' counts, taken after each layer's filter, so that a filter
-    layer counts as filtered already, though it runs on what it filters; we report the rows that ran. Their 64 (437
-    tokens after merging, 39 after the first filter) is 76 rows in the mean over the layers by our count. By default
-    original positions are kept, and the tokens stay in raster order: a merged token has the place of its window's
-    bottom-right patch. The code puts merged tokens first, numbers rows anew after every filter, and in decode goes on
-    from each layer's own count: ``positions`` "renumbered" does all that. So without it the code keeps other sets than
-    we in 85 to 100 % of requests on equal float32 weights (neither answers better), and the same ones in all of them
-    with original positions patched in. Every image merges by its own threshold and is filtered by its own text rows,
-    those behind it. Scores are float32, the code's float16.
+    **Differs** the presets' 192, 128 and 64 are the authors' counts, which take a filter layer as filtered though it
+    runs on what it filters. We report the rows that ran: their 64 (437 tokens after merging, 39 after the first filter)
+    is 76 rows in the mean over the layers. By default original positions are kept, and the tokens stay in raster order,
+    a merged token in the place of its window's bottom-right patch. The code puts merged tokens first, numbers rows anew
+    after every filter, and in decode counts on from each layer's own number of tokens: ``positions`` "renumbered" does
+    all that. Without it the code keeps other sets than we in 85 to 100 % of requests on equal float32 weights (neither
+    answers better); with original positions patched into it, the code keeps the same sets in all of them. Every image
+    merges by its own threshold and is filtered by its own text rows, those behind it. Scores are float32, the code's
+    float16.
 
     **Options** ``global_threshold``, ``individual_threshold``, ``filter_layers`` (zero-based), ``merge_threshold``
     (None: no merging), ``merge_window`` (patches a side), ``key_rate`` (0: no key tokens; with both off, towers without
@@ -83,7 +83,7 @@ class MustDrop(Adaptive):
 
     @property
     def reduction(self) -> EncoderReduction | None:
-        """Merging and key tokens, the paper's first stage; None when both are switched off."""
+        """Merging and key tokens, the paper's first phase; None when both are switched off."""
         if self.merge_threshold is None and not self.key_rate:
             return None
         return EncoderReduction(self.merge_threshold, self.merge_window, self.key_rate, KeyLayer(self.key_layer))
@@ -101,7 +101,7 @@ class MustDrop(Adaptive):
         return replace(self, filter_layers=left, shape=(shape.num_layers, shape.tokens_per_image))
 
     def schedule(self, shape: ModelShape) -> Schedule:
-        """A stage after every filter layer; the first filter layer starts one too, as its cache is cut later."""
+        """A stage after every filter layer, and one from the first filter layer on: its cache is cut after prefill."""
         layers = self.fitted(shape).filter_layers
         if layers[-1] >= shape.num_layers - 1:
             raise ValueError(f"no layer is left after filter layer {layers[-1]} of {shape.num_layers}")
@@ -116,7 +116,7 @@ class MustDrop(Adaptive):
         return layer - 1 in self.filter_layers
 
     def judge(self, signals: Signals, memory: Memory) -> Verdict:
-        """The dual test: weak to the text as a whole and to each of its rows, and no key token."""
+        """Drop a token with little attention from the text as a whole and from each row, unless it is a key token."""
         total, peak = signals.read(TextAttention)
         weak = (total < self.global_threshold * total.sum()) & (peak < self.individual_threshold)
         if signals.protected is not None:

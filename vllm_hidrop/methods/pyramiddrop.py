@@ -47,5 +47,5 @@ class PyramidDrop(Method):
         return Schedule.of(keeps, shape.num_layers)
 
     def score(self, signals: Signals) -> torch.Tensor:
-        """Attention under the layer about to run."""
+        """The last prompt row's attention under the first layer of the new stage."""
         return attention_score(signals)

@@ -1,4 +1,4 @@
-"""Statistics and scores of one image: what a method may look at, and one float32 score per vision token."""
+"""What a scorer may look at, and scorers: one float32 score per vision token of one image."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ class RowAttention(NamedTuple):
     """Attention of the last prompt row to V tokens (HiDrop section 3.3, FastV section 4, PyramidDrop section 3)."""
 
     weight: torch.Tensor
-    """float32 [V], softmax over all the request's rows, then mean over heads."""
+    """float32 [V], softmax over all rows of the request, then mean over heads."""
 
 
 class Contribution(NamedTuple):
-    """What each of V tokens adds to one row's attention output o, all heads side by side (VisiPruner eq. 6 to 8)."""
+    """What each of V tokens adds to the last row's attention output o, heads concatenated (VisiPruner eq. 6 to 8)."""
 
     norm: torch.Tensor
-    """float32 [V], L2 norm of the token's share c of o."""
+    """float32 [V], ||c||, where c is what the token adds."""
     cosine: torch.Tensor
-    """float32 [V], cosine between o - c and o; 0 where c is all of o, NaN where o is zero."""
+    """float32 [V], cos(o - c, o); 0 where c is all of o, NaN where o is zero."""
 
 
 class TextAttention(NamedTuple):
@@ -34,21 +34,21 @@ class TextAttention(NamedTuple):
 
 
 Statistic = tuple[torch.Tensor, ...]
-"""A named tuple of [V] tensors, one of the above: what a signal comes to for one image."""
+"""The values of a signal for one image: one of the named tuples above, of [V] tensors."""
 Kind = TypeVar("Kind", bound=Statistic)
 
 
 @dataclass(frozen=True)
 class Signals:
-    """What is known about one image's surviving vision tokens at a cut.
+    """What a method may look at: one image's V surviving vision tokens at a cut.
 
     Attributes:
         layer: first layer of the new stage.
-        keep: tokens the new stage keeps, 0 < keep < V; for a method that decides itself, at most so many.
-        num_image_tokens: tokens the image had before any cut.
+        keep: tokens that the new stage keeps, 0 < keep < V; an adaptive method's upper bound.
+        num_image_tokens: tokens of the image before any cut.
         survivors: int64 [V], index of every survivor inside its image, ascending unless merged tokens come first.
-        statistic: of the survivors, by the method's signal; None where it asks for none.
-        protected: bool [V], the tokens the encoder named as key tokens; None where no encoder does.
+        statistic: values of the method's signal; None where it asks for none.
+        protected: bool [V], key tokens of the encoder selection; None where there is none.
     """
 
     layer: int
@@ -59,7 +59,7 @@ class Signals:
     protected: torch.Tensor | None = None
 
     def read(self, kind: type[Kind]) -> Kind:
-        """The statistic, which is of this kind."""
+        """The statistic, asserted to be of this kind."""
         assert isinstance(self.statistic, kind), f"needs {kind.__name__}, got {type(self.statistic).__name__}"
         return self.statistic
 
@@ -69,14 +69,9 @@ Scorer = Callable[[Signals], torch.Tensor]
 
 
 def select_top(scores: torch.Tensor, keep: int) -> torch.Tensor:
-    """The ``keep`` highest scores, lowest index first among equals, in ascending order.
+    """Indices of the ``keep`` highest of ``scores``, float32 [V]: int64 [keep], ascending; at ties the lowest index.
 
-    Args:
-        scores: float32 [V].
-        keep: 0 < keep <= V.
-
-    Returns:
-        int64 [keep], indices into ``scores``. No host synchronisation.
+    No host synchronisation.
     """
     order = torch.sort(scores, descending=True, stable=True).indices
     return order[:keep].sort().values
@@ -88,7 +83,7 @@ def attention_score(signals: Signals) -> torch.Tensor:
 
 
 def random_score(signals: Signals, seed: int) -> torch.Tensor:
-    """A number that depends on seed, cut layer and the token's place in its image only."""
+    """A random number that depends only on seed, cut layer and the token's place in its image."""
     table = np.random.default_rng([seed, signals.layer]).random(signals.num_image_tokens)
     table_on_device = torch.from_numpy(table.astype(np.float32)).to(signals.survivors.device)
     return table_on_device[signals.survivors]

@@ -30,13 +30,13 @@ class VisiPruner(Adaptive):
     LLaVA-1.5 are published, the others belong to their checkpoint.
 
     **Differs** every image of a prompt has its own test, cut and exit, its own sink and its own half; the code treats
-    all as one. Rows of the shallow edit are not renormalised, as in the code; ``form`` "pre_softmax" is another
-    function. Vision rows see vision in the layers after the first, as in the code, not in the paper's list. The exit
-    needs consecutive layers, as in the paper; the code counts all (``exit_consecutive`` False: then every set and
-    answer is the code's on equal float32 weights, while the paper's rule keeps other sets in 12 % of requests at the
-    published thresholds). A cut that keeps every token can be left here; in the code the exit then never comes. The
-    preset "llava-1.5-13b" has 13B's sink and 7B's thresholds: the authors' scripts name no others, and the thresholds
-    are magnitudes of one model's values. Tests are made in float32, the code's in float16.
+    all as one. Rows of the shallow edit are not renormalised, as in the code; ``form`` "pre_softmax" renormalises them.
+    Vision rows see vision in the layers after the first, as in the code, not in the paper's list. The exit needs
+    consecutive layers, as in the paper; the code counts all (``exit_consecutive`` False: then every set and answer is
+    the code's on equal float32 weights, while the paper's rule keeps other sets in 12 % of requests at the published
+    thresholds). A cut that keeps every token can be left here; in the code the exit then never comes. The preset
+    "llava-1.5-13b" has 13B's sink and 7B's thresholds: the authors' scripts name no others, and the thresholds are
+    magnitudes of one model's values. Tests are made in float32, the code's in float16.
 
     **Options** ``parts`` (which of shallow, middle, deep), ``shallow_layers``, ``cosine``, ``norm``, ``exit_cosine``,
     ``exit_count``, ``exit_consecutive``, ``sink`` ("first" token of the image as for 7B, second "half" as for 13B),
@@ -106,7 +106,7 @@ class VisiPruner(Adaptive):
         )
 
     def schedule(self, shape: ModelShape) -> Schedule:
-        """A stage from every layer on that a test may change, and at most one each for a fixed cut and exit."""
+        """A stage from each layer on where a test may change the count, and one each for a fixed cut and exit."""
         fitted = self.fitted(shape)
         keeps: dict[int, KeepValue] = {0: "all"}
         keeps |= dict.fromkeys(fitted._decided_layers(), "all")
@@ -126,7 +126,7 @@ class VisiPruner(Adaptive):
             raise ValueError(f"{option} {getattr(self, option)} must leave layers on both sides, past the shallow ones")
 
     def _decided_layers(self) -> tuple[int, ...]:
-        """First layers of the stages that a test decides on; a test in the last layer would change nothing."""
+        """First layers of the stages on whose entry a test decides; a test in the last layer would change nothing."""
         tests_cut = "middle" in self.parts and self.filter_layer is None
         if not tests_cut and not self._tests_exit():
             return ()
@@ -140,7 +140,7 @@ class VisiPruner(Adaptive):
         return "middle" in self.parts and "deep" in self.parts and self.exit_layer is None
 
     def edit(self, layer: int) -> AttentionEdit | None:
-        """Sinks in layer 0, nothing of the images for text rows in the other shallow layers."""
+        """In layer 0 text sees only the sinks, vision rows are blind; in other shallow layers text sees no image."""
         if "shallow" not in self.parts or layer >= self.shallow_layers:
             return None
         sees = _SINKS[self.sink] if layer == 0 else Sight.NONE
@@ -153,7 +153,7 @@ class VisiPruner(Adaptive):
         return layer in self._decided_layers() and (memory is None or self._tests_exit())
 
     def judge(self, signals: Signals, memory: Memory) -> Verdict:
-        """When by the cosine, which by the norm (equations 6 to 8); then, whether to leave."""
+        """Before the cut: whether to cut, by the cosine, and what stays, by the norm; after it: whether to exit."""
         norm, cosine = signals.read(Contribution)
         if memory is not None:
             passes = ~(cosine < self.exit_cosine).any()
@@ -166,7 +166,7 @@ class VisiPruner(Adaptive):
         return Verdict((norm > self.norm) | ~triggers, triggers)
 
     def remember(self, memory: Memory, event: bool) -> Memory:
-        """None before the cut; then the layers that have passed the exit test, in a row unless all count."""
+        """None before the cut; then the number of layers that have passed the exit test, in a row unless all count."""
         if memory is None:
             return 0 if event else None
         if event:

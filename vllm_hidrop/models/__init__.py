@@ -1,1 +1,1 @@
-"""One file per model family: where its decoder layers and vision spans are. Every method comes for free."""
+"""One file per model family: where its decoder layers and vision tower are. Every method runs in every family."""

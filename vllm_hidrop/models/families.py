@@ -12,9 +12,9 @@ class Family:
 
     Attributes:
         stock: vLLM's architecture name.
-        staged: ours.
+        staged: our architecture name.
         path: ``module:class`` of the staged model, imported when the engine loads it.
-        vision_towers: ``model_type`` of the towers it can run with.
+        vision_towers: ``model_type`` of the vision towers it can run with.
         text_models: ``model_type`` of the text models whose decoder layers have the standard form.
     """
 
@@ -25,11 +25,7 @@ class Family:
     text_models: tuple[str, ...]
 
     def check(self, hf_config: Any) -> None:
-        """Refuse a checkpoint of this architecture whose parts we cannot run staged.
-
-        Raises:
-            ValueError: names the part and the supported ones.
-        """
+        """Raise ValueError, which names the part and the supported ones, where a checkpoint cannot run staged."""
         parts = (
             ("vision tower", hf_config.vision_config.model_type, self.vision_towers),
             ("text model", hf_config.text_config.model_type, self.text_models),
@@ -62,7 +58,7 @@ FAMILIES = {
 
 
 def hidrop_architecture(stock_architecture: str) -> str | None:
-    """Our architecture name for vLLM's, or None when the family cannot run staged."""
+    """Our architecture name for vLLM's; None when the architecture cannot run staged."""
     family = FAMILIES.get(stock_architecture)
     return family.staged if family else None
 

@@ -18,7 +18,7 @@ from vllm_hidrop.staged.merging import Reduced
 
 
 class HidropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
-    """vLLM's LLaVA, whose decoder layers can also run stage by stage, and its tower on fewer rows."""
+    """vLLM's LLaVA, whose decoder layers can also run stage by stage, and whose tower can run fewer rows."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -42,7 +42,7 @@ class HidropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             self.tower_kernel = TowerKernel.of(self.vision_tower)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Stock loading; a tower that reduces also needs a piece of a layer that vLLM does not load."""
+        """Load as vLLM does, and the weights of the class attention, whose layer vLLM may not load."""
         if self.reducing_tower is None:
             return super().load_weights(weights)
         loaded = super().load_weights(self.class_attention.load(weights))
@@ -50,11 +50,7 @@ class HidropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     @contextmanager
     def encoding(self, name: str) -> Iterator[list[Reduced | None]]:
-        """While entered, images are encoded in the way of this name, see ``Plan.encoding``.
-
-        Yields:
-            Per image, in order, what a reducing tower left of it; filled as the tower runs.
-        """
+        """See ``StagedModel.encoding``."""
         with ExitStack() as stack:
             if self.tower_kernel is not None and name != DENSE:
                 stack.enter_context(self.tower_kernel.entered())
@@ -67,7 +63,7 @@ class HidropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         tower = self.reducing_tower
         if tower is None or tower.found is None:
             return super()._process_image_input(image_input)
-        if not isinstance(image_input, LlavaImagePixelInputs):  # features, which no tower has to make
+        if not isinstance(image_input, LlavaImagePixelInputs):  # features that a client sent
             tower.found += [None] * len(image_input["data"])
             return super()._process_image_input(image_input)
         return [tower.encode(pixels, self.multi_modal_projector) for pixels in image_input["pixel_values"]]

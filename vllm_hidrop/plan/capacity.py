@@ -1,7 +1,6 @@
-"""How many requests per second a machine can hold at most, and how many machines a load needs: arithmetic on a plan.
+"""An upper bound on the requests per second of one machine, and the machines that a load needs, by arithmetic.
 
-Real servers reach less: scheduling, sampling, kernels
-below the speed that was given, requests of different lengths.
+Real servers reach less: they schedule and sample, kernels fall short of the given speed, requests differ in length.
 """
 
 import math
@@ -12,13 +11,10 @@ from vllm_hidrop.plan.shapes import TextShape
 
 @dataclass(frozen=True)
 class Machine:
-    """What one replica can do, as it was measured on it: not what its data sheet says.
+    """What one replica can do, as measured on it rather than by its data sheet.
 
-    Attributes:
-        flops_per_second: of a prefill.
-        bytes_per_second: from memory, in a decode step.
-        kv_bytes: of the KV pool.
-        most_sequences: that the server runs at once, ``--max-num-seqs``.
+    A prefill reaches ``flops_per_second``, a decode step reads ``bytes_per_second`` from memory; ``kv_bytes`` is the KV
+    pool's size, ``most_sequences`` vLLM's ``--max-num-seqs``.
     """
 
     flops_per_second: float
@@ -29,13 +25,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Request:
-    """What one request costs.
-
-    Attributes:
-        prefill_flops: towers included.
-        prompt_kv_bytes: held after the prefill.
-        output_tokens: generated; each is held in every layer.
-    """
+    """What one request costs; ``prefill_flops`` include the vision tower, every layer caches all ``output_tokens``."""
 
     prefill_flops: float
     prompt_kv_bytes: float
@@ -44,13 +34,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a machine does with such requests when there is always one more.
+    """What a machine reaches at most under an endless queue of such requests.
 
-    Attributes:
-        sequences: held at once, by the KV pool or the server's limit.
-        prefill_seconds: of one request.
-        step_seconds: of a decode step with all of them.
-        requests_per_second: at most.
+    ``sequences`` run at once, as the KV pool or the server's limit allows; a decode step of all takes ``step_seconds``.
     """
 
     sequences: int
@@ -64,14 +50,11 @@ class Capacity:
 
 
 def capacity(shape: TextShape, machine: Machine, request: Request, bytes_per_weight: float = 2) -> Capacity:
-    """The most that one machine can hold.
+    """The upper bound of one machine; ValueError where not even one request fits into its KV pool.
 
     A request needs its prefill and its share of the decode steps: ``1 / (prefill + output tokens * step / sequences)``.
-    A step reads all weights and the KV of all sequences, half of their output on average, or computes 2 FLOPs per
-    weight and sequence, whichever takes longer.
-
-    Raises:
-        ValueError: not even one request fits into the KV pool.
+    A step takes the longer of two times: to read all weights and the KV of all sequences (on average with half of their
+    output), and to compute 2 FLOPs per weight and sequence.
     """
     token_bytes = shape.num_layers * shape.kv_bytes_per_row
     full = request.prompt_kv_bytes + request.output_tokens * token_bytes

@@ -1,9 +1,7 @@
 """What a schedule costs on paper: rows, KV blocks and prefill FLOPs of one request, stage by stage.
 
-Arithmetic on shapes only; knows no vLLM and measures nothing. The numbers are intent, to compare
-schedules before anything runs; what a server reports is read from the engine.
-
-A multiply-add counts as 2 FLOPs. Norms, activations, RoPE, softmax and sampling are left out.
+The numbers compare schedules before anything runs; what a server reports is read from the engine. FLOPs are counted as
+in ``plan.shapes``.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,10 +14,10 @@ from vllm_hidrop.plan.signal import Signal, Under
 
 
 def group_size(schedule: Schedule) -> int:
-    """Layers of one of vLLM's KV-cache groups when every stage has its own groups.
+    """Layers of one of vLLM's KV cache groups, all of one size, when every stage has its own groups.
 
-    The smallest stage's number of layers, or the largest's if that is under 1.5 times as many: the
-    rule of vLLM 0.32, ``kv_cache_utils.py``.
+    The smallest stage's number of layers, or the largest's if that is under 1.5 times as many, as in vLLM 0.32's
+    ``kv_cache_utils.py``.
     """
     sizes = [schedule.layers_in(stage) for stage in range(len(schedule.stages))]
     return max(sizes) if max(sizes) < 1.5 * min(sizes) else min(sizes)
@@ -32,21 +30,18 @@ def num_groups(schedule: Schedule, stage: int) -> int:
 
 @dataclass(frozen=True)
 class StageCosts:
-    """One request in one stage, beside the dense model in the same layers.
+    """One request in one stage; ``dense_`` fields are the dense model's in the same layers.
 
     Attributes:
-        first_layer: zero-based, inclusive.
-        end_layer: exclusive.
-        vision_tokens: vision tokens kept, all images together.
-        rows: text and kept vision tokens; every layer runs and caches so many.
-        layer_blocks: blocks of one layer's K and V each, over the stage's layers.
-        kv_blocks: vLLM's blocks; each holds ``block_size`` tokens of ``group_size`` layers.
-        dense_kv_blocks: the same stages with everything kept (``off`` on the same server).
+        vision_tokens: kept, all images together.
+        rows: text and kept vision tokens that every layer of the stage runs.
+        layer_blocks: blocks that hold one layer's K and V each, summed over the stage's layers.
+        kv_blocks: vLLM's blocks after prefill; each holds ``block_size`` tokens of ``group_size`` layers.
+        dense_kv_blocks: those of an ``off`` request on the same server.
         kv_bytes: bytes of ``kv_blocks``, padding layers included.
-        dense_kv_bytes: what stock vLLM holds for these layers, in one group without padding.
+        dense_kv_bytes: bytes that stock vLLM holds for these layers, in one group without padding.
         kv_token_bytes: bytes of the cached rows alone, without the unused ends of blocks.
-        dense_kv_token_bytes: the same with everything kept.
-        flops: prefill of the layers, and the scoring at the cut before them.
+        flops: of the prefill in these layers, and of scoring at the cut before them.
     """
 
     first_layer: int
@@ -94,7 +89,7 @@ class RequestCosts:
 
     @property
     def dense_kv_blocks(self) -> int:
-        """The same with everything kept."""
+        """Blocks that an ``off`` request holds on the same server."""
         return sum(stage.dense_kv_blocks for stage in self.stages)
 
     @property
@@ -104,7 +99,7 @@ class RequestCosts:
 
     @property
     def dense_kv_bytes(self) -> int:
-        """The same for stock vLLM."""
+        """Bytes of the blocks that stock vLLM holds."""
         return sum(stage.dense_kv_bytes for stage in self.stages)
 
     @property
@@ -114,7 +109,7 @@ class RequestCosts:
 
     @property
     def dense_kv_token_bytes(self) -> int:
-        """The same with everything kept."""
+        """Bytes of the dense model's cached rows."""
         return sum(stage.dense_kv_token_bytes for stage in self.stages)
 
     @property
@@ -124,7 +119,7 @@ class RequestCosts:
 
     @property
     def dense_flops(self) -> int:
-        """The same for the dense model."""
+        """Prefill FLOPs of the dense text model, LM head included."""
         return sum(stage.dense_flops for stage in self.stages) + self.lm_head_flops
 
     @property
@@ -144,32 +139,20 @@ class RequestCosts:
 
     @property
     def ideal_speedup_with_encoder(self) -> float | None:
-        """The same with the vision tower and projector, which run in full unless the method merges tokens there."""
+        """``ideal_speedup`` of text model, vision tower and projector together; None where the tower is unknown."""
         if self.encoder_flops is None or self.dense_encoder_flops is None:
             return None
         return (self.dense_flops + self.dense_encoder_flops) / (self.flops + self.encoder_flops)
 
 
 def request_costs(
-    shape: TextShape,
-    schedule: Schedule,
-    plan: Plan,
-    signal: Signal,
-    block_size: int,
-    vision: VisionShape | None = None,
+    shape: TextShape, schedule: Schedule, plan: Plan, signal: Signal, block_size: int, vision: VisionShape | None = None
 ) -> RequestCosts:
     """Cost one request's prefill and the KV cache it holds afterwards.
 
-    Args:
-        shape: the text model.
-        schedule: its stages.
-        plan: the request's tokens in every stage of ``schedule``; where a method decides them, the decided ones.
-        signal: what the method reads at a cut.
-        block_size: tokens of a KV block.
-        vision: the tower and projector, run once per image; None if unknown.
-
-    Raises:
-        ValueError: schedule and shape disagree on the number of layers, or block_size is under 1.
+    ``plan`` is over the stages of ``schedule``, with an adaptive method's decided counts; ``signal`` is what the method
+    looks at; a KV block has ``block_size`` tokens; ``vision`` is run once per image. ValueError where schedule and
+    shape disagree on the number of layers, or block_size is under 1.
     """
     if schedule.num_layers != shape.num_layers:
         raise ValueError(f"the schedule has {schedule.num_layers} layers, the model {shape.num_layers}")
@@ -190,13 +173,8 @@ def flops_run(
 ) -> int:
     """Prefill FLOPs of the text model for one request, LM head included.
 
-    Args:
-        shape: the text model.
-        schedule: its stages.
-        plan: the request's tokens in every stage; where a method decides them, the decided ones.
-        signal: what the method reads at a cut.
-        rows: of every stage, the rows of the whole prompt.
-        reused: the first so many of them come from the KV cache; the others attend to them.
+    ``rows[s]`` are the rows of the whole prompt in stage ``s``; the first ``reused[s]`` of them come from the KV cache,
+    where the others attend to them. The other arguments are those of :func:`request_costs`.
     """
     layers = sum(
         schedule.layers_in(stage) * (shape.layer_flops(rows[stage]) - shape.layer_flops(reused[stage]))
@@ -207,19 +185,19 @@ def flops_run(
 
 
 def encoder_flops(vision: VisionShape, plan: Plan, images: Iterable[int]) -> int:
-    """FLOPs of the vision tower and projector for those images of a request that they run."""
+    """FLOPs of the vision tower and projector on these ``images`` of a request, by index."""
     left = tokens_left(plan, vision)
     return sum(vision.flops(left[image]) for image in images)
 
 
 def ideal_decode_ratio(shape: TextShape, costs: RequestCosts, batch: int, bytes_per_weight: int = 2) -> float:
-    """Dense over staged bytes that a decode step of ``batch`` such requests reads: weights once, rows of each."""
+    """Bytes read by a decode step of ``batch`` such requests, dense over staged: the weights once, each one's rows."""
     weights = shape.num_weights * bytes_per_weight
     return (weights + batch * costs.dense_kv_token_bytes) / (weights + batch * costs.kv_token_bytes)
 
 
 def tokens_left(plan: Plan, vision: VisionShape) -> list[int | None]:
-    """Per image, the tokens that the tower's later layers run: all, unless a method merged some there."""
+    """Per image, the patches that the tower's later layers run, by the merging that the plan shows; None: all."""
     if not plan.adaptive:
         return [None] * len(plan.spans)
     return [vision.num_patches * kept // span.length for kept, span in zip(plan.kept[0], plan.spans, strict=True)]
@@ -257,22 +235,21 @@ def _stage_costs(
 def _cut_flops(shape: TextShape, plan: Plan, signal: Signal, stage: int) -> int:
     """FLOPs of scoring at the cut before ``stage``; 0 where nothing has to be chosen.
 
-    Every row of attention that the signal costs meets all T rows before the cut: ``2 H D T``. Under the next layer,
-    that layer's Q, K and V are projected for all of them, of which its own costs hold the kept ones.
+    Every row of attention that the signal costs meets all T rows before the cut: ``2 H D T``. A signal under the next
+    layer also projects the dropped rows' Q, K and V there; those of the kept rows are among that layer's own costs.
     """
     if stage == 0 or signal is Signal.NONE:
         return 0
     rows_before = plan.num_prompt_tokens - plan.dropped[stage - 1]
     width = shape.num_heads * shape.head_size
     flops = 2 * width * signal.attention_rows(plan) * rows_before
-    if plan.adaptive:  # judged on entry to every stage, whether it changes or not
+    if plan.adaptive:  # judged on entry to every stage, whether a count changes or not
         return flops if sum(plan.kept[stage - 1]) else 0
     images = zip(plan.kept[stage - 1], plan.kept[stage], strict=True)
     if not any(0 < now < before for before, now in images):
         return 0
     if signal.under is Under.NEXT_LAYER:
-        rows_gone = plan.dropped[stage] - plan.dropped[stage - 1]
-        flops += shape.qkv_flops_per_row * rows_gone
+        flops += shape.qkv_flops_per_row * (plan.dropped[stage] - plan.dropped[stage - 1])
     return flops
 
 

@@ -1,7 +1,7 @@
 """FLOPs as the papers print them: multiply-adds of vision tokens alone, so that their tables can be read beside ours.
 
-`costs` counts what a request runs; this counts what PyramidDrop, HiDrop (section 4.1) and VisiPruner (appendix M) do.
-Text rows, their attention to vision, scoring and the vision tower are left out, a multiply-add counts once.
+``plan.costs`` counts what a request runs; this counts as PyramidDrop, HiDrop (section 4.1) and VisiPruner (appendix M)
+do: without text rows, their attention to vision, scoring and the vision tower, a multiply-add once.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ QUIET = frozenset({"visipruner"})
 
 @dataclass(frozen=True)
 class PaperFlops:
-    """A request's FLOPs by the formula, those of all tokens in every layer, and the layers without ``2 n^2 d``."""
+    """A request's FLOPs by :data:`FORMULA`, the dense model's, and how many first layers leave out ``2 n^2 d``."""
 
     flops: int
     dense_flops: int
@@ -30,7 +30,7 @@ def paper_flops(shape: TextShape, costs: RequestCosts, method: str) -> PaperFlop
     """What the paper of ``method`` would print for a request; images are counted together."""
     tokens = [stage.vision_tokens for stage in costs.stages for _ in range(stage.num_layers)]
     dense = [stage.dense_vision_tokens for stage in costs.stages for _ in range(stage.num_layers)]
-    cut = next((layer for layer, (n, most) in enumerate(zip(tokens, dense, strict=True)) if n < most), 0)
+    cut = next((layer for layer, (kept, whole) in enumerate(zip(tokens, dense, strict=True)) if kept < whole), 0)
     quiet = cut if method in QUIET else 0
     sizes = (shape.hidden_size, shape.intermediate_size)
     return PaperFlops(paper_vision_flops(tokens, *sizes, quiet), paper_vision_flops(dense, *sizes), quiet)

@@ -1,12 +1,11 @@
-"""Where the tokens of a prompt stand in a stage that holds only some of them: the only arithmetic of places.
+"""Where the tokens of a prompt stand in a stage that keeps only some of them.
 
 ::
 
     prompt place     0 1 2 3 4 5 6 7 8 9      t t v v v v t v v t    two images, of four tokens and of two
-    stage place      0 1     2 3 4     5      t t     v v t     t    it keeps two of the first, none of the second
+    stage place      0 1     2 3 4     5      t t     v v t     t    two kept of the first, none of the second
 
-A stage place counts the tokens of the stage from the start of the prompt; it is the token's slot in the stage's KV
-cache.
+A stage place counts the tokens of the stage from the start of the prompt; it is the token's slot in the stage's cache.
 """
 
 from collections.abc import Iterable
@@ -32,12 +31,7 @@ class Span:
 
 @dataclass(frozen=True)
 class StagePlaces:
-    """The places of one prompt's tokens in one stage.
-
-    Attributes:
-        spans: the images in the prompt, ascending.
-        kept: tokens of each image that the stage holds.
-    """
+    """Where one stage holds one prompt's tokens: of the images at ``spans``, ascending, ``kept`` tokens each."""
 
     spans: tuple[Span, ...]
     kept: tuple[int, ...]
@@ -45,14 +39,14 @@ class StagePlaces:
     @cached_property
     def images(self) -> tuple[Span, ...]:
         """The kept tokens of each image, in stage places."""
-        found, dropped = [], 0
+        images, dropped = [], 0
         for span, kept in zip(self.spans, self.kept, strict=True):
-            found.append(Span(span.offset - dropped, kept))
+            images.append(Span(span.offset - dropped, kept))
             dropped += span.length - kept
-        return tuple(found)
+        return tuple(images)
 
     def count(self, num_tokens: int) -> int:
-        """Tokens of the stage among the first ``num_tokens`` of the request; these hold whole images only."""
+        """Tokens of the stage among the request's first ``num_tokens``, which must not end within an image."""
         dropped = 0
         for span, kept in zip(self.spans, self.kept, strict=True):
             if span.offset < num_tokens:
@@ -61,11 +55,9 @@ class StagePlaces:
         return num_tokens - dropped
 
     def prompt_places(self, num_tokens: int, survivors: Iterable[npt.NDArray[np.int32]]) -> npt.NDArray[np.int64]:
-        """The prompt place of every token of the stage, int64 [n], in stage order.
+        """The prompt place of every token of the stage, int64 [n], in stage order, in a prompt of ``num_tokens``.
 
-        Args:
-            num_tokens: length of the prompt.
-            survivors: per image, the tokens that are kept: int32, zero-based inside the image, in stage order.
+        ``survivors`` are int32 per image, the tokens that are kept: zero-based inside the image, in stage order.
         """
         pieces, cursor = [], 0
         for span, tokens in zip(self.spans, survivors, strict=True):
@@ -74,11 +66,11 @@ class StagePlaces:
         return np.concatenate([*pieces, np.arange(cursor, num_tokens)])
 
     def vision_places(self) -> npt.NDArray[np.int64]:
-        """Stage places of all images' tokens, int64 [V]."""
+        """Stage places of the vision tokens, int64 [V]."""
         return np.concatenate([np.arange(image.offset, image.end) for image in self.images])
 
     def text_behind_first_image(self, num_tokens: int) -> npt.NDArray[np.int64]:
-        """Stage places of the text behind the first image, int64 [N], in a prompt of ``num_tokens``."""
+        """Stage places of the text tokens behind the first image, int64 [N], in a prompt of ``num_tokens``."""
         is_text = np.ones(self.count(num_tokens), dtype=np.bool_)
         is_text[: self.images[0].offset] = False
         is_text[self.vision_places()] = False

@@ -12,24 +12,26 @@ from vllm_hidrop.plan.places import Span, StagePlaces
 from vllm_hidrop.plan.schedule import Cached, Schedule
 
 DENSE = ""
-"""The encoding of images whose features are stock vLLM's to the bit."""
+"""Name of the encoding (``Plan.encoding``) whose image features are stock vLLM's to the bit."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """For one request, the vision tokens every stage holds (host ints), known before it runs.
+    """For one request, the number of vision tokens that every stage keeps (host ints), known before the request runs.
 
-    ``kept[s][i]`` is the number of tokens of image ``i`` in stage ``s``; where the method decides the number while
-    the prompt runs (``decided`` False), it is an upper bound until the worker has told. ``fallback`` says why a request
-    that could have been pruned is not, and is None otherwise. ``adaptive``: the method acts on this request even where
-    the counts do not show it. ``method`` names it.
-    ``prefix_tokens``: the first so many tokens, all before any image, may run or be cached before the rest of the
-    prompt: they are the same in every stage and whatever follows.
-    ``carried_from``: the last block boundary within them.
-    ``has_run``: the counts are those of the caches once the prompt has run, which may be any.
-    ``explains``: the request's report is to list the tokens that every stage kept.
-    ``encoding``: how the vision tower makes its images' features, by name; :data:`DENSE` is stock vLLM's way.
-    ``renumbered``: ids depend on how many tokens a stage drops, and merged tokens come first.
+    Attributes:
+        spans: the images' places in the prompt, ascending.
+        kept: ``kept[s][i]`` tokens of image ``i`` in stage ``s``; upper bounds while ``decided`` is False.
+        fallback: why a request that could have been pruned is not; None otherwise.
+        adaptive: the method decides counts while the prompt runs, and may edit attention where no count shows it.
+        decided: False until the worker of an adaptive prompt has reported its counts.
+        has_run: the counts are what the caches hold after prefill; the invariants of a schedule do not bind them.
+        prefix_tokens: length of the text before the first image that may run, or be cached, ahead of the rest of the
+            prompt, as its rows are the same in every stage and whatever follows; 0 where they are not.
+        carried_from: the last block boundary within the prefix.
+        explains: the request's report lists the tokens that every stage kept.
+        encoding: name of the way in which the vision tower makes the images' features, :data:`DENSE` for stock vLLM's.
+        renumbered: RoPE ids depend on how many tokens a stage drops, and merged tokens come first in their image.
     """
 
     num_prompt_tokens: int
@@ -70,39 +72,35 @@ class Plan:
 
     @cached_property
     def is_pruned(self) -> bool:
-        """Whether any stage drops anything, or the method may decide so."""
+        """Whether a stage drops tokens, or the method may decide that it does."""
         return self.adaptive or any(self.dropped)
 
     def bounded(self, stage: int, kept: Sequence[int]) -> "Plan":
-        """The same with at most ``kept`` tokens of each image from ``stage`` on."""
+        """The plan with at most ``kept[i]`` tokens of image ``i`` from ``stage`` on."""
         lower = tuple(tuple(map(min, counts, kept)) for counts in self.kept[stage:])
         return replace(self, kept=self.kept[:stage] + lower)
 
     def settled(self, kept: Sequence[Sequence[int]]) -> "Plan":
-        """The plan with the counts that the worker decided.
-
-        Raises:
-            ValueError: a count exceeds its bound.
-        """
-        for stage, (bound, counts) in enumerate(zip(self.kept, kept, strict=True)):
-            if any(count > most for count, most in zip(counts, bound, strict=True)):
-                raise ValueError(f"stage {stage} keeps {counts}, more than the bound {bound}")
+        """The plan with the counts that the worker decided; ValueError where one exceeds its bound."""
+        for stage, (bounds, counts) in enumerate(zip(self.kept, kept, strict=True)):
+            if any(count > bound for count, bound in zip(counts, bounds, strict=True)):
+                raise ValueError(f"stage {stage} keeps {counts}, more than the bound {bounds}")
         return replace(self, kept=tuple(map(tuple, kept)), decided=True)
 
     def after_prefill(self, schedule: Schedule) -> "Plan":
-        """What the caches hold once the prompt has run: fewer than ran where a stage caches fewer."""
-        held = {Cached.FINAL: self.kept[-1], Cached.NONE: (0,) * len(self.spans)}
+        """The plan by which the caches are counted once the prompt has run: a stage may cache fewer tokens than ran."""
         if not self.adaptive:
             return self
-        kept = tuple(held.get(stage.cached, ran) for stage, ran in zip(schedule.stages, self.kept, strict=True))
+        cut_caches = {Cached.FINAL: self.kept[-1], Cached.NONE: (0,) * len(self.spans)}
+        kept = tuple(cut_caches.get(stage.cached, ran) for stage, ran in zip(schedule.stages, self.kept, strict=True))
         return replace(self, kept=kept, has_run=True)
 
     def stage_tokens(self, stage: int, num_tokens: int) -> int:
-        """Tokens of ``stage`` among the first ``num_tokens`` tokens of the request.
+        """Tokens that ``stage`` holds of the request's first ``num_tokens``.
 
-        A pruned prompt is prefilled in one step from some token of its prefix on, so ``num_tokens`` is within the
-        prefix or at least the prompt length; or, where images are reused, the end of an image: then the stages from
-        the first cut on hold their prefix only.
+        A pruned prompt is prefilled in one step, so ``num_tokens`` is within the prefix or at least the prompt's
+        length; or, where images are reused, the end of an image: then the stages from the first cut on hold nothing
+        behind ``carried_from``.
         """
         if num_tokens >= self.num_prompt_tokens:
             return num_tokens - self.dropped[stage]
@@ -112,7 +110,7 @@ class Plan:
 
     @cached_property
     def places(self) -> tuple[StagePlaces, ...]:
-        """Of every stage, where the prompt's tokens stand."""
+        """Per stage, where the prompt's tokens stand."""
         return tuple(StagePlaces(self.spans, kept) for kept in self.kept)
 
     def places_entering(self, stage: int) -> StagePlaces:
@@ -121,44 +119,37 @@ class Plan:
 
     @cached_property
     def first_cut(self) -> int:
-        """The first stage that selects tokens of an image; the number of stages where none does.
+        """Index of the first stage that selects tokens of an image; the number of stages where none does.
 
-        Before it, what a stage holds of a token depends on nothing behind the token.
+        Before that stage, a token's K and V depend on nothing behind the token.
         """
         stages = ((span.length for span in self.spans), *self.kept)
         selects = (any(0 < n < m for n, m in zip(now, before, strict=True)) for before, now in pairwise(stages))
-        return next((stage for stage, found in enumerate(selects) if found), len(self.kept))
+        return next((stage for stage, does_select in enumerate(selects) if does_select), len(self.kept))
 
     def num_carried(self, num_tokens: int) -> int:
         """Rows that enter the first cut for the tokens from ``carried_from`` to the end of an image."""
         return self.places_entering(self.first_cut).count(num_tokens) - self.carried_from
 
     def places_carried(self, num_tokens: int) -> npt.NDArray[np.int64]:
-        """Their prompt places, int64 [n]."""
+        """Prompt places of these rows, int64 [n]."""
         entering = self.places_entering(self.first_cut)
-        whole = [np.arange(kept, dtype=np.int32) for kept in entering.kept]
-        return entering.prompt_places(self.num_prompt_tokens, whole)[self.carried_from : entering.count(num_tokens)]
+        survivors = [np.arange(kept, dtype=np.int32) for kept in entering.kept]
+        return entering.prompt_places(self.num_prompt_tokens, survivors)[self.carried_from : entering.count(num_tokens)]
 
 
 ENDS_WITH_IMAGE = "the prompt ends with an image: no text row is left to score from"
 FALLBACKS = {ENDS_WITH_IMAGE: "ends_with_image"}
-"""Why a request that could have been pruned is not, and the name of each in metrics."""
+"""Why a request that could have been pruned is not -> the metrics' label of that reason."""
 
 
 def make_plan(
     schedule: Schedule, num_prompt_tokens: int, spans: Iterable[Span], keep_all: bool = False, adaptive: bool = False
 ) -> Plan:
-    """Resolve a schedule for one prompt.
+    """Resolve a schedule for one prompt; ValueError where its keeps rise after injection for an image of this size.
 
-    Args:
-        schedule: the stages, with the request's own keeps if it has any.
-        num_prompt_tokens: length of the full prompt, vision tokens included.
-        spans: the images' places in the prompt.
-        keep_all: everything everywhere, equal to the dense model (``off``).
-        adaptive: the method decides how many stay; the schedule's keeps are upper bounds.
-
-    Raises:
-        ValueError: the keeps rise after injection for an image of this size.
+    ``keep_all``: every stage keeps every token, as the dense model does (``off``). ``adaptive``: the method decides the
+    counts while the prompt runs; the schedule's keeps are upper bounds.
     """
     ordered = tuple(sorted(spans, key=lambda span: span.offset))
     kept = tuple(tuple(stage.keep.resolve(span.length) for span in ordered) for stage in schedule.stages)

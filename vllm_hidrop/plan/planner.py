@@ -17,7 +17,7 @@ REQUEST_KEYS = {
     "hidrop_method": "another method whose cuts fall on the server's stages, at its default preset",
     "hidrop_explain": "true: the report lists the patches that every stage kept, by image",
 }
-"""What a request may say in ``vllm_xargs`` / ``SamplingParams.extra_args``."""
+"""The options of a request, in ``vllm_xargs`` or ``SamplingParams.extra_args``, and what each means."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Alternative:
     """A method that requests of a server may use.
 
     Attributes:
-        schedule: its keeps over the server's stages.
-        signal: what it reads; None when it cannot score (no selection possible).
-        adaptive: whether it decides the counts itself, so that the keeps are upper bounds.
-        encoding: how the vision tower makes the features of its pruned requests, see ``Plan``.
+        schedule: the method's keeps over the server's stages.
+        signal: what its scorer looks at; None when the method has no scorer, so that keeps must be all or 0.
+        adaptive: whether the method decides the counts while a prompt runs; its keeps are then upper bounds.
+        encoding: of its pruned requests' images, see ``Plan``.
     """
 
     schedule: Schedule
@@ -44,14 +44,10 @@ class Alternative:
         return cls(Schedule.load(data["schedule"]), signal, data["adaptive"], data["encoding"])
 
     def dump(self) -> dict[str, Any]:
-        """Plain data, so that it can travel inside an engine configuration."""
+        """The fields as JSON values, which vLLM's configuration carries from process to process."""
         signal = None if self.signal is None else self.signal.name
-        return {
-            "schedule": self.schedule.dump(),
-            "signal": signal,
-            "adaptive": self.adaptive,
-            "encoding": self.encoding,
-        }
+        schedule = self.schedule.dump()
+        return {"schedule": schedule, "signal": signal, "adaptive": self.adaptive, "encoding": self.encoding}
 
 
 @dataclass(frozen=True)
@@ -59,14 +55,12 @@ class Planner:
     """Makes plans for one server.
 
     Attributes:
-        method: name of the server's own, for reports.
-        preset: name, for reports; None when there is none.
-        methods: by name, the server's own and those that fit its stages.
-        max_prompt_tokens: longest part of a prompt that one step holds, its token budget.
-        positions: RoPE ids of every request's rows.
-        cache_is_exact: whether the KV cache gives K back as it was computed.
+        method: name of the server's own method, ``preset`` that of its preset.
+        methods: by name, the server's own method and those that fit its stages.
+        max_prompt_tokens: tokens that one step holds, so the longest prompt part that runs in one step.
+        cache_is_exact: whether K is read from the KV cache as it was computed.
         block_size: slots of a KV block.
-        state_bytes: most that carried hidden states may take, see ``prefix``.
+        state_bytes: upper bound of the worker's carried hidden states, see ``engine.image_prefix``.
     """
 
     method: str
@@ -122,8 +116,8 @@ class Planner:
             wants_prompt_logprobs: whether the request asks for log-probabilities of its prompt.
 
         Raises:
-            ValueError: unknown key, bad value, keeps that break an invariant or do not fit the stages, prompt
-                log-probabilities of a pruned prompt, or a pruned prompt longer than a step; one line.
+            ValueError: says in one line what is wrong: unknown key, bad value, keeps that break an invariant or do not
+                fit the stages, log-probabilities of a pruned prompt, a pruned prompt longer than a step.
         """
         wishes = {k: v for k, v in (extra_args or {}).items() if k.startswith("hidrop")}
         for key in wishes:
@@ -152,29 +146,30 @@ class Planner:
                 "prompt_logprobs and echo need every prompt row, and pruning drops some: "
                 'send vllm_xargs {"hidrop": "off"} with this request'
             )
-        whole = num_prompt_tokens - plan.prefix_tokens
-        if plan.is_pruned and whole > self.max_prompt_tokens:
+        num_step_tokens = num_prompt_tokens - plan.prefix_tokens
+        if plan.is_pruned and num_step_tokens > self.max_prompt_tokens:
             raise ValueError(
-                f"a pruned prompt is prefilled in one step from its first image on: {whole} tokens exceed "
+                f"a pruned prompt is prefilled in one step from its first image on: {num_step_tokens} tokens exceed "
                 f"--max-num-batched-tokens {self.max_prompt_tokens}"
             )
         return plan
 
     def _prefix_tokens(self, plan: Plan) -> int:
-        """Scoring reads the prefix's K from the cache; a method that decides the counts needs its rows, too.
+        """The text before the first image, or 0 where it must run in one step with the rest of the prompt.
 
-        Renumbered, the K of a prefix depends on the images behind it.
+        Scoring reads the prefix's K from the cache, which must be exact; an adaptive method needs the prefix's rows as
+        well; under renumbered positions the prefix's K depends on the images behind it.
         """
-        is_same = self.cache_is_exact and self.positions is not PositionScheme.RENUMBERED
-        is_same = is_same and not plan.adaptive and not self._needs_every_row(plan)
-        return plan.spans[0].offset if plan.is_pruned and is_same else 0
+        may_run_first = self.cache_is_exact and self.positions is not PositionScheme.RENUMBERED
+        may_run_first = may_run_first and not plan.adaptive and not self._needs_every_row(plan)
+        return plan.spans[0].offset if plan.is_pruned and may_run_first else 0
 
     def _needs_every_row(self, plan: Plan) -> bool:
         signal = self.methods[plan.method].signal
         return signal is not None and signal.needs_every_row
 
     def reuse_off(self, plan: Plan) -> str | None:
-        """Why no image of this prompt can be reused by a later one, or come from an earlier one; None where it can."""
+        """Why this prompt's images can neither be reused by a later prompt nor come from an earlier one, or None."""
         if not plan.is_pruned:
             return None
         if plan.adaptive:
@@ -188,11 +183,7 @@ class Planner:
         return "states" if plan.first_cut < len(plan.kept) and not self.state_bytes else None
 
     def plan_or_refuse(self, request: Any) -> tuple[Plan, str | None]:
-        """Plan vLLM's request, the same in scheduler and worker; a refused one runs dense until it is ended.
-
-        Returns:
-            The plan, and why the request is refused (None when it is not).
-        """
+        """The plan of vLLM's request, and why it is refused or None; a refused one runs dense until vLLM ends it."""
         params = request.sampling_params
         spans = spans_of(request.mm_features)
         num_prompt_tokens = request.num_prompt_tokens
@@ -236,8 +227,8 @@ class Planner:
                     if method.signal is None:
                         raise ValueError(f"method {plan.method!r} cannot choose tokens: keep must be all or 0")
                     if stage == 0 and method.signal.under is Under.LAST_LAYER:
-                        why = "ranks by the layer before: stage 0 must keep all or 0"
-                        raise ValueError(f"method {plan.method!r} {why}")
+                        rule = "ranks by the layer before: stage 0 must keep all or 0"
+                        raise ValueError(f"method {plan.method!r} {rule}")
                 before = now or before
 
 

@@ -10,11 +10,11 @@ from vllm_hidrop.plan.places import Span
 
 
 class PositionScheme(StrEnum):
-    """RoPE ids of the rows. Compacted and grouped are HiDrop's rejected ablations (section 4.3, table 5).
+    """How rows get their RoPE ids. Compacted and grouped are HiDrop's rejected ablations (section 4.3, table 5).
 
-    A scheme belongs to a server, as the weights do. ``off`` and fallback requests of a grouped server are numbered in
-    the grouped way too; the others renumber at cuts only, so they leave a request without a cut as it is. Text-only
-    requests are the same under all.
+    A scheme belongs to a server, as the weights do. Grouped numbers ``off`` and fallback requests too; compacted and
+    renumbered change ids at cuts only, so a request without a cut keeps the prompt's. Text-only requests are the same
+    under all.
 
     ::
 
@@ -26,31 +26,25 @@ class PositionScheme(StrEnum):
     """
 
     PERSISTENT = "persistent"
-    """The full prompt's, for ever."""
+    """Every row keeps its id of the full prompt in every layer."""
     COMPACTED = "compacted"
-    """After every scored cut an image's survivors are numbered on from the row before them, so from its first id (or
-    from the last survivor of an image directly before it); text keeps its ids."""
+    """After every scored cut an image's survivors are numbered on from the row before them: from the image's first id,
+    or from the last survivor of an image directly before it. Text keeps its ids."""
     GROUPED = "grouped"
-    """Text, prompt and generated, is numbered without the hole that images leave; vision keeps its ids, so the ranges
-    overlap."""
+    """Text, prompt and generated, is numbered as if there were no image; vision keeps its ids, so ranges overlap."""
     RENUMBERED = "renumbered"
-    """In every layer the rows that it runs are 0, 1, 2, ..., text included, and a generated token's id is the length of
-    the layer's cache: as in the released PyramidDrop, which trains so, and MustDrop. Merged tokens come first in their
-    image, the most alike window before the others, as in MustDrop's code. Where a cache is cut after the prompt its
-    keys keep their ids, so generated tokens may stand before them: an artefact of the released MustDrop, kept.
+    """Every layer numbers the rows that it runs 0, 1, 2, ..., text included, and a generated token's id is the length
+    of the layer's cache: as in the released PyramidDrop, which trains so, and MustDrop. Merged tokens come first in
+    their image, by falling similarity of their windows, as in MustDrop's code. Where a cache is cut after the prompt,
+    its keys keep their ids, so generated tokens may stand before them: an artefact of the released MustDrop, kept.
 
-    Q and K meet in differences of ids only, so what is stored is the id plus the number of tokens that the layer
-    dropped (``StagedStep.renumbered_ids``): rows are packed towards the end of the prompt, and generated tokens have
-    the ids of the full sequence in every layer."""
+    RoPE makes attention depend on differences of ids only, so a layer's rows get these ids plus the number of tokens
+    that the layer dropped (``StagedStep.renumbered_ids``): then generated tokens have the full sequence's ids in every
+    layer, and vLLM's own decode can run them."""
 
 
 def grouped_ids(places: npt.NDArray[np.int64], spans: Sequence[Span]) -> npt.NDArray[np.int64]:
-    """Grouped ids of some rows of one request.
-
-    Args:
-        places: int64 [T], the rows' places in the full sequence.
-        spans: the images of the prompt.
-    """
+    """Grouped ids of one request's rows, int64 [T], from their ``places`` in the full sequence, int64 [T]."""
     ids = places.copy()
     is_vision = np.zeros(len(places), dtype=np.bool_)
     for span in spans:

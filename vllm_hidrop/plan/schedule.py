@@ -16,7 +16,7 @@ KeepValue = str | int | float
 class Keep:
     """How many vision tokens of each image a stage may hold: a count, a fraction, or all.
 
-    Exactly one of ``count`` (tokens) and ``fraction`` (of the image's tokens) is set; both ``None`` means all.
+    At most one of ``count`` (tokens) and ``fraction`` (of the image's tokens) is set; both ``None`` means all.
     """
 
     count: int | None = None
@@ -32,27 +32,19 @@ class Keep:
 
     @classmethod
     def parse(cls, value: KeepValue) -> Self:
-        """Read a keep as users write it.
-
-        Raises:
-            ValueError: ``value`` is none of "all", an int >= 0 or a finite float in [0, 1].
-        """
-        if isinstance(value, bool):
-            raise ValueError(f'keep must be "all", a count or a fraction, got {value!r}')
-        if isinstance(value, str):
-            if value != "all":
-                raise ValueError(f'keep must be "all", a count or a fraction, got {value!r}')
+        """Read a keep as users write it; ValueError unless it is "all", an int >= 0 or a finite float in [0, 1]."""
+        if value == "all":
             return cls()
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f'keep must be "all", a count or a fraction, got {value!r}')
         if isinstance(value, int):
             return cls(count=value)
-        if not isinstance(value, float):
-            raise ValueError(f'keep must be "all", a count or a fraction, got {value!r}')
         if not 0 <= value <= 1:
             raise ValueError(f"keep fraction must be in [0, 1], got {value}")
         return cls(fraction=Fraction(str(value)))
 
     def dump(self) -> KeepValue:
-        """The value that :meth:`parse` reads back."""
+        """The keep as users write it; :meth:`parse` reads it."""
         if self.count is not None:
             return self.count
         return "all" if self.fraction is None else float(self.fraction)
@@ -81,9 +73,9 @@ class Cached(StrEnum):
     """Which vision tokens a stage's KV cache holds once the prompt has been prefilled."""
 
     KEPT = "kept"
-    """Those the stage ran with."""
+    """The tokens that the stage ran with."""
     FINAL = "final"
-    """Of those, the ones that the last stage kept."""
+    """Of the tokens that the stage ran with, those that the last stage kept."""
     NONE = "none"
 
 
@@ -100,8 +92,8 @@ class Stage:
 class Schedule:
     """The ordered stages that cover every decoder layer exactly once.
 
-    Two invariants, checked here: a stage that keeps more than the one before it takes its tokens from the projector
-    (late injection: from nothing to all); after injection keep never rises.
+    Two invariants are checked here: a stage that keeps more than the stage before it keeps all, and the stage before
+    it nothing (late injection: the tokens come from the projector); after injection keep never rises.
     """
 
     stages: tuple[Stage, ...]
@@ -123,8 +115,7 @@ class Schedule:
     ) -> Self:
         """Build from ``{first_layer: keep}`` as users write it, and ``{first_layer: cached}`` where it is not KEPT.
 
-        Raises:
-            ValueError: the layers or keeps break an invariant; the message names it.
+        ValueError names the invariant that layers or keeps break.
         """
         cached = cached or {}
         stages = tuple(
@@ -140,7 +131,7 @@ class Schedule:
         return cls.of({int(k): v for k, v in data["keeps"].items()}, data["num_layers"], cached)
 
     def dump(self) -> dict[str, Any]:
-        """Plain data (JSON-able), so that a schedule can travel inside an engine configuration."""
+        """The schedule as JSON values, which vLLM's configuration carries from process to process."""
         return {
             "num_layers": self.num_layers,
             "keeps": {str(s.first_layer): s.keep.dump() for s in self.stages},
@@ -149,7 +140,7 @@ class Schedule:
 
     @cached_property
     def end_layers(self) -> tuple[int, ...]:
-        """Exclusive last layer of every stage."""
+        """Per stage, the layer after its last one."""
         return (*(stage.first_layer for stage in self.stages[1:]), self.num_layers)
 
     @cached_property
@@ -168,30 +159,30 @@ class Schedule:
         return next(i for i, end in enumerate(self.end_layers) if layer < end)
 
     def with_keeps(self, keeps: Sequence[KeepValue]) -> "Schedule":
-        """The same stages with other keeps, one per stage (a request's own wish)."""
+        """The same stages with a request's own keeps, one per stage."""
         if len(keeps) != len(self.stages):
             raise ValueError(f"this server has {len(self.stages)} stages, got {len(keeps)} keeps")
         stages = zip(self.stages, keeps, strict=True)
         return Schedule(tuple(replace(s, keep=Keep.parse(keep)) for s, keep in stages), self.num_layers)
 
     def kept(self, num_tokens: int) -> tuple[int, ...]:
-        """Tokens of one image of ``num_tokens`` tokens held in every stage."""
+        """Per stage, the tokens it keeps of an image of ``num_tokens`` tokens."""
         return tuple(stage.keep.resolve(num_tokens) for stage in self.stages)
 
     def mean_kept(self, num_tokens: int) -> float:
-        """Vision tokens of one image, mean over all layers."""
+        """Tokens that a layer keeps of an image of ``num_tokens`` tokens, mean over all layers."""
         return self.mean_over_layers(self.kept(num_tokens))
 
-    def mean_over_layers(self, of_stages: Sequence[int]) -> float:
-        """The mean of a number per stage, by the layers of each."""
-        weighted = (len(layers) * number for layers, number in zip(self.layer_ranges, of_stages, strict=True))
+    def mean_over_layers(self, per_stage: Sequence[int]) -> float:
+        """The mean of one number per stage, each weighted by the stage's number of layers."""
+        weighted = (len(layers) * number for layers, number in zip(self.layer_ranges, per_stage, strict=True))
         return sum(weighted) / self.num_layers
 
 
 def check_keeps(keeps: Sequence[Keep]) -> None:
-    """Check the two invariants of :class:`Schedule` on abstract keeps.
+    """Check the two invariants of :class:`Schedule`, as far as keeps can be compared.
 
-    Counts and fractions are not comparable until an image's size is known; :class:`Plan` checks the numbers.
+    A count and a fraction cannot until an image's size is known: :class:`Plan` checks the numbers that result.
     """
     for before, after in pairwise(keeps):
         if before.is_none and not after.is_none and not after.is_all:
@@ -199,8 +190,7 @@ def check_keeps(keeps: Sequence[Keep]) -> None:
                 f"late injection brings in every vision token: keep after 0 must be all or 0, got {after.dump()}"
             )
     first_kept = next((i for i, keep in enumerate(keeps) if not keep.is_none), len(keeps))
-    held = keeps[first_kept:]
-    for before, after in pairwise(held):
+    for before, after in pairwise(keeps[first_kept:]):
         same_kind = (before.count is None) == (after.count is None)
         rises = (after.is_all and not before.is_all) or (before.is_none and not after.is_none)
         if rises or (same_kind and _amount(after) > _amount(before)):

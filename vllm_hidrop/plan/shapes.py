@@ -1,4 +1,4 @@
-"""The sizes of a model's layers, from its Hugging Face configuration, and the FLOPs of one layer.
+"""The sizes of a model's layers, from its Hugging Face configuration, and their FLOPs.
 
 A multiply-add counts as 2 FLOPs. Norms, activations, RoPE, softmax and sampling are left out.
 """
@@ -9,10 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TextShape:
-    """The text model's sizes: a Llama-like decoder with gated MLP and grouped-query attention.
-
-    ``head_size`` is in elements, ``kv_bytes_per_element`` in bytes (2 for float16 and bfloat16).
-    """
+    """Sizes of a Llama-like decoder with gated MLP and grouped-query attention; K and V in float16 or bfloat16."""
 
     num_layers: int
     hidden_size: int
@@ -37,9 +34,9 @@ class TextShape:
     def layer_flops(self, rows: int) -> int:
         """FLOPs of one decoder layer that prefills ``rows`` rows.
 
-        ``T (2 C (H + 2 G) D + 2 H D C + 6 C M) + 4 H D T (T + 1) / 2`` with T rows, C hidden size,
-        H query heads, G key/value heads, D head size and M the MLP's size: 2 per weight and row for
-        Q, K, V, output and the three MLP matrices; then, causally, ``Q K^T`` and the sum over V.
+        ``T (2 C (H + 2 G) D + 2 H D C + 6 C M) + 4 H D T (T + 1) / 2`` with T rows, C hidden size, H query heads,
+        G KV heads, D head size, M the MLP's size: 2 per weight and row for Q, K, V, output and the three MLP matrices;
+        then, causally, ``Q K^T`` and the sum over V.
         """
         width = self.num_heads * self.head_size
         output_and_mlp = 2 * width * self.hidden_size + 6 * self.hidden_size * self.intermediate_size
@@ -69,9 +66,8 @@ LLAVA_13B = TextShape(40, 5120, 13824, 40, 40, 128, 32064)
 class VisionShape:
     """A ViT as in CLIP or SigLIP, and LLaVA's two-layer projector behind it.
 
-    ``num_layers`` counts the layers that run (LLaVA reads the last but one, so the last never does).
-    ``num_tokens`` are the tower's rows, a class token included; ``num_patches`` of them are
-    projected from ``projector_input_size`` to ``text_hidden_size``.
+    ``num_layers`` counts the layers that run (LLaVA reads the last but one, so the last never does). ``num_tokens`` are
+    the tower's rows, a class token included; ``num_patches`` of them are projected.
     """
 
     num_layers: int
@@ -87,16 +83,14 @@ class VisionShape:
     def flops(self, tokens_left: int | None = None) -> int:
         """FLOPs of one image: ``2 P c p^2 C``, ``L (T (8 C^2 + 4 C M) + 4 C T^2)``, projector.
 
-        P patches of side p and c channels, T rows, L layers, C hidden size, M MLP size; attention
-        is bidirectional. The projector is ``2 P (C_in C_text + C_text^2)``.
-
-        Args:
-            tokens_left: of the image's patches, those that the layers after the first and the projector still run.
+        P patches of side p and c channels, T rows, L layers, C hidden size, M MLP size; attention is bidirectional. The
+        projector is ``2 P (C_in C_text + C_text^2)``. Layers after the first, and the projector, run ``tokens_left``
+        patches (None: all).
         """
         left = self.num_patches if tokens_left is None else tokens_left
-        later = left + self.num_tokens - self.num_patches
+        rows_left = left + self.num_tokens - self.num_patches
         patches = 2 * self.num_patches * self.num_channels * self.patch_size**2 * self.hidden_size
-        layers = self._layer_flops(self.num_tokens) + (self.num_layers - 1) * self._layer_flops(later)
+        layers = self._layer_flops(self.num_tokens) + (self.num_layers - 1) * self._layer_flops(rows_left)
         into, out = self.projector_input_size, self.text_hidden_size
         return patches + layers + 2 * left * (into * out + out**2)
 
@@ -108,7 +102,7 @@ class VisionShape:
 LLAVA_7B_VISION = VisionShape(23, 1024, 4096, 14, 576, 577, 1024, 4096)
 """CLIP ViT-L/14 at 336 pixels up to its last but one layer, projected to 4096."""
 LLAVA_13B_VISION = VisionShape(23, 1024, 4096, 14, 576, 577, 1024, 5120)
-"""The same, projected to 5120."""
+"""The same tower, projected to 5120."""
 
 
 def text_shape(config: Any) -> TextShape:
@@ -133,7 +127,7 @@ def vision_shape(config: Any, text: TextShape) -> VisionShape | None:
         return None
     chosen = config.vision_feature_layer
     chosen = [chosen] if isinstance(chosen, int) else list(chosen)
-    # Layer 0 is the patch embedding, so -1 is the last of num_hidden_layers + 1 outputs.
+    # Hugging Face counts outputs: 0 is the patch embedding, so -1 is the last of num_hidden_layers + 1.
     last = max(layer if layer >= 0 else tower.num_hidden_layers + 1 + layer for layer in chosen)
     num_patches = (tower.image_size // tower.patch_size) ** 2
     return VisionShape(

@@ -1,6 +1,6 @@
-"""The signals: what a method may ask the engine to compute at a cut, where, and what that costs.
+"""The signals: what a method may ask the engine to compute at a cut, under which layer, and what that costs.
 
-A signal is one entry here and one function of the same name in ``staged.signals``.
+A signal is one entry here and one function in ``staged.signals``.
 """
 
 from enum import StrEnum
@@ -20,15 +20,15 @@ class Under(StrEnum):
 class Signal(StrEnum):
     """One entry per signal: its name, the layer it is computed under, the rows of attention it costs, what it reads.
 
-    A row of attention is one product with every prompt row's K or V, 2 H D FLOPs each. Of tokens that the KV cache
-    holds from an earlier step K can be read, Q and V cannot: a signal that needs those of every row runs on prompts
-    from their first token on only, so nothing is reused for its methods.
+    A row of attention is the product of one vector with every prompt row's K or V: 2 H D FLOPs per prompt row. Of
+    tokens that the KV cache holds from an earlier step K can be read, Q and V cannot: a signal that needs those of
+    every row runs on prompts from their first token on only, so nothing is reused for its methods.
     """
 
     NEXT_ATTENTION = "next_attention", Under.NEXT_LAYER, 1, False
     """Attention that the last prompt row pays to each vision token."""
     PREVIOUS_ATTENTION = "previous_attention", Under.LAST_LAYER, 1, False
-    """The same, as the last layer of the old stage ran."""
+    """Attention that the last prompt row paid to each vision token in the last layer of the old stage."""
     CONTRIBUTION = "contribution", Under.LAST_LAYER, 3, True
     """What each vision token adds to the last prompt row's attention output: one product with K, two with V."""
     TEXT_ATTENTION = "text_attention", Under.LAST_LAYER, None, True
@@ -38,7 +38,7 @@ class Signal(StrEnum):
 
     under: Under
     rows: int | None
-    """None: as many as the prompt has text rows."""
+    """Rows of attention; None for as many as the prompt has text rows."""
     needs_every_row: bool
     """Whether it reads Q or V of more rows than the last."""
 

@@ -1,4 +1,4 @@
-"""vLLM's block tables, one per KV cache group, laid in one array: a step reads all groups at once."""
+"""vLLM's block tables, one per KV cache group, stacked in one array, so that a step reads all groups at once."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +11,9 @@ from vllm.v1.worker.block_table import SlotMappingMode
 
 
 class StackedTables:
-    """Block tables [G, R, B] of all groups; each group's own table becomes a view of it, and maps no slots itself.
+    """Block tables of all KV groups, [groups, R, B], from vLLM's freshly constructed ``MultiGroupBlockTable``.
 
-    Args:
-        tables: freshly constructed ones of one shape, vLLM's ``MultiGroupBlockTable``.
+    Each group's own table, all of one shape, becomes a view, and maps no slots itself.
     """
 
     def __init__(self, tables: Any) -> None:
@@ -40,15 +39,12 @@ class StackedTables:
     def slots(
         self, groups: Sequence[int], rows: npt.NDArray[np.int64], places: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.int64]:
-        """Slots in the groups' caches, int64 [len(groups), T].
+        """Slots of T tokens in the caches of KV ``groups`` that hold the same tokens, int64 [len(groups), T].
 
-        Args:
-            groups: which.
-            rows: [T], requests, by their place in the batch.
-            places: [T], tokens, by their place among those the groups hold of that request.
+        Per token, ``rows`` is its request's place in the batch and ``places`` its compact slot in the request's cache.
         """
         blocks, offsets = np.divmod(places, self.block_size)
-        found = self.stacked.np[np.asarray(groups)[:, None], rows, blocks].astype(np.int64)
-        found *= self.block_size
-        found += offsets
-        return found
+        slots = self.stacked.np[np.asarray(groups)[:, None], rows, blocks].astype(np.int64)
+        slots *= self.block_size
+        slots += offsets
+        return slots

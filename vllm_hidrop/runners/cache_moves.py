@@ -1,6 +1,6 @@
-"""Closing up a request's KV cache: the slots that stay move to its first ones, inside its own blocks.
+"""Closing up a request's KV cache: the slots that stay move to its first slots, inside its own blocks.
 
-How a page stores a slot is learnt by writing one; so it works for every cache layout and dtype.
+How a page stores slots is learnt by writing some, so this works for every cache layout and dtype.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,10 @@ DIGITS = 8
 
 @dataclass(frozen=True)
 class SlotLayout:
-    """Where in a page's elements each slot's K and V stand, the same for every head and block.
+    """Where each slot's K and V stand in a page, the same for every head and block.
+
+    In every method ``cache`` is [blocks, G, slots, 2 * D], the pages of all requests, of any strides, and ``blocks``
+    int32 [B], one request's block ids in order.
 
     Attributes:
         elements: int64 [slots, 2 * D], for every slot the places of its elements in one head's page, counted row by
@@ -32,42 +35,35 @@ class SlotLayout:
 
     @classmethod
     def of(cls, attention: Any) -> "SlotLayout":
-        """Learn the layout of an attention module's cache from scratch pages, one per digit of an element's number.
+        """Learn the layout of an attention module's cache from scratch pages; ValueError where it cannot be learnt.
 
-        Raises:
-            ValueError: a page does not hold every element of every slot exactly once.
+        Elements are numbered and written through the module, one scratch page per digit, as a dtype holds few numbers
+        exactly; what stands at each place of the pages is the number of the element stored there.
         """
         cache = attention.kv_cache
         num_heads, block_size = cache.shape[1], cache.shape[2]
         head_size = attention.head_size
         numbers = torch.arange(block_size * 2 * head_size, device=cache.device).view(block_size, 2 * head_size)
         found = numbers.new_zeros(block_size * 2 * head_size)
-        place = 1
-        while place <= int(numbers[-1, -1]):
-            digits = (numbers // place % DIGITS).to(attention.dtype)
+        place_value = 1
+        while place_value <= int(numbers[-1, -1]):
+            digits = (numbers // place_value % DIGITS).to(attention.dtype)
             rows = digits[:, None].expand(-1, num_heads, -1)
             key, value = rows[..., :head_size].contiguous(), rows[..., head_size:].contiguous()
             page = torch.zeros_like(cache[:1])
             slots = torch.arange(block_size, device=cache.device)
             attention.impl.do_kv_cache_update(attention, key, value, page, slots)
             stored = page[0, 0].flatten()
-            found += torch.unique(stored.float(), return_inverse=True)[1] * place
-            place *= DIGITS
+            found += torch.unique(stored.float(), return_inverse=True)[1] * place_value
+            place_value *= DIGITS
         order = found.argsort()
         if not torch.equal(found[order], numbers.flatten()):
             raise ValueError("this KV cache layout cannot be closed up: a page does not hold each element once")
         return cls(order.view(block_size, 2 * head_size))
 
     def read_keys(self, cache: torch.Tensor, blocks: npt.NDArray[np.int32], num_slots: int) -> torch.Tensor:
-        """K of a request's first slots, [num_slots, G * D] in the cache's dtype.
-
-        Args:
-            cache: [blocks, G, slots, 2 * D], pages of all requests, of any strides.
-            blocks: int32 [B], the request's blocks in order.
-            num_slots: to read.
-        """
-        places = self._at(cache, blocks, np.arange(num_slots), cache.shape[3] // 2)
-        return cache[places].flatten(1)
+        """K of a request's first slots, [num_slots, G * D] in the cache's dtype."""
+        return cache[self._index(cache, blocks, np.arange(num_slots), cache.shape[3] // 2)].flatten(1)
 
     def change_keys(
         self,
@@ -76,54 +72,37 @@ class SlotLayout:
         num_slots: int,
         change: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        """Replace K of a request's first slots, [num_slots, G, D], by what ``change`` makes of it.
-
-        Args:
-            cache: [blocks, G, slots, 2 * D], pages of all requests, of any strides; changed in place.
-            blocks: int32 [B], the request's blocks in order.
-            num_slots: to change.
-            change: K in and out, [num_slots, G, D].
-        """
-        places = self._at(cache, blocks, np.arange(num_slots), cache.shape[3] // 2)
-        cache[places] = change(cache[places])
+        """Replace K of a request's first slots, [num_slots, G, D], by ``change`` of it, in place."""
+        index = self._index(cache, blocks, np.arange(num_slots), cache.shape[3] // 2)
+        cache[index] = change(cache[index])
 
     def close_up(self, cache: torch.Tensor, blocks: npt.NDArray[np.int32], source: npt.NDArray[np.int64]) -> None:
-        """Move the slots ``source`` of a request, ascending, to its slots 0, 1, 2, ...
-
-        Args:
-            cache: [blocks, G, slots, 2 * D], pages of all requests, of any strides; changed in place.
-            blocks: int32 [B], the request's blocks in order.
-            source: int64 [n].
-        """
+        """Move the slots ``source``, int64 [n], ascending, of a request to its slots 0 to n - 1, in place."""
         moved = np.flatnonzero(source != np.arange(len(source)))
-        cache[self._at(cache, blocks, moved)] = cache[self._at(cache, blocks, source[moved])]
+        cache[self._index(cache, blocks, moved)] = cache[self._index(cache, blocks, source[moved])]
 
-    def _at(
-        self,
-        cache: torch.Tensor,
-        blocks: npt.NDArray[np.int32],
-        slots: npt.NDArray[np.int64],
-        width: int | None = None,
+    def _index(
+        self, cache: torch.Tensor, blocks: npt.NDArray[np.int32], slots: npt.NDArray[np.int64], width: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Where the first ``width`` elements of a request's slots stand, an index that gives [n, G, width].
+        """Index of the first ``width`` elements (None: all) of a request's slots, int64 [n]: it gives [n, G, width].
 
-        In four dimensions, not in flattened pages: vLLM permutes caches (heads before slots, K and V apart), and such a
-        one has no flat view.
+        In four dimensions, not in flattened pages: vLLM permutes caches (heads before slots, K and V apart), and a
+        permuted cache has no flat view.
         """
         block_size = self.elements.shape[0]
         device = self.elements.device
-        held_in = torch.from_numpy(blocks[slots // block_size].astype(np.int64)).to(device)
+        block_ids = torch.from_numpy(blocks[slots // block_size].astype(np.int64)).to(device)
         elements = self.elements[torch.from_numpy(slots % block_size).to(device), :width]
         heads = torch.arange(cache.shape[1], device=device)
         row, column = (part[:, None] for part in (elements // cache.shape[3], elements % cache.shape[3]))
-        return held_in[:, None, None], heads[None, :, None], row, column
+        return block_ids[:, None, None], heads[None, :, None], row, column
 
 
 def slots_that_stay(plan: Plan, survivors: Survivors, stage: int, cached: Cached) -> npt.NDArray[np.int64]:
-    """Slots of a prompt in ``stage``, as it ran, that stay in the cache afterwards, int64 [n], ascending."""
+    """Of the slots that a prompt filled in ``stage``, those that stay in the cache, int64 [n], ascending."""
     ran = plan.places[stage].prompt_places(plan.num_prompt_tokens, survivors[stage])
     if cached is Cached.KEPT:
         return np.arange(len(ran))
     none = [np.zeros(0, dtype=np.int32)] * len(plan.spans)
-    left = survivors[-1] if cached is Cached.FINAL else none
-    return np.flatnonzero(np.isin(ran, plan.places[stage].prompt_places(plan.num_prompt_tokens, left)))
+    stay = survivors[-1] if cached is Cached.FINAL else none
+    return np.flatnonzero(np.isin(ran, plan.places[stage].prompt_places(plan.num_prompt_tokens, stay)))

@@ -1,4 +1,4 @@
-"""What a worker knows of its requests between steps, and a step's layout made of it; the same under every runner."""
+"""What a worker knows of its requests between steps, and the rows of a step made of it; no runner's type is used."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,9 +23,9 @@ class WorkerRecord:
     """One request.
 
     Attributes:
-        plan: its prompt's prefill runs by it.
-        cached: what its caches hold afterwards.
-        survivors: what was decided, once it was; a preempted prompt runs by it again.
+        plan: by which its prompt runs.
+        cached: the plan by which its caches are counted once the prompt has run.
+        survivors: what an adaptive method has chosen; a preempted prompt keeps the same tokens.
     """
 
     plan: Plan
@@ -33,41 +33,38 @@ class WorkerRecord:
     survivors: Survivors | None = None
 
     def at(self, num_computed_tokens: int) -> Plan:
-        """What counts the stages' tokens in a step that starts there."""
+        """The plan by which a step is counted that starts after so many tokens."""
         return self.cached if num_computed_tokens >= self.plan.num_prompt_tokens else self.plan
 
 
 class WorkerRequests:
-    """The records of all requests, and what outlives a step of their images.
-
-    Args:
-        planner: of the server.
-    """
+    """The records of all requests, and what is kept of their images from step to step."""
 
     def __init__(self, planner: Planner) -> None:
         self.planner = planner
         self.records: dict[str, WorkerRecord] = {}
         self.reduced: dict[str, Reduced] = {}
-        """By a feature's identifier, what the vision tower left of the image; as long as the feature is cached."""
+        """By a feature's identifier, which patches the vision tower left; as long as the feature is cached."""
         self.states: dict[int, torch.Tensor] = {}
-        """Hidden states that enter the first cut, by the scheduler's number; dropped by its order."""
+        """By the scheduler's number, hidden states [n, C] that entered a first cut; dropped when it says so."""
         self.orders = Orders()
         self.carried: dict[str, torch.Tensor] = {}
-        """By request id, the states that enter the first cut in this step."""
+        """By request id, the states that enter a first cut in this step."""
 
     def begin_step(self, scheduler_output: Any) -> None:
-        """Forget what is finished and freed, take the scheduler's orders; also in steps that run nothing."""
+        """Forget finished requests and freed features, take the scheduler's orders; also in steps that run nothing."""
         for request_id in scheduler_output.finished_req_ids:
             self.records.pop(request_id, None)
         for identifier in scheduler_output.free_encoder_mm_hashes:
             self.reduced.pop(identifier, None)
         self.orders = getattr(scheduler_output, "prefix_orders", Orders())
-        self.carried = {name: self.states[each.state][: each.num_rows] for name, each in self.orders.reuse.items()}
+        reuse = self.orders.reuse.items()
+        self.carried = {request_id: self.states[each.state][: each.num_rows] for request_id, each in reuse}
         for state in self.orders.drop:
             self.states.pop(state, None)
 
     def record(self, request: Any) -> WorkerRecord:
-        """The record of vLLM's request, planned when it is first seen."""
+        """The record of vLLM's request, which is planned when it is first seen."""
         record = self.records.get(request.req_id)
         if record is None:
             plan, _ = self.planner.plan_or_refuse(request)
@@ -82,14 +79,7 @@ class WorkerRequests:
         num_scheduled_tokens: npt.NDArray[np.int32],
         methods: Mapping[str, Method],
     ) -> StagedStep:
-        """This step's layout, without the reading of cached keys.
-
-        Args:
-            requests: [R], vLLM's, in batch order.
-            num_computed_tokens: int32 [R].
-            num_scheduled_tokens: int32 [R].
-            methods: by method, what picks tokens.
-        """
+        """The step that :func:`make_step` lays out for vLLM's requests [R], without the reading of cached keys."""
         records = [self.record(request) for request in requests]
         plans = [record.at(computed) for record, computed in zip(records, num_computed_tokens, strict=True)]
         names = [request.req_id for request in requests]
@@ -97,21 +87,21 @@ class WorkerRequests:
         return replace(step, prefills=tuple(map(self._with_record, step.prefills)))
 
     def _with_record(self, prefill: PrunedPrefill) -> PrunedPrefill:
-        name = prefill.request_id
+        request_id = prefill.request_id
         return replace(
             prefill,
-            recorded=self.records[name].survivors,
-            carried=self.carried.get(name),
-            keeps_state=name in self.orders.keep,
+            recorded=self.records[request_id].survivors,
+            carried=self.carried.get(request_id),
+            keeps_state=request_id in self.orders.keep,
         )
 
     def with_reduced(self, prefill: PrunedPrefill, features: Sequence[Any]) -> PrunedPrefill:
-        """The prompt with what the vision tower left of its images; ``features`` are vLLM's, of its request."""
+        """The prompt with what the vision tower left of its images, given vLLM's ``features`` of its request."""
         ordered = sorted(features, key=lambda feature: feature.mm_position.offset)
-        found = [self.reduced[each.identifier] for each in ordered if each.identifier in self.reduced]
-        if not found or len(found) < len(ordered):
-            return prefill  # features came with the request: nothing was merged, and no patch is a key
-        return replace(prefill, reduced=tuple(found))
+        reduced = [self.reduced[each.identifier] for each in ordered if each.identifier in self.reduced]
+        if not reduced or len(reduced) < len(ordered):
+            return prefill  # a client sent features: nothing was merged, and no patch is a key token
+        return replace(prefill, reduced=tuple(reduced))
 
     def carried_ids(self, prefill: PrunedPrefill) -> npt.NDArray[np.int64]:
         """RoPE ids of the rows that a prompt carries into its first cut, int64 [n]."""
@@ -124,8 +114,8 @@ class WorkerRequests:
         return ids
 
     def ran(self, outcome: Outcome) -> list[tuple[int, WorkerRecord]]:
-        """Remember what a step came to; return (place in the batch, record) of the prompts that were decided about."""
-        self.states.update({self.orders.keep[name]: state for name, state in outcome.states.items()})
+        """Keep the step's states and decisions; return (place in the batch, record) of every adaptive prompt."""
+        self.states.update({self.orders.keep[request_id]: state for request_id, state in outcome.states.items()})
         decided = []
         for prefill in outcome.step.prefills:
             if prefill.plan.adaptive:
@@ -138,7 +128,7 @@ class WorkerRequests:
 
 
 def attach_report(output: Any, outcome: Outcome) -> None:
-    """Tell the scheduler, with vLLM's output of the step, what ran."""
+    """Attach what ran to vLLM's output of the step, which goes to the scheduler."""
     step = outcome.step
     output.rows_run = step.rows_run()
     output.selection_seconds, output.patches = outcome.selection_seconds, outcome.patches

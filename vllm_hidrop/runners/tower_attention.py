@@ -1,8 +1,8 @@
 """A vision tower's attention by vLLM's own CPU kernel.
 
-vLLM runs a tower's attention with PyTorch's SDPA on CPU. Its paged kernel, given each image as one request that is not
-causal, takes half the time at the same error (docs/performance.md). Unpruned requests keep SDPA: their features are
-stock vLLM's to the bit.
+On CPU, vLLM runs a tower's attention with PyTorch's SDPA. Its paged kernel, given each image as a request without
+causal mask, takes half the time at the same error (docs/performance.md). Unpruned requests keep SDPA: their features
+are stock vLLM's to the bit.
 """
 
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ from torch import nn
 BLOCK_SIZE = 32
 DTYPES = (torch.float32, torch.bfloat16)
 KERNEL = "kernel"
-"""Begins the name of every encoding that uses it, see ``Plan.encoding``."""
+"""First part of the name of every encoding that uses the kernel, see ``Plan.encoding``."""
 
 
 def has_tower_kernel(vision_config: Any, dtype: torch.dtype) -> bool:
-    """Whether this platform's kernel can run a tower: known before there is one, the same in every process."""
+    """Whether this platform's kernel can run a tower, by its configuration alone: the same in every process."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu() or dtype not in DTYPES:
@@ -34,14 +34,13 @@ def has_tower_kernel(vision_config: Any, dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class Pages:
-    """How a batch of equally long images lies in scratch pages.
+    """Scratch pages for a batch of B images of L rows each, as vLLM's kernel takes them.
 
     Attributes:
-        row_starts: int32 [B + 1].
-        lengths: int32 [B].
-        blocks: int32 [B, blocks per image].
+        row_starts: int32 [B + 1], first row of every image, then the number of all rows.
+        lengths: int32 [B], rows of every image.
+        blocks: int32 [B, blocks per image], block ids.
         slots: int64 [B * L], the slot of every row.
-        metadata: the kernel's own.
         cache: [blocks, H, BLOCK_SIZE, 2 * D].
     """
 
@@ -54,7 +53,7 @@ class Pages:
 
     @classmethod
     def of(cls, num_images: int, length: int, like: torch.Tensor, isa: str) -> Self:
-        """For K and V shaped and typed as ``like`` [T, H, D]."""
+        """Pages for K and V of ``like``'s heads, head size and dtype, [B * L, H, D]."""
         from vllm import _custom_ops as ops
 
         heads, head_size = like.shape[1:]
@@ -71,11 +70,7 @@ class Pages:
 
 
 class TowerKernel:
-    """Switches a tower's attention modules to the kernel and back.
-
-    Args:
-        attentions: vLLM's encoder attention modules of the tower; all alike.
-    """
+    """Switches a tower's attention modules, which are all alike, to the kernel and back."""
 
     def __init__(self, attentions: list[Any]) -> None:
         self.attentions = attentions
@@ -84,17 +79,17 @@ class TowerKernel:
 
     @classmethod
     def of(cls, tower: nn.Module) -> "TowerKernel":
-        """Of a tower for which :func:`has_tower_kernel` holds."""
+        """The switch of a tower for which :func:`has_tower_kernel` holds."""
         from vllm.model_executor.layers.attention import MMEncoderAttention
 
-        found = [module for module in tower.modules() if isinstance(module, MMEncoderAttention)]
-        assert found
-        assert all(each.num_kv_heads == each.num_heads for each in found)
-        return cls(found)
+        attentions = [module for module in tower.modules() if isinstance(module, MMEncoderAttention)]
+        assert attentions
+        assert all(each.num_kv_heads == each.num_heads for each in attentions)
+        return cls(attentions)
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """While entered, the tower runs with the kernel."""
+        """Run the tower with the kernel until exit."""
         before = [attention._forward_method for attention in self.attentions]
         for attention in self.attentions:
             attention._forward_method = partial(self.attend, attention)
@@ -105,7 +100,7 @@ class TowerKernel:
                 attention._forward_method = method
 
     def attend(self, attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """The module's output for query, key and value [B, L, H * D], the same shape."""
+        """The attention module's output for query, key and value, all [B, L, H * D]."""
         from vllm import _custom_ops as ops
         from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
@@ -136,7 +131,7 @@ class TowerKernel:
         return output.view(num_images, length, -1)
 
     def _pages(self, num_images: int, length: int, like: torch.Tensor, isa: str) -> Pages:
-        """Made anew only when the batch's form changes: layers of a tower run one after the other."""
+        """Scratch pages, which all layers of a tower share; made anew only when the batch's shape or dtype changes."""
         key = num_images, length, like.shape[1:], like.dtype
         if self.pages is None or self.key != key:
             self.key, self.pages = key, Pages.of(num_images, length, like, isa)

@@ -1,7 +1,7 @@
 """Adapter to vLLM's V1 model runner (CPU; CUDA with ``VLLM_USE_V2_MODEL_RUNNER=0``).
 
-The runner stays vLLM's own: :func:`make_staged` turns a constructed one into its staged subclass, which overrides the
-few hooks below. What they call is in ``staged``, ``runners.requests`` and ``runners.cache_moves``.
+:func:`make_staged` turns a runner that vLLM has constructed into its staged subclass, which overrides the hooks below.
+What they call is in ``staged``, ``runners.requests`` and ``runners.cache_moves``.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,13 +37,11 @@ class StagedRunner(GPUModelRunner):
     """Overrides of a V1 model runner (the CPU runner derives from the GPU one).
 
     Attributes:
-        planner: of the server.
-        staged: what is known of the requests.
-        step: the layout of the running step; None in dummy runs.
-        outcome: of the running step, once its staged loop has run.
+        staged: what the worker knows of its requests.
+        step: which rows every stage runs in the running step; None in dummy runs.
+        outcome: result of the running step's staged loop, once it has run.
         built: attention metadata of the running step, by the rows it is for.
-        tables: the block tables of all KV groups.
-        slot_layouts: how pages store slots, by what makes pages alike.
+        slot_layouts: how pages store slots, by (page shape, dtype, kind of attention).
     """
 
     model: StagedModel
@@ -58,7 +56,7 @@ class StagedRunner(GPUModelRunner):
     # Caches: a spec, block tables and slots per stage.
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """The specs vLLM finds, each with its layer's stage."""
+        """The specs of vLLM by layer name, each with its layer's stage."""
         return {name: self._stage_spec(name, spec) for name, spec in super().get_kv_cache_spec().items()}
 
     def _stage_spec(self, layer_name: str, spec: KVCacheSpec) -> KVCacheSpec:
@@ -67,7 +65,7 @@ class StagedRunner(GPUModelRunner):
         return StageSpec.of(spec, self.planner.schedule.stage_of_layer(extract_layer_index(layer_name)))
 
     def may_reinitialize_input_batch(self, kv_cache_config: Any) -> None:
-        """The batch, its block tables in one array; the caches' form is final now, and so is the size of a block."""
+        """Make vLLM's batch and stack its block tables; from here on the size of a block is final."""
         super().may_reinitialize_input_batch(kv_cache_config)
         self.planner = replace(self.planner, block_size=block_size_of(kv_cache_config))
         self.staged = WorkerRequests(self.planner)
@@ -75,30 +73,30 @@ class StagedRunner(GPUModelRunner):
 
     @cached_property
     def group_of_layer(self) -> dict[str, int]:
-        """KV cache group by layer name."""
+        """Index of the KV cache group by layer name."""
         groups = self.kv_cache_config.kv_cache_groups
         return {name: index for index, group in enumerate(groups) for name in group.layer_names}
 
-    def _blocks(self, group_index: int, index: int) -> npt.NDArray[np.int32]:
-        """A group's blocks of the request at ``index`` in the batch, int32 [B]."""
+    def _block_ids(self, group_index: int, index: int) -> npt.NDArray[np.int32]:
+        """A KV group's block ids of the request at ``index`` in the batch, int32 [B]."""
         return self.input_batch.block_table[group_index].block_table.np[index]
 
     def _slot_layout(self, attention: Any) -> SlotLayout:
-        """Learnt once for all layers whose pages are alike."""
+        """The layer's slot layout, learnt once for all layers whose pages are alike."""
         key = attention.kv_cache.shape[1:], attention.kv_cache.dtype, type(attention.impl)
         if key not in self.slot_layouts:
             self.slot_layouts[key] = SlotLayout.of(attention)
         return self.slot_layouts[key]
 
     def _read_keys(self, index: int, attention: Any, num_slots: int) -> torch.Tensor:
-        """See ``step.ReadKeys``; of the request at ``index`` in the batch."""
-        blocks = self._blocks(self.group_of_layer[attention.layer_name], index)
-        return self._slot_layout(attention).read_keys(attention.kv_cache, blocks, num_slots)
+        """See ``step.ReadKeys``; for the request at ``index`` in the batch."""
+        block_ids = self._block_ids(self.group_of_layer[attention.layer_name], index)
+        return self._slot_layout(attention).read_keys(attention.kv_cache, block_ids, num_slots)
 
-    # A step: its requests, its layout, slots and metadata.
+    # A step: its requests, rows, slots and attention metadata.
 
     def _update_states(self, scheduler_output: Any) -> Any:
-        """Forget what is finished, freed and trimmed, then vLLM's update; also in steps that run nothing."""
+        """Follow the scheduler's orders and update as vLLM does, also in steps that run nothing."""
         self.staged.begin_step(scheduler_output)
         for request_id, num_blocks in getattr(scheduler_output, "trimmed", {}).items():
             self._trim(request_id, num_blocks)
@@ -110,16 +108,16 @@ class StagedRunner(GPUModelRunner):
         return updated
 
     def _trim(self, request_id: str, num_blocks: Sequence[int]) -> None:
-        """Forget the last blocks of a request's tables: the scheduler has taken them back."""
-        for blocks, left in zip(self.requests[request_id].block_ids, num_blocks, strict=True):
-            del blocks[left:]
+        """Cut a request's tables to ``num_blocks`` per KV group: the scheduler has freed the blocks behind them."""
+        for block_ids, left in zip(self.requests[request_id].block_ids, num_blocks, strict=True):
+            del block_ids[left:]
         index = self.input_batch.req_id_to_index.get(request_id)
         if index is not None:
             for table, left in zip(self.input_batch.block_table.block_tables, num_blocks, strict=True):
                 table.num_blocks_per_row[index] = left
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: npt.NDArray[np.int32]) -> Any:
-        """The inputs vLLM prepares, then this step's layout."""
+        """Prepare vLLM's inputs, then the rows of every stage."""
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         batch = self.input_batch
         computed = batch.num_computed_tokens_cpu[: batch.num_reqs]
@@ -128,24 +126,24 @@ class StagedRunner(GPUModelRunner):
         return prepared
 
     def _get_slot_mappings(self, *args: Any, **kwargs: Any) -> Any:
-        """Compact slots of every group's stage, by group and by layer."""
+        """The slots of every stage's rows, by KV group and by layer name."""
         if self.step is None:
             return super()._get_slot_mappings(*args, **kwargs)
         groups = self.kv_cache_config.kv_cache_groups
         sharing: dict[StageBatch, list[int]] = {}
         for index, group in enumerate(groups):
             sharing.setdefault(self.step.stages[group.kv_cache_spec.stage], []).append(index)
-        by_group = {index: slots for batch, each in sharing.items() for index, slots in self._slots(each, batch)}
+        by_group = {index: slots for batch, alike in sharing.items() for index, slots in self._slots(alike, batch)}
         by_layer = {name: slots for index, slots in by_group.items() for name in groups[index].layer_names}
         return by_group, by_layer
 
     def _slots(self, groups: Sequence[int], batch: StageBatch) -> Iterable[tuple[int, torch.Tensor]]:
-        """(group, int64 [T]): the slots of a stage's rows in the caches of groups that hold the same tokens."""
+        """(group, int64 [T]) pairs: slots of a stage's rows in the caches of ``groups``, which hold the same tokens."""
         slots = self.tables.slots(groups, *batch.requests_and_slots)
         return zip(groups, torch.from_numpy(slots).to(self.device), strict=True)
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        """Metadata built once per distinct set of rows; groups that share it differ in tables and slots only."""
+        """Attention metadata by layer name, built once per distinct set of rows: groups differ in tables and slots."""
         if self.step is None:
             return super()._build_attention_metadata(*args, **kwargs)
         self.built = {}
@@ -186,22 +184,22 @@ class StagedRunner(GPUModelRunner):
         )
 
     def _enter(self, step: StagedStep, stage: int) -> None:
-        """Lay a stage out anew in the running step: it has fewer rows than were planned for."""
+        """Replace a stage's slots and metadata in the running step: it runs fewer rows than they were made for."""
         context = get_forward_context()
         batch = step.stages[stage]
         groups = self.kv_cache_config.kv_cache_groups
-        here = [index for index, group in enumerate(groups) if group.kv_cache_spec.stage == stage]
-        for index, slots in self._slots(here, batch):
+        of_stage = [index for index, group in enumerate(groups) if group.kv_cache_spec.stage == stage]
+        for index, slots in self._slots(of_stage, batch):
             metadata = self._metadata(index, batch, slots)
             context.slot_mapping.update(dict.fromkeys(groups[index].layer_names, slots))
             context.attn_metadata.update(dict.fromkeys(groups[index].layer_names, metadata))
 
-    # The model: tower, layers, what stays in the caches, sampling.
+    # The model: tower, layers, cuts of caches, sampling.
 
     def _execute_mm_encoder(self, scheduler_output: Any) -> Any:
-        """The vision tower of vLLM, once for each way in which this step's requests have their images encoded.
+        """Run vLLM's vision tower once for each encoding among this step's requests.
 
-        The scheduler has named the features by it, so that each are found by who may use them.
+        The scheduler has added the encoding to the features' identifiers, so that requests share only equal features.
         """
         by_encoding: dict[str, dict[str, list[int]]] = {}
         for request_id, images in scheduler_output.scheduled_encoder_inputs.items():
@@ -210,12 +208,12 @@ class StagedRunner(GPUModelRunner):
         outputs: list[torch.Tensor] = []
         for encoding, inputs in by_encoding.items():
             alike = replace(scheduler_output, scheduled_encoder_inputs=inputs)
-            with self.model.encoding(encoding) as found:
+            with self.model.encoding(encoding) as reduced:
                 outputs += super()._execute_mm_encoder(alike)
-            if found:
+            if reduced:
                 identifiers = self._batch_mm_inputs_from_scheduler(alike)[0]
-                reduced = zip(identifiers, found, strict=True)
-                self.staged.reduced.update({name: each for name, each in reduced if each is not None})
+                by_identifier = zip(identifiers, reduced, strict=True)
+                self.staged.reduced.update({key: each for key, each in by_identifier if each is not None})
         return outputs
 
     def _model_forward(
@@ -226,10 +224,10 @@ class StagedRunner(GPUModelRunner):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The staged loop when a pruned prompt is prefilled; else every row runs every layer: vLLM's own forward."""
+        """Run the staged loop when a pruned prompt is prefilled; else every layer runs every row, by vLLM's forward."""
         step = self.step
         if step is not None and self.planner.positions is PositionScheme.GROUPED:
-            self._group(step, positions)
+            self._write_grouped_ids(step, positions)
         if step is None or step.is_uniform:
             return super()._model_forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         assert inputs_embeds is not None
@@ -245,40 +243,41 @@ class StagedRunner(GPUModelRunner):
         return self.outcome.hidden
 
     def _with_caches(self, prefill: PrunedPrefill) -> PrunedPrefill:
-        """The prompt with what the tower left of its images, and what reads its K from the caches."""
+        """The prompt with what the tower left of its images, and the function that reads its K from the caches."""
         prefill = self.staged.with_reduced(prefill, self.requests[prefill.request_id].mm_features)
-        reads = prefill.num_computed > 0
-        return replace(prefill, read_keys=partial(self._read_keys, prefill.index) if reads else None)
+        read_keys = partial(self._read_keys, prefill.index) if prefill.num_computed else None
+        return replace(prefill, read_keys=read_keys)
 
     def _close_up(self, index: int, record: WorkerRecord) -> None:
-        """Move the K and V that stay in each stage's caches to a request's first slots."""
+        """Where a stage's cache is cut after the prompt, move the K and V that stay to the request's first slots."""
         assert record.survivors is not None
         for group_index, group in enumerate(self.kv_cache_config.kv_cache_groups):
             stage = group.kv_cache_spec.stage
-            distance = record.cached.dropped[stage] - record.plan.dropped[stage]
-            if not distance:
+            num_cut = record.cached.dropped[stage] - record.plan.dropped[stage]
+            if not num_cut:
                 continue
             source = slots_that_stay(record.plan, record.survivors, stage, self.planner.schedule.stages[stage].cached)
-            blocks = self._blocks(group_index, index)
+            block_ids = self._block_ids(group_index, index)
             for name in group.layer_names:
                 attention = self.compilation_config.static_forward_context[name]
                 layout = self._slot_layout(attention)
-                layout.close_up(attention.kv_cache, blocks, source)
+                layout.close_up(attention.kv_cache, block_ids, source)
                 if record.plan.renumbered:
-                    # Generated tokens count on from what is left, and have the full sequence's ids: keys stand further.
+                    # A generated token's id counts from the cut cache, but it is stored as the full sequence's: to
+                    # keep their distance, the keys' ids rise by as many tokens as the cut removes.
                     layer: Any = self.model.decoder.layers[extract_layer_index(name)]
-                    turn = turned(layer.self_attn.rotary_emb, distance)
-                    layout.change_keys(attention.kv_cache, blocks, len(source), turn)
+                    turn = turned(layer.self_attn.rotary_emb, num_cut)
+                    layout.change_keys(attention.kv_cache, block_ids, len(source), turn)
 
-    def _group(self, step: StagedStep, positions: torch.Tensor | None) -> None:
-        """Number the step's rows the grouped way, in place in the buffer that vLLM fills anew in every step."""
+    def _write_grouped_ids(self, step: StagedStep, positions: torch.Tensor | None) -> None:
+        """Write the rows' grouped ids over vLLM's, in the buffer that vLLM fills anew in every step."""
         assert positions is not None
         ids = grouped_positions(step.full, [self.staged.records[name].plan for name in self.input_batch.req_ids])
         positions[: len(ids)].copy_(torch.from_numpy(ids))
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """Sampling by vLLM, with the rows this step ran attached to its output."""
-        with self._generators_at_rest():
+        """Sample as vLLM does, and attach the report of the step to its output."""
+        with self._generators_of_discarded_rows_removed():
             output = super().sample_tokens(grammar_output)
         self.step, outcome, self.outcome = None, self.outcome, None
         if outcome is not None:
@@ -287,33 +286,30 @@ class StagedRunner(GPUModelRunner):
         return output
 
     @contextmanager
-    def _generators_at_rest(self) -> Iterator[None]:
-        """Rows in the midst of a prompt, whose token is thrown away, draw nothing from their request's generator.
+    def _generators_of_discarded_rows_removed(self) -> Iterator[None]:
+        """On a CPU, keep requests in the midst of their prompt, whose token is discarded, from using their generator.
 
-        vLLM lets them draw and then turns the generator back by its offset. CPU generators have none: there a seeded
-        prompt in chunks would end the engine.
+        vLLM lets them draw and then turns the generator back by its offset. CPU generators have no offset: there a
+        seeded prompt in chunks would end the engine.
         """
         generators = self.input_batch.generators
-        resting: dict[int, torch.Generator] = {}
+        removed: dict[int, torch.Generator] = {}
         if generators and self.device.type == "cpu":
             discarded = np.flatnonzero(self.discard_request_mask.np[: self.input_batch.num_reqs]).tolist()
-            resting = {row: generators.pop(row) for row in discarded if row in generators}
+            removed = {row: generators.pop(row) for row in discarded if row in generators}
         try:
             yield
         finally:
-            generators.update(resting)
+            generators.update(removed)
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
-        """Dummy runs have no requests: vLLM's own path."""
+        """Run vLLM's own forward: dummy runs have no requests."""
         self.step = None
         return super()._dummy_run(*args, **kwargs)
 
 
 def make_staged(runner: Any, planner: Planner) -> None:
-    """Make a freshly constructed V1 model runner staged.
-
-    Its class becomes a subclass of itself with :class:`StagedRunner` in front.
-    """
+    """Turn a freshly constructed V1 model runner into a subclass of its class with :class:`StagedRunner` in front."""
     staged = type(f"Staged{type(runner).__name__}", (StagedRunner, type(runner)), {})
     why = "a worker's init_device names its runner's class; until a worker takes one"
     subclass(runner, staged, why=why, planner=planner, slot_layouts={}, step=None, outcome=None)

@@ -7,7 +7,7 @@ from vllm_hidrop.runners.v1 import make_staged
 
 
 def staged_worker(base: Any) -> type:
-    """A worker class like ``base`` whose runner is made staged once it is constructed."""
+    """A subclass of vLLM's worker class ``base`` that makes its runner staged once it is constructed."""
 
     class StagedWorker(base):
         def init_device(self) -> None:
@@ -21,7 +21,7 @@ def staged_worker(base: Any) -> type:
 
 
 def __getattr__(name: str) -> Any:
-    """Make the platform's class on demand: the other platform's worker cannot be imported here."""
+    """Make a platform's worker class on demand: the other platform's cannot be imported."""
     if name == "StagedCPUWorker":
         from vllm.v1.worker.cpu_worker import CPUWorker
 

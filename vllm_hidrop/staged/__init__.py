@@ -1,1 +1,1 @@
-"""Tensors of a staged step: rows, cuts, scores and the staged layer loop."""
+"""Tensors of a staged step: rows, cuts, scores and the staged loop."""

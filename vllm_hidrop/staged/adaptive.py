@@ -1,4 +1,4 @@
-"""The images of prompts whose method decides, while a step runs, how many of their tokens stay."""
+"""The images of a step's adaptive prompts: their survivors, stage by stage, as the methods decide."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,11 +19,10 @@ class AdaptiveImage:
     """One image of an adaptive prompt.
 
     Attributes:
-        prefill: its prompt.
-        number: of the image in the prompt.
-        survivors: its tokens that go on, int32, zero-based inside the image, in row order.
-        memory: of the method, see ``Adaptive.remember``.
-        history: the survivors of every stage so far, after those of the full prompt.
+        number: index of the image in the prompt.
+        survivors: int32, the tokens that enter the next stage: zero-based inside the image, in row order.
+        memory: what the method remembers of the image, see ``Adaptive.remember``.
+        history: all tokens of the image, then the survivors of every stage so far.
     """
 
     prefill: PrunedPrefill
@@ -34,13 +33,13 @@ class AdaptiveImage:
 
     @classmethod
     def of(cls, prefill: PrunedPrefill, number: int) -> "AdaptiveImage":
-        """Before the first stage: every token, or those that the vision tower left."""
+        """An image before the first stage: its survivors are all tokens, or those that the vision tower left."""
         whole = np.arange(prefill.plan.spans[number].length, dtype=np.int32)
-        left = whole[_entering(prefill, prefill.reduced[number])] if prefill.reduced else whole
+        left = whole[_patches_in_order(prefill, prefill.reduced[number])] if prefill.reduced else whole
         return cls(prefill, number, left, history=[whole])
 
     def signals(self, layer: int, bound: int, statistic: Statistic) -> Signals:
-        """What the method decides by."""
+        """What the method looks at: on entry to the stage that starts at ``layer`` and keeps at most ``bound``."""
         device = statistic[0].device
         survivors = torch.from_numpy(self.survivors.astype(np.int64)).to(device)
         protected = None
@@ -50,11 +49,7 @@ class AdaptiveImage:
 
 
 class AdaptiveImages:
-    """The survivors of every image of a step's adaptive prompts, stage by stage.
-
-    Args:
-        step: before anything is decided.
-    """
+    """All images of a step's adaptive prompts."""
 
     def __init__(self, step: StagedStep) -> None:
         self.images = {
@@ -65,7 +60,7 @@ class AdaptiveImages:
         }
 
     def enter(self, step: StagedStep, stage: int) -> StagedStep:
-        """The step with the counts that are known now for ``stage``, which bound the later ones."""
+        """The step with the decided counts in ``stage``, which bound the later stages' counts."""
         kept: dict[int, list[int]] = {}
         bounds = {prefill.index: prefill.plan.kept[stage] for prefill in step.prefills}
         for (index, number), image in self.images.items():
@@ -78,13 +73,13 @@ class AdaptiveImages:
         return step.bounded(stage, kept)
 
     def selection(self, key: Key) -> npt.NDArray[np.int64]:
-        """Places of an image's survivors among those of the stage before."""
+        """Indices of an image's survivors among those of the stage before, int64 [keep]."""
         *_, before, now = self.images[key].history
         order = np.argsort(before)
         return order[np.searchsorted(before, now, sorter=order)]
 
     def undecided(self, index: int, layer: int) -> list[int]:
-        """Images of the request at ``index`` about which to decide on entry to the stage that starts at ``layer``."""
+        """Images of the request at ``index`` that need a decision on entry to the stage that starts at ``layer``."""
         return [
             image.number
             for key, image in self.images.items()
@@ -93,24 +88,24 @@ class AdaptiveImages:
         ]
 
     def decide(self, layer: int, bounds: Mapping[Key, int], statistics: Mapping[Key, Statistic]) -> None:
-        """Decide who enters the stage that starts at ``layer``; one transfer to the host for all images."""
+        """Decide which tokens enter the stage that starts at ``layer``; one transfer to the host for all images."""
         verdicts: dict[Key, Verdict] = {}
         for key, statistic in statistics.items():
             image = self.images[key]
             verdicts[key] = decider(image.prefill).judge(image.signals(layer, bounds[key], statistic), image.memory)
         if not verdicts:
             return
-        told = torch.cat([part.view(-1) for verdict in verdicts.values() for part in verdict]).cpu().numpy()
-        place = 0
+        flags = torch.cat([part.view(-1) for verdict in verdicts.values() for part in verdict]).cpu().numpy()
+        start = 0
         for key, verdict in verdicts.items():
-            end = place + len(verdict.stays)
+            end = start + len(verdict.stays)
             image = self.images[key]
-            image.memory = decider(image.prefill).remember(image.memory, bool(told[end]))
-            image.survivors = image.survivors[told[place:end]]
-            place = end + 1
+            image.memory = decider(image.prefill).remember(image.memory, bool(flags[end]))
+            image.survivors = image.survivors[flags[start:end]]
+            start = end + 1
 
     def survivors(self) -> dict[str, Survivors]:
-        """By request id, what every stage ran with."""
+        """By request id, the survivors in every stage."""
         by_request: dict[str, list[list[npt.NDArray[np.int32]]]] = {}
         for image in self.images.values():
             by_request.setdefault(image.prefill.request_id, []).append(image.history[1:])
@@ -123,6 +118,6 @@ def decider(prefill: PrunedPrefill) -> Adaptive:
     return prefill.method
 
 
-def _entering(prefill: PrunedPrefill, reduced: Reduced) -> npt.NDArray[np.int64]:
-    """The patches of a reduced image in the order in which the language model gets them."""
+def _patches_in_order(prefill: PrunedPrefill, reduced: Reduced) -> npt.NDArray[np.int64]:
+    """The patches that a tower left of an image, in the order in which the language model gets them, int64 [V']."""
     return reduced.merged_first if prefill.plan.renumbered else np.flatnonzero(reduced.alive)

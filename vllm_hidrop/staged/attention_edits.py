@@ -1,4 +1,4 @@
-"""Edits of a prompt's attention between text and vision, and their result for the rows they touch."""
+"""The attention outputs of the rows that a method's edit changes; see ``AttentionEdit``."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,42 +29,42 @@ Images = list[tuple[int, int]]
 
 
 def edited_rows(edit: AttentionEdit, heads: Heads, images: Images) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The rows that an edit changes and their attention outputs: (int64 [n], [n, H, D]) pairs.
+    """The rows that an edit changes and their attention outputs, tile by tile: (int64 [n], [n, H, D]) pairs.
 
-    An edit is exact without an edited weight: a token whose weight would be 0 has value 0 instead, one whose weight
-    moves to another token has that token's value. Vision rows that are blind without renormalisation are not among
-    them: the attention kernel itself, given such values, is faster for so many rows.
+    Without renormalisation the values are edited in place of the weights, with the same result: a token whose weight
+    would become 0 gets value 0, a token whose weight would move to another token gets that token's value. Blind vision
+    rows without renormalisation are left to the caller: the attention kernel, given such values, is faster for so many.
     """
     is_vision = np.zeros(len(heads.query), dtype=np.bool_)
     for first, length in images:
         is_vision[first : first + length] = True
     first_vision = images[0][0]
     text_rows = np.flatnonzero(~is_vision[first_vision:]) + first_vision
-    hidden = np.flatnonzero(_unseen(edit.text_sees, images, len(is_vision)))
-    value = heads.value if edit.renormalise else _value_seen(edit.text_sees, heads.value, images, hidden)
+    unseen = np.flatnonzero(_is_unseen(edit.text_sees, images, len(is_vision)))
+    value = heads.value if edit.renormalise else _edited_value(edit.text_sees, heads.value, images, unseen)
     for rows in _tiles(text_rows, heads):
-        yield _attend(heads, value, rows, hidden if edit.renormalise else None)
+        yield _attend(heads, value, rows, unseen if edit.renormalise else None)
     if edit.vision_is_blind and edit.renormalise:
         vision = np.flatnonzero(is_vision)
         for rows in _tiles(vision, heads):
             yield _attend(heads, heads.value, rows, vision)
 
 
-def _unseen(sight: Sight, images: Images, num_rows: int) -> npt.NDArray[np.bool_]:
-    unseen = np.zeros(num_rows, dtype=np.bool_)
-    seen_from = {Sight.FIRST: 1, Sight.SECOND_HALF: 0, Sight.NONE: 0}[sight]
+def _is_unseen(sight: Sight, images: Images, num_rows: int) -> npt.NDArray[np.bool_]:
+    is_unseen = np.zeros(num_rows, dtype=np.bool_)
+    num_seen_first = 1 if sight is Sight.FIRST else 0
     for first, length in images:
         end = first + (length // 2 if sight is Sight.SECOND_HALF else length)
-        unseen[first + seen_from : end] = True
-    return unseen
+        is_unseen[first + num_seen_first : end] = True
+    return is_unseen
 
 
-def _value_seen(sight: Sight, value: torch.Tensor, images: Images, hidden: npt.NDArray[np.int64]) -> torch.Tensor:
-    seen = value.index_fill(0, torch.from_numpy(hidden).to(value.device), 0)
+def _edited_value(sight: Sight, value: torch.Tensor, images: Images, unseen: npt.NDArray[np.int64]) -> torch.Tensor:
+    edited = value.index_fill(0, torch.from_numpy(unseen).to(value.device), 0)
     if sight is Sight.FIRST:
         for first, length in images:
-            seen[first : first + length] = value[first]
-    return seen
+            edited[first : first + length] = value[first]
+    return edited
 
 
 def _tiles(rows: npt.NDArray[np.int64], heads: Heads) -> Iterator[torch.Tensor]:
@@ -75,12 +75,12 @@ def _tiles(rows: npt.NDArray[np.int64], heads: Heads) -> Iterator[torch.Tensor]:
 
 
 def _attend(
-    heads: Heads, value: torch.Tensor, rows: torch.Tensor, hidden: npt.NDArray[np.int64] | None
+    heads: Heads, value: torch.Tensor, rows: torch.Tensor, unseen: npt.NDArray[np.int64] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention of some rows, with ``hidden`` keys masked."""
+    """Causal attention of some rows, int64 [n], with the keys of ``unseen`` rows masked: rows and output [n, H, D]."""
     sees = torch.arange(len(heads.key), device=rows.device) <= rows[:, None]
-    if hidden is not None:
-        sees.index_fill_(1, torch.from_numpy(hidden).to(rows.device), False)
-    query, key, seen = (t.transpose(0, 1)[None] for t in (heads.query[rows], heads.key, value))
-    attended = scaled_dot_product_attention(query, key, seen, attn_mask=sees, scale=heads.scale, enable_gqa=True)
+    if unseen is not None:
+        sees.index_fill_(1, torch.from_numpy(unseen).to(rows.device), False)
+    query, key, value = (t.transpose(0, 1)[None] for t in (heads.query[rows], heads.key, value))
+    attended = scaled_dot_product_attention(query, key, value, attn_mask=sees, scale=heads.scale, enable_gqa=True)
     return rows, attended[0].transpose(0, 1).masked_fill(~sees.any(1)[:, None, None], 0)

@@ -1,4 +1,4 @@
-"""A CLIP tower that runs its later layers on fewer rows, for methods that reduce an image before the language model."""
+"""Encoder selection: a CLIP tower whose later layers run fewer rows, for methods that merge patches there."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 
 
 class ClassAttention(nn.Module):
-    """The norm and the Q and K projections of one encoder layer: enough for its class row's attention."""
+    """The norm and the Q and K projections of one encoder layer, which give its class row's attention."""
 
     def __init__(self, vision_config: Any, layer: int) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class ClassAttention(nn.Module):
         self.layer = layer
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Attention of the class row, first of hidden [T, C], to the others: float32 [T - 1], mean over heads."""
+        """Attention of the class row, the first of ``hidden`` [T, C], to the other rows: float32 [T - 1], head mean."""
         normed = self.layer_norm1(hidden)
         query = self.q_proj(normed[0]).float().view(self.num_heads, -1, 1)
         key = self.k_proj(normed).float().view(len(hidden), self.num_heads, -1).transpose(0, 1)
@@ -37,13 +37,13 @@ class ClassAttention(nn.Module):
         return logits.softmax(dim=-1).mean(0)[1:]
 
     def load(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
-        """Take our weights out of a checkpoint's as they pass; all of them are handed on."""
+        """Copy this layer's weights out of a checkpoint's; all weights are handed on."""
         ours = re.compile(rf"vision_tower\..*encoder\.layers\.{self.layer}\.(?:self_attn\.)?(\w+\.(?:weight|bias))$")
         missing = dict(self.named_parameters())
         for name, weight in weights:
-            found = ours.search(name)
-            if found and found[1] in missing:
-                missing.pop(found[1]).data.copy_(weight)
+            match = ours.search(name)
+            if match and match[1] in missing:
+                missing.pop(match[1]).data.copy_(weight)
             yield name, weight
         if missing:
             raise ValueError(
@@ -53,12 +53,9 @@ class ClassAttention(nn.Module):
 
 
 class ReducingTower:
-    """Encodes images one by one, on the rows that a reduction leaves.
+    """Encodes images one by one; the layers after the first run the rows that a reduction leaves.
 
-    Args:
-        tower: vLLM's CLIP vision transformer, up to the layer whose output are the features.
-        reduction: what to do.
-        class_attention: of the layer whose class row ranks key tokens.
+    ``tower`` is vLLM's CLIP vision transformer, up to the layer whose output are the features.
     """
 
     def __init__(self, tower: Any, reduction: EncoderReduction, class_attention: ClassAttention) -> None:
@@ -66,11 +63,11 @@ class ReducingTower:
         self.reduction = reduction
         self.class_attention = class_attention
         self.found: list[Reduced | None] | None = None
-        """What it left of the images since it was switched on, in order; None while it is off."""
+        """Of the images encoded since :meth:`reducing` was entered, which patches are left; None outside of it."""
 
     @contextmanager
     def reducing(self) -> Iterator[list[Reduced | None]]:
-        """While entered, images are reduced; yields what becomes of them."""
+        """Reduce images until exit; yields the list to which every encoded image adds its outcome."""
         self.found = []
         try:
             yield self.found
@@ -78,7 +75,7 @@ class ReducingTower:
             self.found = None
 
     def encode(self, pixels: torch.Tensor, projector: nn.Module) -> torch.Tensor:
-        """Features of one image [channels, height, width], projected: [V, C]; a merged patch has its window's."""
+        """Projected features [V, C] of one image [channels, height, width]; a merged patch has its window's."""
         assert self.found is not None
         hidden = self.tower.pre_layrnorm(self.tower.embeddings(pixels[None]))
         first, *layers = self.tower.encoder.layers
@@ -95,7 +92,7 @@ class ReducingTower:
         return projected[row_of]
 
     def _keys(self, hidden: torch.Tensor, alive: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndarray[Any, Any]:
-        keys = np.zeros_like(alive)
+        is_key = np.zeros_like(alive)
         chosen = key_rows(self.class_attention(first_ranks(hidden)), self.reduction.key_rate).cpu().numpy()
-        keys[np.flatnonzero(alive)[chosen]] = True
-        return keys
+        is_key[np.flatnonzero(alive)[chosen]] = True
+        return is_key

@@ -1,7 +1,4 @@
-"""Which vision tokens every stage of a step really ran with, for the requests that ask.
-
-Read from the rows that the layers ran on, after every cut: not from plans, not from scores.
-"""
+"""Which vision tokens every stage ran, for requests that ask: read from the layers' rows, not from plans or scores."""
 
 from collections.abc import Sequence
 
@@ -18,18 +15,15 @@ Patches = list[list[list[int]]]
 
 
 def patches_run(step: StagedStep, rows: Sequence[torch.Tensor]) -> dict[str, Patches]:
-    """By request id, of the pruned prompts that ask; one transfer to the host, and none where nobody asks.
+    """By request id, the vision tokens of pruned prompts; one transfer to the host, and none where no request asks.
 
-    Args:
-        step: with the counts it ran with.
-        rows: of every stage, int64 [T], its rows among the step's full rows and, after them, the carried ones.
+    ``rows[s]``, int64 [T], are indices of the rows of stage ``s`` among the full rows and, after them, the carried.
     """
     asking = [prefill for prefill in step.prefills if prefill.plan.explains]
     if not asking:
         return {}
-    together = torch.cat(list(rows)).cpu().numpy()
     ends = np.cumsum([len(of_stage) for of_stage in rows])
-    by_stage = np.split(together, ends[:-1])
+    by_stage = np.split(torch.cat(list(rows)).cpu().numpy(), ends[:-1])
     return {
         prefill.request_id: [_in_stage(step, stage, prefill, full) for stage, full in enumerate(by_stage)]
         for prefill in asking
@@ -41,7 +35,7 @@ def _in_stage(step: StagedStep, stage: int, prefill: PrunedPrefill, full: npt.ND
     found = []
     for image, span in enumerate(plan.spans):
         if prefill.is_carried(image) and stage < plan.first_cut:
-            # Reused, so not among the rows: a stage before the first cut caches all of an image or nothing.
+            # A reused image has no rows here; a stage before the first cut caches all of an image or nothing.
             found.append(list(range(plan.kept[stage][image])))
             continue
         places = full - full_row(step, prefill, image)
@@ -50,5 +44,5 @@ def _in_stage(step: StagedStep, stage: int, prefill: PrunedPrefill, full: npt.ND
 
 
 def every_patch(plan: Plan) -> Patches:
-    """Of a prompt that is not pruned: everything, in every stage."""
+    """All vision tokens in every stage, of a prompt that is not pruned."""
     return [[list(range(num_kept)) for num_kept in kept] for kept in plan.kept]

@@ -1,4 +1,4 @@
-"""Where every prompt's and image's rows stand in a stage, and the gather from one stage's rows to the next stage's."""
+"""Where the rows of every prompt and image stand in a stage, and the index that gathers the next stage's rows."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,20 +14,18 @@ from vllm_hidrop.staged.signals import PromptAttention
 from vllm_hidrop.staged.step import PrunedPrefill, StagedStep
 
 Key = tuple[int, int]
-"""A request's place in the batch, and one of its images."""
+"""A request's place in the batch, and the index of one of its images."""
 Selections = Mapping[Key, torch.Tensor | npt.NDArray[np.int64]]
-"""Per image, the rows chosen inside its current run, int64 [keep]."""
+"""Per image, the rows that stay, int64 [keep], zero-based inside the image's run of rows."""
 
 
 @dataclass(frozen=True)
 class PromptRows:
-    """The rows of one prompt among the current rows of a step.
+    """The rows of one prompt among a stage's rows.
 
     Attributes:
-        prefill: the prompt.
-        places: of its tokens in the stage whose rows these are.
-        first_row: of the prompt, in the current rows.
-        num_cached: tokens of the stage before the first row: they are in the KV cache.
+        places: where the stage holds the prompt's tokens.
+        num_cached: tokens of the prompt that the stage has cached already; they have no rows.
     """
 
     prefill: PrunedPrefill
@@ -37,36 +35,36 @@ class PromptRows:
 
     @property
     def end_row(self) -> int:
-        """Exclusive; rows of tokens generated before a preemption follow."""
+        """Row after the prompt's last one; tokens generated before a preemption follow there."""
         return self.first_row + self.places.count(self.prefill.plan.num_prompt_tokens) - self.num_cached
 
     def row(self, place: int) -> int:
-        """Row of the token at a stage place; below ``first_row`` where it is cached."""
+        """Row of the token at a stage place; less than ``first_row`` where the token is cached."""
         return self.first_row + place - self.num_cached
 
     def attention(self, attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> PromptAttention:
-        """The prompt in one layer's attention module, given Q [T, H * D], K and V [T, G * D] of the current rows."""
-        here = slice(self.first_row, self.end_row)
-        keys = key[here]
+        """The prompt in one layer's attention module, given Q [T, H * D], K and V [T, G * D] of the stage's rows."""
+        own = slice(self.first_row, self.end_row)
+        keys = key[own]
         if self.prefill.read_keys is not None:
             keys = torch.cat((self.prefill.read_keys(attention, self.num_cached), keys))
         shape = attention.num_heads, attention.num_kv_heads, attention.impl.scale
         num_tokens = self.prefill.plan.num_prompt_tokens
-        return PromptAttention(query[here], keys, value[here], self.places, num_tokens, shape)
+        return PromptAttention(query[own], keys, value[own], self.places, num_tokens, shape)
 
 
 ScoredPrompt = tuple[PromptRows, list[int]]
-"""A prompt's rows, and the images among them that its method scores or judges."""
+"""A prompt's rows, and the indices of the images that its method scores or decides about."""
 
 
 @dataclass(frozen=True)
 class ImageRun:
-    """One image's run of rows before and after a change of stage.
+    """One image's run of rows on entry to a stage.
 
     Attributes:
-        prompt: its prompt's rows before the change.
-        image: which of the prompt's images.
-        keep: rows after the change.
+        prompt: the rows of the image's prompt, as the stage before left them.
+        image: index of the image in the prompt.
+        keep: rows of the image in the stage that is entered.
     """
 
     prompt: PromptRows
@@ -80,47 +78,48 @@ class ImageRun:
 
     @property
     def places(self) -> Span:
-        """Of its tokens before the change."""
+        """Stage places of the image's tokens in the stage before."""
         return self.prompt.places.images[self.image]
 
     @property
     def num_rows(self) -> int:
-        """Rows before the change."""
+        """Rows of the image in the stage before."""
         return self.places.length
 
     @property
     def first_row(self) -> int:
-        """First row of the run in the current rows."""
+        """The image's first row in the stage before."""
         return self.prompt.row(self.places.offset)
 
     @property
     def injects(self) -> bool:
-        """Whether the image comes in from the projector."""
+        """Whether the image's rows come from the projector."""
         return self.keep > self.num_rows
 
     @property
     def selects(self) -> bool:
-        """Whether a score decides who stays."""
+        """Whether some of the image's rows stay and some go."""
         return 0 < self.keep < self.num_rows
 
 
 def image_runs(step: StagedStep, stage: int) -> list[ImageRun]:
-    """Every image that changes on entry to ``stage``, in row order, in the rows of the stage before."""
+    """Every image whose number of rows changes on entry to ``stage``, in row order."""
     starts = step.entering(stage).row_starts
-    found = []
+    changing = []
     for prefill in step.prefills:
         plan = prefill.plan
-        comes_in = prefill.carried is not None and plan.first_cut == stage
-        num_cached = plan.carried_from if comes_in else prefill.num_cached(stage - 1) if stage else prefill.num_computed
+        carries_in = prefill.carried is not None and plan.first_cut == stage
+        num_before = prefill.num_cached(stage - 1) if stage else prefill.num_computed
+        num_cached = plan.carried_from if carries_in else num_before
         prompt = PromptRows(prefill, plan.places_entering(stage), int(starts[prefill.index]), num_cached)
-        is_in = stage >= plan.first_cut
+        has_carried = stage >= plan.first_cut
         runs = (ImageRun(prompt, image, keep) for image, keep in enumerate(plan.kept[stage]))
-        found += [run for run in runs if run.keep != run.num_rows and (is_in or not prefill.is_carried(run.image))]
-    return found
+        changing += [r for r in runs if r.keep != r.num_rows and (has_carried or not prefill.is_carried(r.image))]
+    return changing
 
 
 def prompt_rows(step: StagedStep, stage: int) -> Iterator[PromptRows]:
-    """Every prompt's rows in ``stage``."""
+    """The rows of every pruned prompt in ``stage``."""
     starts = step.stages[stage].row_starts
     for prefill in step.prefills:
         places = prefill.plan.places[stage]
@@ -128,7 +127,7 @@ def prompt_rows(step: StagedStep, stage: int) -> Iterator[PromptRows]:
 
 
 def scored_behind(step: StagedStep, stage: int) -> list[ScoredPrompt]:
-    """The prompts that are scored under the last layer of ``stage``, for the next one."""
+    """The prompts and images that are scored under the last layer of ``stage``, for the next stage."""
     runs = (
         ImageRun(prompt, image, keep)
         for prompt in prompt_rows(step, stage)
@@ -138,16 +137,16 @@ def scored_behind(step: StagedStep, stage: int) -> list[ScoredPrompt]:
 
 
 def scored_under(layer: Under, runs: Iterable[ImageRun]) -> list[ScoredPrompt]:
-    """The prompts, and their images, among some runs whose score is computed under this layer."""
-    found: dict[int, ScoredPrompt] = {}
+    """Among some runs, the prompts and images whose signal is computed under this layer."""
+    by_index: dict[int, ScoredPrompt] = {}
     for run in runs:
         if run.selects and run.prompt.prefill.method.signal.under is layer:
-            found.setdefault(run.prompt.prefill.index, (run.prompt, []))[1].append(run.image)
-    return list(found.values())
+            by_index.setdefault(run.prompt.prefill.index, (run.prompt, []))[1].append(run.image)
+    return list(by_index.values())
 
 
 def full_row(step: StagedStep, prefill: PrunedPrefill, image: int) -> int:
-    """Index of an image's first row among the step's full rows and, after them, the carried ones."""
+    """Index of an image's first row among the step's full rows and, after them, the carried ones; -1: in neither."""
     plan = prefill.plan
     offset = plan.spans[image].offset
     if not prefill.is_carried(image):
@@ -156,33 +155,30 @@ def full_row(step: StagedStep, prefill: PrunedPrefill, image: int) -> int:
 
 
 def after_injection(runs: list[ImageRun]) -> list[ImageRun]:
-    """The runs that do not inject, in the rows as they are once the others have.
+    """The runs that do not inject, moved to where their rows stand once the other runs have been injected.
 
     Within one prompt either all changing images inject or none does, so a run moves by what earlier prompts inject.
     """
-    left = []
-    injected = 0
+    others = []
+    num_injected = 0
     for run in runs:
         if run.injects:
-            injected += run.keep
+            num_injected += run.keep
         else:
-            left.append(replace(run, prompt=replace(run.prompt, first_row=run.prompt.first_row + injected)))
-    return left
+            others.append(replace(run, prompt=replace(run.prompt, first_row=run.prompt.first_row + num_injected)))
+    return others
 
 
 def gather_index(
     step: StagedStep, runs: list[ImageRun], num_rows: int, selections: Selections, device: torch.device
 ) -> torch.Tensor:
-    """Index of the next rows into the current rows followed by the step's full rows.
+    """Where the next stage's rows stand among the ``num_rows`` current rows and, after them, the full rows, int64 [T'].
 
-    Runs that inject take their rows from the full rows, which start at index ``num_rows``; the others keep their
-    selection, or nothing. All sizes are known on the host: nothing is read back from the device.
-
-    Returns:
-        int64 [T_next].
+    Runs that inject take their rows from the full rows; the others keep their selection, or nothing. All sizes are
+    known on the host: nothing is read back from the device.
     """
     pieces: list[npt.NDArray[np.int64]] = []
-    chosen: list[tuple[int, int, torch.Tensor]] = []
+    on_device: list[tuple[int, int, torch.Tensor]] = []  # (place in the index, first row of the run, selection)
     cursor = length = 0
     for run in runs:
         first_row = run.first_row
@@ -196,11 +192,11 @@ def gather_index(
                 pieces.append(selection + first_row)
             else:
                 pieces.append(np.zeros(run.keep, dtype=np.int64))
-                chosen.append((length, first_row, selection))
+                on_device.append((length, first_row, selection))
         length += run.keep
         cursor = first_row + run.num_rows
     pieces.append(np.arange(cursor, num_rows))
     index = torch.from_numpy(np.concatenate(pieces)).to(device, non_blocking=True)
-    for first, first_row, selection in chosen:
-        index[first : first + len(selection)] = selection + first_row
+    for start, first_row, selection in on_device:
+        index[start : start + len(selection)] = selection + first_row
     return index

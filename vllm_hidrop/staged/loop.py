@@ -1,13 +1,13 @@
-"""The staged layer loop: every stage's layers on that stage's rows, cuts between them.
+"""The staged loop: every stage's layers on that stage's rows, cuts between them.
 
-At a cut the first layer of the new stage computes Q, K and V of all current rows once, the method scores by them or by
-what the last layer of the old stage saw, and the layer goes on with the Q, K, V and residual of the rows that stay:
-nothing is projected twice. An injected row is the projector's output with residual 0. A decoder layer has the standard
-form: norm, attention, norm, MLP on vLLM's residual pair.
+Where a signal is under the next layer, the first layer of the new stage computes Q, K and V of all current rows once,
+the method scores, and the layer goes on with the Q, K, V and residual of the rows that stay: nothing is projected
+twice. Else the rows are cut before that layer, by the last layer of the old stage. An injected row is the projector's
+output with residual 0. A decoder layer has the standard form: norm, attention, norm, MLP on vLLM's residual pair.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -41,23 +41,16 @@ from vllm_hidrop.staged.step import StagedStep, Survivors
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Query [T, H * D], key and value [T, G * D] of one layer's attention, after RoPE."""
 Observer = Callable[[Any, QKV], QKV | None]
-"""(attention module, its Q, K and V) -> those to attend with, or None for the same."""
+"""(attention module, its Q, K and V) -> the Q, K and V to attend with; None: unchanged."""
 Editor = Callable[[Any, QKV, torch.Tensor], None]
 """(attention module, its Q, K and V, its output [T, H * D]): changes the output in place."""
 Enter = Callable[[StagedStep, int], None]
-"""(step, stage): called before a stage runs with other rows than were laid out for it."""
+"""(step, stage): called before a stage runs fewer rows than its slots and attention metadata were made for."""
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """What the loop runs.
-
-    Attributes:
-        layers: the decoder layers, in order.
-        norm: the final norm of (hidden, residual).
-        schedule: the server's stages.
-        ids: which RoPE ids rows have from a cut on.
-    """
+    """A model's decoder ``layers``, the final ``norm`` and the server's ``schedule`` and rule for RoPE ids at cuts."""
 
     layers: Sequence[nn.Module]
     norm: nn.Module
@@ -67,15 +60,15 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a staged step came to.
+    """Everything that a staged step returns.
 
     Attributes:
         hidden: [T, C], final hidden states; rows that the last stage does not hold are zero.
-        step: the step with the counts it ran with.
-        survivors: by request id, what was decided about the adaptive prompts.
-        states: by request id, the hidden states [n, C] that were to be kept.
-        patches: by request id, what every stage ran with, of the prompts that ask.
-        selection_seconds: spent on signals and selections, by the host's clock.
+        step: the step with the counts that ran.
+        survivors: by request id, of the adaptive prompts.
+        states: by request id, the hidden states [n, C] that the worker keeps for later prompts.
+        patches: by request id, the vision tokens that every stage ran, for the requests that ask.
+        selection_seconds: time spent on signals and selections, by the host's clock.
     """
 
     hidden: torch.Tensor
@@ -89,11 +82,8 @@ class Outcome:
 class StagedLoop:
     """One step that prefills pruned prompts, run through all layers.
 
-    Args:
-        decoder: see :class:`Decoder`.
-        step: the step's layout.
-        embeds: [T, C], input embeddings of the full rows, projector outputs at the vision rows.
-        positions: int64 [T + T_carried], RoPE positions of the full rows and the carried ones.
+    ``embeds`` [T, C] are input embeddings of the full rows, projector outputs at the vision rows; ``positions`` int64
+    [T + T_carried] are RoPE ids of the full rows and, after them, the carried rows.
     """
 
     def __init__(self, decoder: Decoder, step: StagedStep, embeds: torch.Tensor, positions: torch.Tensor) -> None:
@@ -104,46 +94,46 @@ class StagedLoop:
         self.full_rows = torch.arange(len(embeds), device=embeds.device)
         self.rows = Rows(embeds, None, self.full_rows, positions[: len(embeds)])
         self.statistics: dict[Key, Statistic] = {}
-        """Per image, the signal that its method scores by at the next cut."""
+        """Per image, the signal for the next cut."""
         self.selection_seconds = 0.0
 
     def run(self) -> Outcome:
         """Run all stages."""
         states: dict[str, torch.Tensor] = {}
-        ran: list[torch.Tensor] = []
+        rows_of_stages: list[torch.Tensor] = []
         for stage, layers in enumerate(self.decoder.schedule.layer_ranges):
             self.begin(stage)
             carry_in(self.rows, self.step, stage, self.positions)
             states |= keep_states(self.rows, self.step, stage)
             runs = self.inject(image_runs(self.step, stage))
-            scored_inside = scored_under(Under.NEXT_LAYER, runs)
-            if not scored_inside:
+            scored_in_layer = scored_under(Under.NEXT_LAYER, runs)
+            if not scored_in_layer:
                 self.cut(stage, runs)
             for layer in layers:
                 observe = self.observer(stage) if layer == layers[-1] else None
-                if scored_inside and layer == layers[0]:
-                    self.run_cut_layer(stage, runs, scored_inside, observe)
+                if scored_in_layer and layer == layers[0]:
+                    self.run_cut_layer(stage, runs, scored_in_layer, observe)
                 else:
                     self.run_layer(layer, observe)
-            ran.append(self.rows.full)
+            rows_of_stages.append(self.rows.full)
             self.end(stage)
         hidden, _ = self.add_norm(self.decoder.norm, self.rows.hidden, self.rows.residual)
         hidden = scatter(hidden, self.rows.full, len(self.positions))[: len(self.embeds)]
-        patches = patches_run(self.step, ran)
+        patches = patches_run(self.step, rows_of_stages)
         return Outcome(hidden, self.step, self.survivors(), states, patches, self.selection_seconds)
 
     def inject(self, runs: list[ImageRun]) -> list[ImageRun]:
-        """Bring in the images that start here; return the runs that are left, in the new rows."""
-        coming = [run for run in runs if run.injects]
-        if not coming:
+        """Inject images' rows from the projector's output; return the other runs, where their rows stand now."""
+        injected = [run for run in runs if run.injects]
+        if not injected:
             return runs
-        index = gather_index(self.step, coming, len(self.rows.hidden), {}, self.embeds.device)
+        index = gather_index(self.step, injected, len(self.rows.hidden), {}, self.embeds.device)
         self.rows.extend(self.embeds, self.full_rows, self.positions[: len(self.embeds)])
         self.rows.gather(index)
         return after_injection(runs)
 
     def cut(self, stage: int, runs: list[ImageRun]) -> torch.Tensor | None:
-        """Go on with the rows that the stage runs; return their index in those before, int64 [T'], None: all."""
+        """Keep the stage's rows; return their indices among the rows before, int64 [T'], or None where all stay."""
         kept = None
         if runs:
             with self.timed():
@@ -156,7 +146,7 @@ class StagedLoop:
         return kept
 
     def select(self, stage: int, run: ImageRun) -> Any:
-        """The rows of an image that stay, int64 [keep], counted from its first row."""
+        """The rows of an image that stay, int64 [keep], zero-based inside its run."""
         prefill = run.prompt.prefill
         survivors = self.rows.full[run.first_row : run.first_row + run.num_rows]
         survivors = survivors - full_row(self.step, prefill, run.image)
@@ -170,7 +160,10 @@ class StagedLoop:
     def run_cut_layer(
         self, stage: int, runs: list[ImageRun], scored: list[ScoredPrompt], observe: Observer | None
     ) -> None:
-        """The first layer of a stage, shortened once its Q, K and V are there to score by."""
+        """Run the first layer of a stage on all rows up to its Q, K and V, score by them, go on with the stage's rows.
+
+        ``observe`` sees the shortened Q, K and V.
+        """
         index = self.decoder.schedule.stages[stage].first_layer
         layer: Any = self.decoder.layers[index]
 
@@ -187,7 +180,7 @@ class StagedLoop:
             self.run_layer(index, shorten)
 
     def run_layer(self, index: int, observe: Observer | None) -> None:
-        """One decoder layer; ``observe`` may shorten the rows at its attention."""
+        """Run one decoder layer; ``observe`` may shorten its rows once Q, K and V are computed."""
         layer: Any = self.decoder.layers[index]
         rows = self.rows
         normed, rows.residual = self.add_norm(layer.input_layernorm, rows.hidden, rows.residual)
@@ -198,60 +191,56 @@ class StagedLoop:
         rows.hidden = layer.mlp(normed)
 
     def observer(self, stage: int) -> Observer | None:
-        """What looks at the last layer of a stage for the cut behind it; None where nobody asks."""
+        """What computes signals for the next cut under the last layer of a stage; None where no prompt needs any."""
         scored = self.scored_behind(stage) if stage + 1 < len(self.step.stages) else []
         return partial(self.compute_statistics, scored) if scored else None
 
     def compute_statistics(self, scored: list[ScoredPrompt], attention: Any, qkv: QKV) -> None:
-        """The signals of some prompts' images in one layer."""
+        """Compute the signals of some prompts' images under one layer."""
         with self.timed():
             for prompt, images in scored:
-                whole = SIGNALS[prompt.prefill.method.signal](prompt.attention(attention, *qkv))
+                of_prompt = SIGNALS[prompt.prefill.method.signal](prompt.attention(attention, *qkv))
                 num_tokens = prompt.places.count(prompt.prefill.plan.num_prompt_tokens)
-                assert all(len(part) == num_tokens for part in whole), "a statistic is of every token of the stage"
+                assert all(len(part) == num_tokens for part in of_prompt), "a statistic is of every token of the stage"
                 for image in images:
-                    here = prompt.places.images[image]
-                    own = type(whole)(*(part[here.offset : here.end] for part in whole))
-                    self.statistics[prompt.prefill.index, image] = own
+                    span = prompt.places.images[image]
+                    of_image = type(of_prompt)(*(part[span.offset : span.end] for part in of_prompt))
+                    self.statistics[prompt.prefill.index, image] = of_image
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """While entered, time counts as spent on selection."""
+        """Add the time until exit to ``selection_seconds``."""
         start = perf_counter()
         yield
         self.selection_seconds += perf_counter() - start
 
-    # What a loop with adaptive prompts has more to do.
+    # Hooks of the adaptive loop; see there.
 
     def begin(self, stage: int) -> None:
-        """Before a stage."""
+        """Called before a stage."""
 
     def end(self, stage: int) -> None:
-        """After a stage."""
+        """Called after a stage."""
 
     def scored_behind(self, stage: int) -> list[ScoredPrompt]:
-        """Whom the last layer of a stage is to score."""
+        """The prompts and images that the last layer of a stage scores."""
         return scored_behind(self.step, stage)
 
     def editor(self, layer: int) -> Editor | None:
-        """What edits the attention of a layer: nothing."""
+        """The editor of a layer's attention output."""
         return None
 
     def survivors(self) -> dict[str, Survivors]:
-        """By request id, what was decided."""
+        """By request id, the survivors of adaptive prompts."""
         return {}
 
 
 @contextmanager
 def hooked(attention: nn.Module, observe: Observer | None, edit: Editor | None) -> Iterator[None]:
-    """While entered, an attention module's Q, K and V are observed, and its output is edited."""
-    handles = []
-    if observe is not None:
-        handles.append(attention.register_forward_pre_hook(observe))
-    if edit is not None:
-        handles.append(attention.register_forward_hook(edit))
-    try:
+    """Let ``observe`` see an attention module's Q, K and V, and ``edit`` change its output, until exit."""
+    with ExitStack() as handles:
+        if observe is not None:
+            handles.enter_context(attention.register_forward_pre_hook(observe))
+        if edit is not None:
+            handles.enter_context(attention.register_forward_hook(edit))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

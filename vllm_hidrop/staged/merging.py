@@ -1,4 +1,4 @@
-"""Fewer vision tokens inside the vision tower: merging of alike neighbours, and the choice of key tokens."""
+"""Inside the vision tower: similar neighbour patches are merged, and key tokens chosen."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,11 +15,11 @@ from vllm_hidrop.methods.scoring import select_top
 
 @dataclass(frozen=True)
 class Reduced:
-    """What became of one image's patches, as host data.
+    """What the vision tower left of one image's V patches, as host data.
 
     Attributes:
-        alive: bool [V], the patches that still stand for a token.
-        keys: bool [V], those of them that no method may drop.
+        alive: bool [V], patches in whose place a row of the tower is left.
+        keys: bool [V], patches alive that are key tokens, which no method may drop.
         merged_first: int64 [V'], the patches alive with the merged ones first, see :class:`Merged`.
     """
 
@@ -38,9 +38,7 @@ def windows(num_patches: int, side: int) -> torch.Tensor:
 def window_similarity(patches: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Mean cosine over all pairs of different tokens of each window, float32 [W] (MustDrop section 3.1).
 
-    Args:
-        patches: [V, C].
-        index: int64 [W, m], m > 1.
+    ``patches`` are [V, C], ``index`` int64 [W, m], m > 1: the patches of every window.
     """
     unit = normalize(patches.float(), dim=-1)[index]
     size = index.shape[1]
@@ -49,28 +47,27 @@ def window_similarity(patches: torch.Tensor, index: torch.Tensor) -> torch.Tenso
 
 
 class Merged(NamedTuple):
-    """One image's patches after merging."""
+    """One image's V patches after merging.
+
+    Attributes:
+        rows: [V', C], in raster order.
+        alive: bool [V], patches in whose place a row is left.
+        row_of: int64 [V], the row that stands for each patch.
+        merged_first: int64 [V'], the patches alive in the order of the released MustDrop: merged windows by falling
+            similarity, equal ones in raster order, then the other patches in raster order.
+    """
 
     rows: torch.Tensor
-    """[V', C], in raster order."""
     alive: npt.NDArray[np.bool_]
-    """bool [V], the patches in whose place a row stands."""
     row_of: npt.NDArray[np.int64]
-    """int64 [V], the row that stands for each patch."""
     merged_first: npt.NDArray[np.int64]
-    """int64 [V'], the patches alive in the order of the released MustDrop: merged windows by falling similarity, the
-    first in raster order of equal ones, then the other patches in raster order."""
 
 
 def merge(patches: torch.Tensor, threshold: float | None, side: int) -> Merged:
-    """Merge each window of alike tokens into its mean, in the place of its bottom-right patch.
+    """Merge windows of ``side`` x ``side`` patches whose similarity reaches ``threshold`` (None: none) into their mean.
 
-    One transfer to the host: which windows merge, as the tower really runs on fewer rows from here.
-
-    Args:
-        patches: [V, C], raster order.
-        threshold: least similarity of a window that merges; None: none does.
-        side: of a window, in patches.
+    ``patches`` are [V, C] in raster order; the mean takes the place of its window's bottom-right patch. One transfer to
+    the host: the number of rows that the tower's later layers run depends on which windows merge.
     """
     num_patches = patches.shape[0]
     alive = np.ones(num_patches, dtype=np.bool_)
@@ -79,23 +76,19 @@ def merge(patches: torch.Tensor, threshold: float | None, side: int) -> Merged:
         return Merged(patches, alive, stands_for, stands_for)
     index = windows(num_patches, side).to(patches.device)
     similarity, order = window_similarity(patches, index).sort(descending=True, stable=True)
-    chosen = index[order[similarity >= threshold]]
-    host = chosen.cpu().numpy()
-    alive[host[:, :-1].ravel()] = False
-    stands_for[host] = host[:, -1:]
+    merging = index[order[similarity >= threshold]]
+    merging_on_host = merging.cpu().numpy()
+    bottom_right = merging_on_host[:, -1]
+    alive[merging_on_host[:, :-1].ravel()] = False
+    stands_for[merging_on_host] = bottom_right[:, None]
     is_merged = np.zeros_like(alive)
-    is_merged[host] = True
-    merged_first = np.concatenate((host[:, -1], np.flatnonzero(~is_merged)))
-    merged = patches.index_copy(0, chosen[:, -1], patches[chosen].float().mean(1).to(patches.dtype))
+    is_merged[merging_on_host] = True
+    merged_first = np.concatenate((bottom_right, np.flatnonzero(~is_merged)))
+    merged = patches.index_copy(0, merging[:, -1], patches[merging].float().mean(1).to(patches.dtype))
     rows = merged[torch.from_numpy(np.flatnonzero(alive)).to(patches.device)]
     return Merged(rows, alive, (np.cumsum(alive) - 1)[stands_for], merged_first)
 
 
 def key_rows(class_attention: torch.Tensor, key_rate: float) -> torch.Tensor:
-    """The rows that the class token attends to most, int64 [ceil(key_rate * V')], ascending.
-
-    Args:
-        class_attention: float32 [V'], mean over heads.
-        key_rate: share of them, in [0, 1].
-    """
+    """The rows with the highest ``class_attention``, float32 [V']: int64 [ceil(key_rate * V')], ascending."""
     return select_top(class_attention, ceil(Fraction(str(key_rate)) * len(class_attention)))

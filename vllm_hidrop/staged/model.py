@@ -10,19 +10,14 @@ from vllm_hidrop.staged.merging import Reduced
 
 
 class StagedModel(Protocol):
-    """A vLLM model whose decoder layers can also run stage by stage.
-
-    Attributes:
-        decoder: its decoder layers, under the server's schedule.
-        methods: by method, what picks tokens.
-    """
+    """A vLLM model whose decoder layers can also run stage by stage; ``methods`` are the server's, by name."""
 
     decoder: Decoder
     methods: Mapping[str, Method]
 
     def encoding(self, name: str) -> AbstractContextManager[list[Reduced | None]]:
-        """While entered, images are encoded in the way of this name, see ``Plan.encoding``.
+        """Encode images in the way of this name (``Plan.encoding``) until exit.
 
         Yields:
-            Per image, in order, what a reducing tower left of it; filled as the tower runs.
+            The list to which a reducing tower adds, for every image that it encodes, which patches it left.
         """

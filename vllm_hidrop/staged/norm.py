@@ -1,7 +1,7 @@
 """The residual add and norm of the staged loop.
 
-vLLM's CPU build has a fused kernel for it, but dispatches to plain PyTorch and leaves the fusion to its compiler. The
-staged loop is not compiled, so it calls the kernel: a fifth of the time (docs/performance.md).
+vLLM's CPU build has a fused kernel for both, but calls plain PyTorch and leaves the fusion to its compiler. The staged
+loop is not compiled, so it calls the kernel: a fifth of the time (docs/performance.md).
 """
 
 from typing import Any
@@ -12,24 +12,18 @@ NormedPair = tuple[torch.Tensor, torch.Tensor]
 
 
 def add_norm(norm: Any, hidden: torch.Tensor, residual: torch.Tensor | None) -> NormedPair:
-    """The module's own way.
+    """Add the last block's output ``hidden`` [T, C] to ``residual`` [T, C], and norm the sum: (normed, sum).
 
-    Args:
-        norm: vLLM's RMS norm.
-        hidden: [T, C], what the last block added.
-        residual: [T, C], the stream before that; None before the first layer.
-
-    Returns:
-        The normed stream, and the stream itself.
+    ``residual`` is None before the first layer.
     """
     if residual is None:
         return norm(hidden), hidden
-    normed, stream = norm(hidden, residual)
-    return normed, stream
+    normed, residual = norm(hidden, residual)
+    return normed, residual
 
 
 def fused_add_norm(norm: Any, hidden: torch.Tensor, residual: torch.Tensor | None) -> NormedPair:
-    """The same by the CPU kernel, in place in both tensors, which the staged loop owns."""
+    """:func:`add_norm` by the CPU kernel, in place in both tensors, which the staged loop owns."""
     if residual is None:
         return norm(hidden), hidden
     torch.ops._C.fused_add_rms_norm(hidden, residual, norm.weight, norm.variance_epsilon)

@@ -1,4 +1,4 @@
-"""RoPE ids from a cut on, by position scheme; see ``plan.positions``."""
+"""RoPE ids of the rows that a cut leaves, by position scheme; see ``plan.positions``."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,18 +16,18 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Rotated:
-    """The Q and K of a layer that is cut, as its rotary embedding made them."""
+    """How a layer that is cut takes the Q and K of the rows that stay: as RoPE made them."""
 
     def take(self, query: torch.Tensor, key: torch.Tensor, index: torch.Tensor, ids: torch.Tensor) -> Pair:
-        """Query [T', H * D] and key [T', G * D] of the rows at ``index`` int64 [T'], which have these ids from here."""
+        """Q [T', H * D] and K [T', G * D] of the rows at ``index``, int64 [T'], whose ids are ``ids`` from here on."""
         return query[index], key[index]
 
 
 class RotatedAgain(Rotated):
-    """The Q and K that a rotary embedding was given first, to be rotated by other ids; its kernel rotates in place.
+    """Copies Q and K before RoPE, whose kernel rotates in place, and rotates the rows that stay by their new ids.
 
-    The scores of a cut are computed under the old ids. The rows it keeps are then rotated once more, from before RoPE,
-    by their new ids: what is stored and attended to is what a layer given only these rows would compute.
+    The scores of a cut are computed under the old ids; what is stored and attended to is what a layer given only the
+    rows that stay would compute.
     """
 
     def __init__(self, rotary: nn.Module) -> None:
@@ -40,7 +40,7 @@ class RotatedAgain(Rotated):
         self.query, self.key = query.clone(), key.clone()
 
     def take(self, query: torch.Tensor, key: torch.Tensor, index: torch.Tensor, ids: torch.Tensor) -> Pair:
-        """The same, rotated by the new ids."""
+        """Q and K of the rows at ``index``, rotated by the new ids."""
         query, key = self.rotary(ids, self.query[index], self.key[index])
         return query, key
 
@@ -50,25 +50,18 @@ class PersistentIds:
 
     @contextmanager
     def rotating(self, rotary: nn.Module) -> Iterator[Rotated]:
-        """Entered around a layer that is cut."""
+        """Wrap a layer that is cut, whose rotary embedding this is."""
         yield Rotated()
 
     def after_cut(self, ids: torch.Tensor, step: StagedStep, stage: int, runs: Sequence[ImageRun]) -> torch.Tensor:
-        """Ids of the rows that a stage runs, int64 [T'].
-
-        Args:
-            ids: int64 [T'], what these rows had for ids.
-            step: the step.
-            stage: its index.
-            runs: the images that were cut on entry to the stage, in the rows before it.
-        """
+        """New ids of a stage's rows, int64 [T'], from their old ``ids``; ``runs`` were cut on entry to the stage."""
         return ids
 
 
 class _RenumberingIds(PersistentIds):
     @contextmanager
     def rotating(self, rotary: nn.Module) -> Iterator[Rotated]:
-        """See :class:`RotatedAgain`."""
+        """Wrap a layer that is cut, whose Q and K are needed from before RoPE."""
         rotated = RotatedAgain(rotary)
         try:
             yield rotated
@@ -85,15 +78,15 @@ class CompactedIds(_RenumberingIds):
     """
 
     def after_cut(self, ids: torch.Tensor, step: StagedStep, stage: int, runs: Sequence[ImageRun]) -> torch.Tensor:
-        """See :meth:`PersistentIds.after_cut`."""
-        before, ids = ids, ids.clone()
+        """New ids of the survivors of every image in ``runs``; the other rows keep theirs."""
+        old_ids, ids = ids, ids.clone()
         num_gone = 0
         for run in runs:
             first = run.first_row - num_gone
             num_gone += run.num_rows - run.keep
-            has_neighbour = run.first_row > run.prompt.first_row
-            start = before[first - 1] + 1 if has_neighbour else run.prompt.num_cached
-            ids[first : first + run.keep] = start + torch.arange(run.keep, device=ids.device)
+            has_row_before = run.first_row > run.prompt.first_row
+            first_id = old_ids[first - 1] + 1 if has_row_before else run.prompt.num_cached
+            ids[first : first + run.keep] = first_id + torch.arange(run.keep, device=ids.device)
         return ids
 
 
@@ -102,24 +95,24 @@ class RenumberedIds(_RenumberingIds):
 
     **Source** the released PyramidDrop (``pdrop_rank_drop``) and MustDrop (``LlamaDynamicvitModel``).
 
-    **Differs** stages that hold no vision number their text anew too, where the released programs have none.
+    **Differs** stages without vision tokens, which the released programs do not have, number their text anew too.
     """
 
     def after_cut(self, ids: torch.Tensor, step: StagedStep, stage: int, runs: Sequence[ImageRun]) -> torch.Tensor:
-        """See :meth:`PersistentIds.after_cut`."""
+        """New ids of all rows, where the stage runs other rows than the stage before."""
         if step.stages[stage] is (step.stages[stage - 1] if stage else step.full):
             return ids
         return torch.from_numpy(step.renumbered_ids(stage)).to(ids.device, non_blocking=True)
 
 
 def ids_of(positions: PositionScheme) -> PersistentIds:
-    """The ids of a scheme."""
+    """The rule of a position scheme."""
     schemes = {PositionScheme.COMPACTED: CompactedIds, PositionScheme.RENUMBERED: RenumberedIds}
     return schemes.get(positions, PersistentIds)()
 
 
 def turned(rotary: Any, distance: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What gives rotated keys [n, G, D] ids that are higher by ``distance``: rotations add up."""
+    """A function that raises the RoPE ids of rotated keys [n, G, D] by ``distance``: rotations add up."""
     table = rotary.cos_sin_cache
     cos, sin = (table[distance : distance + 1].float() / table[0, 0]).chunk(2, dim=-1)  # YaRN's table is scaled
 

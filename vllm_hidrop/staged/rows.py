@@ -1,4 +1,4 @@
-"""The rows that a staged step runs, from stage to stage, and the states that come in or are kept on the way."""
+"""The rows that a staged step runs, from stage to stage; carried hidden states that enter them, or are kept of them."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,19 @@ from vllm_hidrop.staged.step import StagedStep
 
 @dataclass
 class Rows:
-    """The current rows: vLLM's residual pair, which of the step's full rows they are, and their RoPE ids."""
+    """The rows that the current layer runs.
+
+    Attributes:
+        hidden: [T, C], one of vLLM's residual pair.
+        residual: [T, C], the other; None before the first layer.
+        full: int64 [T], the rows' indices among the step's full rows and, after them, the carried rows.
+        ids: int64 [T], RoPE ids.
+    """
 
     hidden: torch.Tensor
     residual: torch.Tensor | None
     full: torch.Tensor
-    """int64 [T], indices into the step's full rows and, after them, the carried ones."""
     ids: torch.Tensor
-    """int64 [T]."""
 
     def gather(self, index: torch.Tensor) -> None:
         """Keep the rows at ``index``, int64 [T']."""
@@ -34,7 +39,7 @@ class Rows:
 
 
 def carry_in(rows: Rows, step: StagedStep, stage: int, positions: torch.Tensor) -> None:
-    """Put the carried states of the prompts whose first cut is ``stage`` before their rows."""
+    """Put carried states before the rows of their prompts, for the prompts whose first cut is ``stage``."""
     carrying = step.carrying(stage)
     if not carrying:
         return
@@ -44,17 +49,17 @@ def carry_in(rows: Rows, step: StagedStep, stage: int, positions: torch.Tensor) 
         pieces += [np.arange(cursor, first), np.arange(end, end + num_rows)]
         cursor, end = first, end + num_rows
     pieces.append(np.arange(cursor, len(rows.full)))
-    numbers = np.concatenate([np.arange(len(p.carried)) + step.first_carried[p.index] for p in carrying])
-    full = torch.from_numpy(numbers).to(rows.full.device)
+    indices = np.concatenate([np.arange(len(p.carried)) + step.first_carried[p.index] for p in carrying])
+    full = torch.from_numpy(indices).to(rows.full.device)
     rows.extend(torch.cat([prefill.carried for prefill in carrying]), full, positions[full])
     rows.gather(torch.from_numpy(np.concatenate(pieces)).to(rows.full.device))
 
 
 def keep_states(rows: Rows, step: StagedStep, stage: int) -> dict[str, torch.Tensor]:
-    """The states of prompts whose first cut is ``stage`` and which are to be kept.
+    """Copy the hidden states [n, C] that prompts whose first cut is ``stage`` keep for later prompts, by request id.
 
-    They are those from the last block boundary before the first image to the end of the last. These rows go on as
-    those of a later prompt will: with the sum as hidden state, and residual 0.
+    They reach from the last block boundary before the first image to the end of the last image. The residual is added
+    to these rows and set to 0, in this step too: a later prompt that carries the copies in runs the very same numbers.
     """
     keeping = [p for p in step.prefills if p.keeps_state and p.plan.first_cut == stage]
     if not keeping:
@@ -62,20 +67,20 @@ def keep_states(rows: Rows, step: StagedStep, stage: int) -> dict[str, torch.Ten
     assert rows.residual is not None, "no layer runs before the first one"
     rows.hidden, rows.residual = rows.hidden.clone(), rows.residual.clone()
     starts = step.entering(stage).row_starts
-    found = {}
+    states = {}
     for prefill in keeping:
         plan, first = prefill.plan, int(starts[prefill.index])
         if prefill.carried is None:
             first += plan.carried_from - prefill.num_computed
-        here = slice(first, first + plan.num_carried(plan.spans[-1].end))
-        rows.hidden[here] += rows.residual[here]
-        rows.residual[here] = 0
-        found[prefill.request_id] = rows.hidden[here].clone()
-    return found
+        kept = slice(first, first + plan.num_carried(plan.spans[-1].end))
+        rows.hidden[kept] += rows.residual[kept]
+        rows.residual[kept] = 0
+        states[prefill.request_id] = rows.hidden[kept].clone()
+    return states
 
 
 def scatter(hidden: torch.Tensor, full: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Put compact rows back in their places among the full rows."""
+    """Put rows [T, C] back in their places ``full``, int64 [T], among ``num_rows`` rows; the other rows are zero."""
     if hidden.shape[0] == num_rows:
         return hidden
     return hidden.new_zeros(num_rows, hidden.shape[1]).index_copy_(0, full, hidden)

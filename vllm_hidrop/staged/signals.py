@@ -1,7 +1,8 @@
-"""Signals computed beside the paged attention: one query row per request, never an S x S matrix.
+"""Signals computed beside the paged attention: of one query row per prompt, or of its text rows tile by tile.
 
-Float32 statistics whatever the model's dtype. To add a signal: one entry in ``plan.signal``, one function here and its
-row in :data:`SIGNALS`.
+Arguments, the same everywhere: ``query`` has rows of H heads of size D, ``key`` and ``value`` rows of G KV heads, G
+divides H; ``query`` and ``key`` are after RoPE; ``scale`` is that of the logits. Statistics are float32 [T] whatever
+the model's dtype. To add a signal: one entry in ``plan.signal``, one function here, its row in :data:`SIGNALS`.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,33 +16,26 @@ from vllm_hidrop.plan.signal import Signal
 from vllm_hidrop.staged.tensor_parallel import mean_over_ranks, sum_over_ranks
 
 AcrossRanks = Callable[[torch.Tensor], torch.Tensor]
-"""Combines a statistic of one rank's heads with those of the other ranks' heads."""
+"""Combines a statistic of one tensor-parallel rank's heads with those of the other ranks' heads."""
 
 MAX_WEIGHTS = 1 << 22
 """Attention weights computed at a time, all heads together: 16 MiB in float32."""
 NOTHING_LEFT = 1e-5
-"""Share of ||o||^2 below which o - c is zero in float32: the token is all of the output, and the cosine counts as 0."""
+"""Where ||o - c||^2 is a smaller share of ||o||^2, float32 cannot tell it from 0: the token is all of the output, and
+the cosine counts as 0."""
 
 
 def one_rank(statistic: torch.Tensor) -> torch.Tensor:
-    """The statistic itself: all heads are here."""
+    """The statistic itself, as this rank has all heads."""
     return statistic
 
 
 def row_attention(
     query: torch.Tensor, key: torch.Tensor, num_heads: int, num_kv_heads: int, scale: float
 ) -> torch.Tensor:
-    """Attention of one row to a run of rows that ends with it.
+    """Attention of one row, ``query`` [H * D], to the rows it sees, ``key`` [T, G * D]: float32 [T].
 
-    Args:
-        query: [H * D], the row's query after RoPE.
-        key: [T, G * D], keys after RoPE of all rows the query may see; G KV heads.
-        num_heads: H.
-        num_kv_heads: G, divides H.
-        scale: of the logits.
-
-    Returns:
-        float32 [T], softmax over all T rows per head, then mean over heads (HiDrop section 3.3).
+    Softmax over all T rows per head, then mean over heads (HiDrop section 3.3).
     """
     head_size = query.shape[-1] // num_heads
     grouped_query = query.float().view(num_kv_heads, num_heads // num_kv_heads, head_size)
@@ -59,35 +53,24 @@ def contribution(
     scale: float,
     sum_over_ranks: AcrossRanks = one_rank,
 ) -> Contribution:
-    """What each of a run of rows adds to the attention output o of the row that ends it.
+    """What each of the T rows that one row sees adds to its attention output o (VisiPruner equations 6 to 8).
 
-    Never a [T, H * D] tensor: with weights a, ||c_j||^2 = sum_h a_hj^2 ||v_hj||^2 and <c_j, o> = sum_h a_hj <v_hj, o_h>
-    give both statistics (VisiPruner equations 6 to 8).
-
-    Args:
-        query: [H * D], the last row's query after RoPE.
-        key: [T, G * D], keys after RoPE of all rows the query may see; G KV heads.
-        value: [T, G * D].
-        num_heads: H.
-        num_kv_heads: G, divides H.
-        scale: of the logits.
-        sum_over_ranks: where these heads are only one rank's.
-
-    Returns:
-        Statistics of all T rows.
+    ``query`` is [H * D], ``key`` and ``value`` are [T, G * D]. No c_j itself is computed, which all together would be
+    [T, H * D]: with attention weights a, ||c_j||^2 = sum_h a_hj^2 ||v_hj||^2 and <c_j, o> = sum_h a_hj <v_hj, o_h> give
+    both statistics.
     """
     shape = (-1, num_kv_heads, query.shape[-1] // num_heads)
     queries = (query.float() * scale).view(num_kv_heads, num_heads // num_kv_heads, shape[-1])
     keys, values = (rows.float().view(shape).transpose(0, 1) for rows in (key, value))
     weights = (queries @ keys.transpose(1, 2)).softmax(dim=-1)  # [G, H / G, T]
     output = weights @ values
-    along = (weights * (output @ values.transpose(1, 2))).sum((0, 1))
-    squared = (weights.square().sum(1) * values.square().sum(-1)).sum(0)
-    whole = output.square().sum()
-    along, squared, whole = sum_over_ranks(torch.stack((along, squared, whole.expand_as(along))))
-    left = whole - 2 * along + squared
-    cosine = ((whole - along) * (whole * left).rsqrt()).masked_fill_(left < NOTHING_LEFT * whole, 0)
-    return Contribution(squared.sqrt(), cosine)
+    dot = (weights * (output @ values.transpose(1, 2))).sum((0, 1))  # <c_j, o>
+    c_squared = (weights.square().sum(1) * values.square().sum(-1)).sum(0)
+    o_squared = output.square().sum()
+    dot, c_squared, o_squared = sum_over_ranks(torch.stack((dot, c_squared, o_squared.expand_as(dot))))
+    rest_squared = o_squared - 2 * dot + c_squared  # ||o - c_j||^2
+    cosine = (o_squared - dot) * (o_squared * rest_squared).rsqrt()
+    return Contribution(c_squared.sqrt(), cosine.masked_fill_(rest_squared < NOTHING_LEFT * o_squared, 0))
 
 
 def text_attention(
@@ -99,20 +82,11 @@ def text_attention(
     scale: float,
     mean_over_ranks: AcrossRanks = one_rank,
 ) -> TextAttention:
-    """Sum and maximum over some rows of the attention they pay, head mean first; at most ``MAX_WEIGHTS`` at a time.
+    """Attention that N text rows, ``query`` [N, H * D], pay to a prompt, ``key`` [T, G * D] (MustDrop section 3.2).
 
-    Args:
-        query: [N, H * D], queries after RoPE of the rows that look.
-        key: [T, G * D], keys after RoPE of the prompt.
-        rows: int64 [N] on the host, the rows' places among the T, ascending: each sees itself and what is before.
-        num_heads: H.
-        num_kv_heads: G, divides H.
-        scale: of the logits.
-        mean_over_ranks: where these heads are only one rank's; called once per tile, as a maximum over rows is of the
-            mean over heads.
-
-    Returns:
-        Statistics of all T rows (MustDrop section 3.2).
+    Mean over heads, then sum and maximum over the N rows; computed in tiles of at most ``MAX_WEIGHTS`` weights.
+    ``rows`` are the N rows' places among the T, int64 [N] on the host, ascending: each sees itself and what is before.
+    ``mean_over_ranks`` is called once per tile, as the maximum over rows is taken of the mean over all heads.
     """
     num_keys = key.shape[0]
     if not len(rows):
@@ -123,12 +97,12 @@ def text_attention(
     tile = max(1, MAX_WEIGHTS // (num_heads * num_keys))
     totals, peaks = [], []
     for start in range(0, len(rows), tile):
-        here = rows[start : start + tile]
-        seen = int(here[0])  # by all of them
-        ahead = (places[seen:] > here[:, None]).to(key.device, non_blocking=True)
-        queries = (query[start : start + tile].float() * scale).view(len(here), num_kv_heads, -1, head_size)
+        in_tile = rows[start : start + tile]
+        seen_by_all = int(in_tile[0])
+        ahead = (places[seen_by_all:] > in_tile[:, None]).to(key.device, non_blocking=True)
+        queries = (query[start : start + tile].float() * scale).view(len(in_tile), num_kv_heads, -1, head_size)
         logits = torch.matmul(queries.permute(1, 2, 0, 3), keys)  # [G, H / G, n, T]
-        logits[..., seen:].masked_fill_(ahead, -torch.inf)
+        logits[..., seen_by_all:].masked_fill_(ahead, -torch.inf)
         paid = mean_over_ranks(logits.softmax(dim=-1).mean(dim=(0, 1)))
         totals.append(paid.sum(0))
         peaks.append(paid.amax(0))
@@ -139,14 +113,13 @@ def text_attention(
 
 @dataclass(frozen=True)
 class PromptAttention:
-    """One prompt in the attention of one layer, as signals read it; H query heads of size D, G key heads.
+    """One prompt in the attention of one layer, as signals read it.
 
     Attributes:
-        query: [N, H * D], after RoPE, of the prompt's rows in this step; the last is its last row.
-        key: [T, G * D], after RoPE, of all its tokens in the stage: those that were cached before the step come first.
-        value: [N, G * D], of the rows in this step.
-        places: of the prompt's tokens in the stage.
-        num_prompt_tokens: of the full prompt.
+        query: [N, H * D], of the prompt's rows in this step; the last is its last row.
+        key: [T, G * D], of all its tokens in the stage: those that were cached before the step come first.
+        value: [N, G * D], of its rows in this step.
+        places: where the stage holds the prompt's tokens.
         shape: (H, G, scale of the logits).
     """
 
@@ -178,4 +151,4 @@ SIGNALS: Mapping[Signal, Callable[[PromptAttention], Statistic]] = {
     Signal.CONTRIBUTION: _contribution,
     Signal.TEXT_ATTENTION: _text_attention,
 }
-"""What each signal comes to for all T tokens of a prompt in a stage."""
+"""The function that computes each signal, for all T tokens of a prompt in a stage."""

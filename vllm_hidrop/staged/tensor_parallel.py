@@ -1,9 +1,8 @@
-"""What tensor-parallel ranks, each with its own share of the heads, must agree on.
+"""Sums, means and broadcasts over tensor-parallel ranks, equal to the bit on every rank; nothing is sent by one alone.
 
-Nothing is exchanged where there is one rank.
-
-A reduction may add in another order on every rank (vLLM's shared-memory kernel starts with its own rank's part), and a
-last bit is enough to choose another token. So parts are gathered and added here, in rank order: the same on every rank.
+Each rank has its own share of the heads. vLLM's all-reduce may add in another order on every rank (its shared-memory
+kernel starts with its own rank's part), and a last bit is enough to choose another token. So parts are gathered and
+added here, in rank order.
 """
 
 import torch
@@ -19,12 +18,12 @@ def sum_over_ranks(part: torch.Tensor) -> torch.Tensor:
 
 
 def mean_over_ranks(part: torch.Tensor) -> torch.Tensor:
-    """Their mean: that over all heads, of means over each rank's equally many heads; one collective."""
+    """The mean over all heads, from each rank's mean over its own heads, equally many; one collective."""
     return sum_over_ranks(part) / get_tp_group().world_size
 
 
 def first_ranks(same: torch.Tensor) -> torch.Tensor:
-    """What the first rank holds, where all should hold the same; decisions made from it agree in every bit."""
+    """The first rank's tensor, where all ranks should hold the same: decisions made from it agree to the bit."""
     if get_tp_group().world_size == 1:
         return same
     return get_tp_group().broadcast(same.contiguous())
