@@ -1,1 +1,1 @@
-"""What users choose and ask: command line, options, safety, grammars, reports."""
+"""What users choose and ask: command line, settings, request options, grammars, routes and reports."""

@@ -1,4 +1,4 @@
-"""The rest of the command line, by vLLM's own parser, with our choice put where the engine reads it."""
+"""Parse the rest of the command line with vLLM's parser, and write our pruning choice where the engine reads it."""
 
 from argparse import Namespace
 from typing import Any, NoReturn
@@ -19,19 +19,17 @@ LOOPBACK = "127.0.0.1"
 
 
 class _Parser(FlexibleArgumentParser):
-    """vLLM's parser, whose mistakes are one line instead of four screens of usage."""
+    """vLLM's parser, with one-line errors instead of four screens of usage."""
 
     def error(self, message: str) -> NoReturn:
         raise StartError(f"{message} (vLLM's flags: hidrop serve --vllm-help all)")
 
 
 def parse(model: str | None, vllm_args: list[str], method: str | None = None) -> Namespace:
-    """Parse vLLM's flags; without any model, the embedded one with its defaults.
+    """Parse vLLM's flags and ours; StartError for what vLLM or ``settings.REFUSED`` refuses.
 
-    The embedded checkpoint is the one trained for ``method``, and the dense one for methods that need no training.
-
-    Raises:
-        StartError: what vLLM's parser and its checks refuse, and what opens the engine to requests.
+    Without a model, an embedded one is served with its own defaults: the checkpoint trained for ``method``, or the
+    dense one if the method needs no training.
     """
     parser = _make_parser(_Parser(prog="hidrop serve", add_json_tip=False))
     argv = [model, *vllm_args] if model else vllm_args
@@ -55,17 +53,13 @@ def parse(model: str | None, vllm_args: list[str], method: str | None = None) ->
 
 
 def print_vllm_help(topic: str) -> None:
-    """Show vLLM's own help: "all", a flag or a group."""
+    """Print vLLM's own help; ``topic`` is "all", "groups", a flag or a group."""
     parser = _make_parser(FlexibleArgumentParser(prog="hidrop serve"))
     parser.parse_args(["--help"] if topic == "groups" else [f"--help={topic}"])
 
 
 def apply_choice(args: Namespace, choice: HidropConfig) -> None:
-    """Check the choice against the model's configuration and write it into the arguments.
-
-    Raises:
-        StartError: unreadable model, unsupported family, or a choice that does not fit the model.
-    """
+    """Write the choice into ``args``; StartError if the model is unreadable or unsupported, or does not fit."""
     choice = _merge_additional_config(args, choice)
     overrides = args.hf_overrides if isinstance(args.hf_overrides, dict) else {}
     hf_config = _model_config(args)
@@ -82,7 +76,7 @@ def apply_choice(args: Namespace, choice: HidropConfig) -> None:
 
 
 def _make_parser(parser: FlexibleArgumentParser) -> FlexibleArgumentParser:
-    """VLLM's flags and ours."""
+    """Add vLLM's flags and ours to a parser."""
     make_arg_parser(parser)
     add_flags(parser)
     return parser
@@ -93,18 +87,18 @@ def _has_model_flag(argv: list[str]) -> bool:
 
 
 def _dtype() -> dict[str, str]:
-    """Float32 is right on every CPU; GPU attention needs what the checkpoint has."""
+    """Float32 works on every CPU; attention on a GPU needs the checkpoint's own type."""
     return {"dtype": "float32"} if current_platform.is_cpu() else {}
 
 
 def _listen_on_loopback(args: Namespace) -> None:
-    """Without a key, strangers get no address to ask, unless the user names one; vLLM's default is all addresses."""
+    """Without an API key, listen on loopback unless the user names an address; vLLM's default is all addresses."""
     if args.host is None and args.uds is None and not keys_of(args, API_KEY):
         args.host = LOOPBACK
 
 
 def _count_processes(args: Namespace) -> None:
-    """Tell the engine's configuration how many processes talk to it; -1 is the one that talks to none itself."""
+    """Tell the engine's configuration how many API processes there are; rank -1 is their parent, which serves none."""
     args.api_server_count = 1 if args.api_server_count is None else args.api_server_count
     if args.api_server_count < 1:
         raise StartError(f"--api-server-count must be at least 1, got {args.api_server_count}")
@@ -131,5 +125,5 @@ def _model_config(args: Namespace) -> Any:
             config_format=args.config_format,
         )
     except Exception as error:
-        # Whatever file, hub or parser complains: the engine could not read the model either.
+        # Any error of file, hub or parser: the engine could not read the model either.
         raise StartError(f"cannot read the configuration of model {args.model!r}: {error}") from None

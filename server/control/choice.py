@@ -8,11 +8,7 @@ from vllm_hidrop.config import HidropConfig
 
 
 def check_choice(data: Mapping[str, Any]) -> HidropConfig:
-    """Check everything that does not depend on the model.
-
-    Raises:
-        StartError: unknown key, method, preset or option.
-    """
+    """Check what does not depend on the model; StartError for an unknown key, method, preset or option."""
     try:
         return HidropConfig.checked(data)
     except (TypeError, ValueError) as error:

@@ -1,8 +1,7 @@
-"""A process that tries grammars before the engine meets them, each in a child of its own that the kernel ends in time.
+"""The process that compiles grammars before the engine does, each in a forked child with limits of time and memory.
 
-Compilers of grammars are C++ in a thread: once begun, nothing in their process can stop them. Here each runs in a fork
-that has bounds for CPU time, wall time and memory, so that a grammar can cost that much and no more, and holds up no
-other.
+Grammar compilers are C++ threads: once begun, nothing in their process can stop them. The kernel ends a child that
+passes its CPU time or wall time and denies it more memory, so one grammar can cost no more, and delays no other.
 """
 
 import json
@@ -28,18 +27,13 @@ from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from vllm_hidrop.engine.scheduler import DEAD_END
 
-MEMORY_MIB = 512
-"""What compiling one grammar may add to the process."""
-MASK_SECONDS = 0.1
-"""CPU time of one token's mask, which the engine makes between two steps, while every other request waits."""
-WALK_TOKENS = 100
-"""How far each of the two walks through a grammar goes."""
-PATIENCE = 4
-"""Wall time for each second of CPU time: the machine may have other work."""
+MEMORY_MIB = 512  # what compiling one grammar may add to its process
+MASK_SECONDS = 0.1  # CPU time of one token's mask; the engine makes masks between two steps, while every request waits
+WALK_TOKENS = 100  # length of each of the two walks through a grammar
+PATIENCE = 4  # seconds of wall time for each second of CPU time: the machine may have other work
 NICENESS = 10
 
-PLACE = re.compile(r"\[[\d:]+\] \S+:\d+: ")
-"""Time and line of the C++ file that a message of XGrammar begins with."""
+PLACE = re.compile(r"\[[\d:]+\] \S+:\d+: ")  # time and C++ source line at the start of XGrammar's messages
 
 SPELLS_NOTHING = "no token of this model's vocabulary can begin what is asked for"
 IS_SLOW = (
@@ -49,28 +43,25 @@ IS_SLOW = (
 
 
 def wall_seconds(cpu_seconds: int) -> int:
-    """How long a child may live."""
+    """Wall time, in seconds, after which a child is ended."""
     return PATIENCE * cpu_seconds + 1
 
 
 def question(structured: StructuredOutputsParams, stop_token_ids: Sequence[int]) -> bytes:
-    """What a child is asked: the constraint, and the tokens that may end it."""
+    """The message to a child: the constraint, and the tokens that may end it."""
     fields = {name: value for name, value in asdict(structured).items() if not name.startswith("_")}
     return json.dumps({"fields": fields, "stop": sorted(stop_token_ids)}, sort_keys=True).encode()
 
 
 def serve_judge(control: socket.socket, inherited: Sequence[socket.socket], config: VllmConfig, seconds: int) -> None:
-    """Be the process: fork a child for every connection that comes over ``control``, until that closes.
+    """Run the process: fork a child for every connection that arrives over ``control``, until ``control`` closes.
 
-    Args:
-        control: sends one byte and one connected socket for each grammar.
-        inherited: sockets of the parent that must not stay open here.
-        config: of the engine.
-        seconds: CPU time of one child.
+    ``control`` carries one byte and one connected socket for each grammar; ``inherited`` are the parent's sockets,
+    closed here; ``seconds`` is the CPU time of one child.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, to the whole group; the parent ends, then so do we
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole process group; we end after the parent
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
     for each in inherited:
         each.close()
@@ -85,11 +76,7 @@ def serve_judge(control: socket.socket, inherited: Sequence[socket.socket], conf
 
 
 def judge(manager: StructuredOutputManager, config: VllmConfig, asked: bytes) -> dict[str, Any]:
-    """What vLLM and a short walk say of one constraint.
-
-    Returns:
-        ``refused``: the reason; or ``backend`` and ``grammar``: what vLLM's validation makes of the constraint.
-    """
+    """Judge one constraint: ``refused`` with the reason, or the ``backend`` and ``grammar`` that vLLM makes of it."""
     parts = json.loads(asked)
     try:
         structured = StructuredOutputsParams(**parts["fields"])
@@ -108,9 +95,9 @@ def judge(manager: StructuredOutputManager, config: VllmConfig, asked: bytes) ->
 def find_fault(
     grammar: StructuredOutputGrammar, manager: StructuredOutputManager, stop_token_ids: frozenset[int]
 ) -> str | None:
-    """Why a grammar that compiled cannot be used: no way through it has tokens, or its masks take too long.
+    """Why a grammar that compiled cannot be used (no way through it has tokens, or its masks take too long), or None.
 
-    Two walks look at masks: one takes any allowed token, one always the first, which goes deep into repetitions.
+    Two walks look at masks: one takes random allowed tokens, one always the first, which goes deep into repetitions.
     """
     backend = manager.backend
     assert backend is not None
@@ -139,18 +126,18 @@ def find_fault(
 
 
 def _allowed(bitmask: Any) -> Any:
-    """Token ids of one row of a mask, which has 32 tokens in each word."""
+    """Ids of the tokens that a mask of one row allows, one bit for each token."""
     bits = np.unpackbits(bitmask[0].numpy().view(np.uint8), bitorder="little")
     return np.flatnonzero(bits)
 
 
 def _manager(config: VllmConfig) -> StructuredOutputManager:
-    """VLLM's own, which compiles at once; its backend is made now, for the children to inherit."""
+    """A manager of vLLM that compiles synchronously, and whose backend already exists when children are forked."""
     manager = StructuredOutputManager(config)
     manager._use_async_grammar_compilation = False
     warm = StructuredOutputsParams(regex="a")
     params = SamplingParams(structured_outputs=warm)
-    with suppress(Exception):  # no tokenizer, or one that cannot spell it; then the backend is there
+    with suppress(Exception):  # no tokenizer, or one that cannot spell it; the backend is made nevertheless
         params._validate_structured_outputs(config.model_config, config.structured_outputs_config, manager.tokenizer)
         _compile(manager, params)
     return manager
@@ -172,7 +159,7 @@ def _compile(manager: StructuredOutputManager, params: SamplingParams) -> Struct
 
 
 def _reason(error: Exception) -> str:
-    """One line; vLLM keeps the parser's own words as the cause."""
+    """The error as one line; vLLM keeps the parser's own words as its cause."""
     cause = error.__cause__
     said = f"{error} {cause}" if cause is not None and str(cause) not in str(error) else str(error)
     return " ".join(PLACE.sub("", said).split())[:400]
@@ -181,7 +168,7 @@ def _reason(error: Exception) -> str:
 def _be_child(
     control: socket.socket, connection: socket.socket, answer: Callable[[bytes], dict[str, Any]], seconds: int
 ) -> None:
-    """Answer one question and end; the kernel ends what takes longer."""
+    """Answer one question and exit; the kernel ends a child that takes longer."""
     try:
         control.close()
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -199,6 +186,6 @@ def _be_child(
 
 
 def _data_bytes() -> int:
-    """What this process holds already of the memory that ``RLIMIT_DATA`` counts."""
+    """Memory that this process already holds, as ``RLIMIT_DATA`` counts it."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[5]) * resource.getpagesize()

@@ -1,4 +1,4 @@
-"""Which grammars enter the engine: those of a bounded size that another process could compile in bounded time."""
+"""Admit only grammars of bounded size that another process could compile in bounded time."""
 
 import asyncio
 import hashlib
@@ -20,20 +20,17 @@ from vllm.utils.cache import LRUCache
 from hidrop_server.control.grammar_judge import MEMORY_MIB, question, serve_judge, wall_seconds
 from hidrop_server.metrics import HidropMetrics
 
-REMEMBERED = 4096
-"""Verdicts kept."""
-AT_ONCE = max(2, os.cpu_count() or 1)
-"""Grammars tried at the same time; more wait for one of them to end."""
+REMEMBERED = 4096  # verdicts kept
+AT_ONCE = max(2, os.cpu_count() or 1)  # grammars tried at the same time; others wait
 PARAMETER = "structured_outputs"
 
 Verdict = dict[str, Any]
 
 
 class Judge:
-    """The process that tries grammars, seen from the server's.
+    """Starts the process of `grammar_judge`, and asks it.
 
-    Started before the server's process has threads or sockets, because it is a fork of it: that costs next to no time
-    and memory, where a process of its own would import all of vLLM again.
+    The process is a fork of the server's, made before that has threads or sockets: a new one would have to import vLLM.
     """
 
     def __init__(self, config: VllmConfig, seconds: int, inherited: Sequence[socket.socket] = ()) -> None:
@@ -50,15 +47,11 @@ class Judge:
 
     @property
     def lives(self) -> bool:
-        """Whether it can be asked."""
+        """Whether the process still runs."""
         return self._process.is_alive()
 
     async def ask(self, asked: bytes) -> bytes:
-        """The verdict as JSON; nothing if it was ended before there was one.
-
-        Raises:
-            OSError: the process has ended.
-        """
+        """The verdict as JSON, empty if the child was ended before it had one; OSError if the judge has ended."""
         ours, its = socket.socketpair()
         with its:
             try:
@@ -84,13 +77,7 @@ class Judge:
 
 
 class Grammars:
-    """Admits constraints: bounded in size, known to compile, and to allow a first token.
-
-    Args:
-        judge: tries them.
-        max_kb: size of one constraint as text, in KiB.
-        metrics: count refusals, and show how many constraints wait.
-    """
+    """Admits constraints of at most ``max_kb`` KiB of text that compile in time and can be spelt in tokens."""
 
     def __init__(self, judge: Judge, max_kb: int, metrics: HidropMetrics) -> None:
         self._judge = judge
@@ -102,15 +89,15 @@ class Grammars:
 
     @property
     def why_unready(self) -> str | None:
-        """Why no constraint can be admitted any more."""
+        """Why no constraint can be admitted any more; None while the judge's process runs."""
         return None if self._judge.lives else "the process that tries grammars has ended: restart this server"
 
     async def admit(self, params: SamplingParams, stop_token_ids: Sequence[int]) -> None:
         """Wait for the verdict, and write into ``params`` what vLLM's own validation would have.
 
         Raises:
-            VLLMValidationError: the constraint is too large, bad, too slow to compile, or not to be spelt.
-            GracefulHTTPError: no verdict for now.
+            VLLMValidationError: the constraint is too large, invalid, too slow to compile, or impossible in tokens.
+            GracefulHTTPError: there is no verdict for now (503).
         """
         structured = params.structured_outputs
         if structured is None or structured.all_constraints_none():
@@ -177,7 +164,7 @@ class Grammars:
 
 
 def _size(structured: StructuredOutputsParams) -> int:
-    """Bytes of the constraint as text."""
+    """Bytes of the constraint as UTF-8 text."""
     given = (structured.json, structured.regex, structured.choice, structured.grammar, structured.structural_tag)
     texts = [each if isinstance(each, str) else json.dumps(each) for each in given if each is not None]
     return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)

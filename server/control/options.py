@@ -1,4 +1,4 @@
-"""Which keys of `vllm_xargs` somebody reads."""
+"""Check the keys and values of ``vllm_xargs``, a request's own options."""
 
 from collections.abc import Iterable
 from importlib.metadata import entry_points
@@ -10,23 +10,14 @@ from vllm_hidrop.plan.names import unknown
 from vllm_hidrop.plan.planner import REQUEST_KEYS
 
 VLLM_KEYS = ("kv_cache_report_mode", "session_id", "kv_transfer_params", "ec_transfer_params")
-"""What vLLM 0.32 itself reads there; its routes put the last two in from fields of their own."""
+"""Keys that vLLM 0.32 itself reads; its routes fill the last two from request fields of their own."""
 BOOLEAN_KEY = "hidrop_explain"
 SCALARS = {str, int, float, bool}
-PROCESSORS = "vllm.logits_processors"
-"""Entry points of logits processors, which read what they like."""
+PROCESSORS = "vllm.logits_processors"  # entry points of logits processors, which may read any key
 
 
 def check_keys(keys: Iterable[str], others_are_read: bool) -> None:
-    """Refuse what nobody would read, because a misspelt option would silently do nothing.
-
-    Args:
-        keys: of a request.
-        others_are_read: see :func:`others_are_read`.
-
-    Raises:
-        ValueError: names the key and the known ones.
-    """
+    """Refuse keys that nobody reads (a misspelt option would silently do nothing); ValueError names the known ones."""
     for key in keys:
         known = key in REQUEST_KEYS or key in VLLM_KEYS
         if not known and (key.startswith("hidrop") or not others_are_read):
@@ -34,14 +25,7 @@ def check_keys(keys: Iterable[str], others_are_read: bool) -> None:
 
 
 def check_options(found: Any) -> None:
-    """Refuse what a request's ``vllm_xargs`` would lose on its way: the type that vLLM declares for it makes 1 of true.
-
-    Args:
-        found: as the body has it.
-
-    Raises:
-        BodyRefused: true or false for a word or a number, or a list too long.
-    """
+    """Refuse values that vLLM's types would alter (true becomes 1), and long or nested lists (BodyRefused)."""
     if not isinstance(found, dict):
         return
     for key, value in found.items():
@@ -55,5 +39,5 @@ def check_options(found: Any) -> None:
 
 
 def others_are_read(model_config: Any) -> bool:
-    """Whether the server has logits processors, of ``--logits-processors`` or installed ones."""
+    """Whether logits processors, of ``--logits-processors`` or installed ones, may read other keys."""
     return bool(model_config.logits_processors) or bool(entry_points(group=PROCESSORS))

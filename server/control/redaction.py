@@ -1,4 +1,4 @@
-"""Keep keys out of the log."""
+"""Keep API keys out of the log."""
 
 import logging
 from collections.abc import Iterable

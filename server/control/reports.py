@@ -1,4 +1,4 @@
-"""Carry the engine's report from the final output into the response."""
+"""Carry the engine's report from the outputs into the response."""
 
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 
 from vllm.outputs import RequestOutput
 
-REPORT_KEY = "hidrop"
-"""Of ``RequestOutput.kv_transfer_params`` on the way, of the response at the end."""
+REPORT_KEY = "hidrop"  # of the report, in ``RequestOutput.kv_transfer_params`` and in the response
 DATA = "data: "
 DONE = f"{DATA}[DONE]\n\n"
 
@@ -16,7 +15,7 @@ Item = TypeVar("Item")
 
 
 class ReportSeen:
-    """Watches the outputs of one request for the report of its first choice."""
+    """Takes the report of the first choice out of one request's outputs."""
 
     def __init__(self, num_prompts: int = 1) -> None:
         self.report: dict[str, Any] | None = None
@@ -28,7 +27,7 @@ class ReportSeen:
         return self._num_running == 0
 
     def see(self, output: RequestOutput, prompt_index: int = 0) -> None:
-        """Take the report out of an output: the response shows it once, under its own name."""
+        """Move the report from an output to ``report``: the response shows it once, under its own name."""
         params = output.kv_transfer_params or {}
         if REPORT_KEY in params:
             is_first = prompt_index == 0 and output.outputs[0].index == 0
@@ -49,10 +48,9 @@ class ReportSeen:
 
 
 async def with_report(chunks: AsyncGenerator[str, None], seen: ReportSeen) -> AsyncGenerator[str, None]:
-    """Put the report into the last chunk of a stream.
+    """Put the report into the last chunk of a stream: that of the usage if there is one, else of the finish reason.
 
-    That is the usage chunk if the client asked for one, else the one with the finish reason. Nothing is held back
-    before the engine has finished.
+    No chunk is held back before the engine has finished.
     """
     held: str | None = None
     async with aclosing(chunks):
@@ -78,7 +76,7 @@ def _with_report(chunk: str, report: dict[str, Any] | None) -> str:
 
 
 def report_in_chunk(chunk: str) -> dict[str, Any] | None:
-    """What :func:`with_report` put there."""
+    """The report that :func:`with_report` put into a chunk, if any."""
     if f'"{REPORT_KEY}":' not in chunk or not chunk.startswith(DATA):
         return None
     report: dict[str, Any] | None = json.loads(chunk.removeprefix(DATA)).get(REPORT_KEY)
@@ -86,7 +84,7 @@ def report_in_chunk(chunk: str) -> dict[str, Any] | None:
 
 
 def in_message_delta(event: str, report: dict[str, Any] | None) -> str:
-    """Put the report into the event of a messages stream that has the usage."""
+    """Put the report into a messages stream's ``message_delta`` event, which has the usage."""
     head = f"event: message_delta\n{DATA}"
     if report is None or not event.startswith(head):
         return event

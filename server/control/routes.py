@@ -1,4 +1,4 @@
-"""Routes of ours: what is pruned, whether to send requests, and vLLM's model list with what is pruned."""
+"""Our routes: ``/hidrop`` (what is pruned), ``/ready``, and vLLM's ``/v1/models`` with what is pruned."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ async def show_models(raw_request: Request) -> JSONResponse:
 
 
 def describe(planner: Planner) -> dict[str, Any]:
-    """What is pruned, as plain data."""
+    """What this server prunes, as JSON values."""
     schedule = planner.schedule
     return {
         "method": planner.method,

@@ -1,8 +1,7 @@
-"""Every setting of `hidrop serve` that is not plain vLLM's: one row each, with its default and where it is applied.
+"""Every setting of `hidrop serve` that is not plain vLLM's: a row each, with its default and the modules that read it.
 
-:data:`SETTINGS` are flags of ours, and flags and environment variables of vLLM's with another default;
-:data:`REFUSED` are those that open a way past all checks. Variables must be set before vLLM is imported, so nothing
-here imports it.
+:data:`SETTINGS` are flags of ours, and vLLM's flags and environment variables with another default; :data:`REFUSED` are
+settings that bypass the checks. Variables must be set before vLLM is imported, so nothing here imports it.
 """
 
 import argparse
@@ -21,19 +20,18 @@ GROUP = "hidrop-safety"
 API_KEY = "--api-key"
 METRICS_KEY = "--metrics-api-key"
 ADMIN_ROUTES = "--enable-admin-routes"
-MEDIA_CONNECTOR = "hidrop"
-"""Name of `hidrop_server.media.connector`'s connector."""
+MEDIA_CONNECTOR = "hidrop"  # name of `hidrop_server.media.connector`'s class in vLLM's registry
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1, from the command line."""
+    """Parse a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
 
 
 def seconds(text: str) -> float:
-    """A time, from the command line."""
+    """Parse a number of seconds."""
     try:
         value = float(text)
     except ValueError:
@@ -44,7 +42,7 @@ def seconds(text: str) -> float:
 
 
 def network(text: str) -> Network:
-    """A network, from the command line."""
+    """Parse a network in CIDR notation."""
     try:
         return ip_network(text)
     except ValueError as error:
@@ -53,27 +51,16 @@ def network(text: str) -> Network:
 
 @dataclass(frozen=True)
 class Setting:
-    """One row.
+    """A row of :data:`SETTINGS`."""
 
-    Attributes:
-        name: a flag if it begins with ``--``, else an environment variable.
-        default: when nobody says anything; for a flag that vLLM has, in place of vLLM's.
-        applied: module and class that read it.
-        help: of a flag of ours; vLLM's own have vLLM's.
-        read: makes the value of a flag of ours from a word; None for a switch.
-        metavar: of its value in the help.
-        variable: environment variable that stands in for a flag that is not given.
-        embedded: for the embedded model only.
-    """
-
-    name: str
-    default: Any
-    applied: str
-    help: str | None = None
-    read: Callable[[str], Any] | None = None
+    name: str  # a flag if it begins with ``--``, else an environment variable
+    default: Any  # in place of vLLM's own, where vLLM has one
+    applied: str  # the modules that read it
+    help: str | None = None  # of a flag of ours; None for vLLM's flags and for variables
+    read: Callable[[str], Any] | None = None  # parses the value of a flag of ours; None for a switch
     metavar: str | None = None
-    variable: str | None = None
-    embedded: bool = False
+    variable: str | None = None  # environment variable that is read where the flag is not given
+    embedded: bool = False  # for the embedded model only
 
 
 SETTINGS = (
@@ -141,7 +128,7 @@ SETTINGS = (
     Setting(API_KEY, None, "http.access", variable="VLLM_API_KEY"),
     Setting("--limit-mm-per-prompt", {"image": 16}, "vLLM"),  # vLLM's: 999
     Setting("--max-num-queued-reqs", 1024, "vLLM, engine"),  # vLLM's: any number
-    # vLLM's: abort at once; with ten seconds to end, within an orchestrator's usual 30.
+    # vLLM's: 0, abort at once. With the 10 s that ending may take, this is within an orchestrator's usual 30.
     Setting("--shutdown-timeout", 20, "engine, http.exchanges"),
     Setting("--custom-histogram-buckets", VLLM_BUCKETS, "vLLM"),
     # A small PNG can unpack to gigabytes. 50 megapixels is the largest phone camera; vLLM's default is 179.
@@ -177,20 +164,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def flag_defaults(embedded: bool) -> dict[str, Any]:
-    """Our defaults for vLLM's flags, by the names that its parser gives them."""
+    """Our defaults for vLLM's flags, by their names in the parsed arguments."""
     rows = (each for each in SETTINGS if each.help is None and each.embedded == embedded)
     return {_attribute(row.name): row.default for row in rows if row.name.startswith("--") and row.default is not None}
 
 
 def set_variables(embedded: bool) -> None:
-    """Set what the user has not set."""
+    """Set the environment variables that the user has not set."""
     for each in SETTINGS:
         if not each.name.startswith("--") and embedded >= each.embedded:
             os.environ.setdefault(each.name, each.default)
 
 
 def keys_of(args: Namespace, flag: str) -> list[str]:
-    """The keys of a flag, else of its variable; that is not its default, because help prints defaults."""
+    """The keys given by a flag, else by its variable; the variable is no default, because help prints defaults."""
     (setting,) = (each for each in SETTINGS if each.name == flag)
     given = getattr(args, _attribute(flag)) or os.environ.get(setting.variable or "")
     return [key for key in ([given] if isinstance(given, str) else given or []) if key]
@@ -198,25 +185,19 @@ def keys_of(args: Namespace, flag: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Refused:
-    """A setting that opens the engine's inside to requests.
+    """A setting that lets requests reach the engine's inside, past all checks.
 
-    What comes that way is taken as it is, by design, for callers that are part of the machine: one number altered ends
-    the engine, or worse.
-
-    Attributes:
-        name: flag or variable.
-        reason: why it stays shut.
-        admin: whether it is taken together with :data:`ADMIN_ROUTES`, which it belongs to.
-        value: of the parsed arguments, where it is not the flag's own.
+    vLLM trusts what comes that way, which it means for callers within the machine: one altered number ends the engine,
+    or worse.
     """
 
-    name: str
-    reason: str
-    admin: bool = False
-    value: str | None = None
+    name: str  # flag or environment variable
+    reason: str  # shown to the user
+    admin: bool = False  # whether :data:`ADMIN_ROUTES`, to which it belongs, permits it
+    value: str | None = None  # path in the parsed arguments, where the flag's own name is not it
 
     def is_set(self, args: Namespace) -> bool:
-        """Whether a command line, or the environment, asks for it, and not as an administrator."""
+        """Whether it is set on the command line or in the environment, and :data:`ADMIN_ROUTES` does not permit it."""
         if self.admin and args.enable_admin_routes:
             return False
         if not self.name.startswith("--"):
