@@ -1,4 +1,4 @@
-"""Who may ask what: once there is a key, all but the probes and the playground's page need it; some routes are gone."""
+"""API keys: once one is set, all but probes and the playground's page need it. Also removes some of vLLM's routes."""
 
 import hashlib
 import hmac
@@ -13,8 +13,7 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 from hidrop_server.http.answers import PROBES, OnRefused, error, is_metrics, refuse
 from hidrop_server.playground.page import PATH as PLAYGROUND
 
-OPEN = (*PROBES, PLAYGROUND)
-"""Needs no key; the playground's page holds no secret, and asks for a key itself."""
+OPEN = (*PROBES, PLAYGROUND)  # needs no key; the playground's page holds no secret, and asks for a key itself
 
 
 ADMIN_ROUTES = frozenset(
@@ -34,34 +33,32 @@ ADMIN_ROUTES = frozenset(
         "/v1/unload_lora_adapter",
     }
 )
-"""There only with ``--enable-admin-routes``: SageMaker's second door to all routes, and power over the engine, over
-files of the server and over what others asked."""
-SCALE_OUT = ("/inference/v1/generate", "/render", "/derender")
-"""Ends of paths that are there only to say that vLLM's ``--enable-scale-out`` is not set."""
+"""Served only with ``--enable-admin-routes``: SageMaker's second path to all routes, and power over the engine, the
+server's files and other clients' requests."""
+SCALE_OUT = ("/inference/v1/generate", "/render", "/derender")  # path endings; vLLM serves only a refusal there
 
 
-REPLACED = "/v1/models"
-"""By ours, in `hidrop_server.control.routes`."""
+REPLACED = "/v1/models"  # by ours, in `hidrop_server.control.routes`
 
 
 def hide_routes(app: FastAPI, admin_too: bool) -> None:
-    """Take vLLM's routes of scale-out, the administrator's if wished, and :data:`REPLACED` out of the application."""
+    """Remove vLLM's scale-out routes, :data:`REPLACED`, and the administrator's if wished."""
     hidden = {REPLACED, *(ADMIN_ROUTES if admin_too else ())}
     paths = [(route, getattr(route, "path", "")) for route in app.router.routes]
     app.router.routes[:] = [route for route, path in paths if path not in hidden and not path.endswith(SCALE_OUT)]
 
 
 def drop_stock_authentication(app: FastAPI) -> None:
-    """Take vLLM's check out, which guards some prefixes only, for ours to stand in its place."""
+    """Remove vLLM's key check, which guards some prefixes only; :class:`Access` stands in its place."""
     app.user_middleware[:] = [each for each in app.user_middleware if each.cls is not AuthenticationMiddleware]
 
 
 class Access:
-    """Refuses with 401 whoever has not the key of a path.
+    """Answers 401 to a request without the key that its path needs.
 
-    With API keys, every path but :data:`OPEN` needs one of them, as ``Authorization: Bearer`` or, as Anthropic's
-    clients send it, ``x-api-key``. With a metrics key, ``/metrics`` needs that and no other. A preflight of a browser
-    carries no key, and never comes here: the CORS middleware around us answers it.
+    With API keys, every path but :data:`OPEN` needs one of them, as ``Authorization: Bearer`` or, from Anthropic's
+    clients, ``x-api-key``. With a metrics key, ``/metrics`` needs that and no other. A browser's preflight carries no
+    key and never comes here: the CORS middleware around us answers it.
     """
 
     def __init__(
@@ -73,7 +70,7 @@ class Access:
         self.on_refused = on_refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Ask for the key, then hand on."""
+        """Run the application if the request has its key; else 401, or close a websocket with 1008."""
         if scope["type"] == "lifespan" or self._may_pass(scope):
             await self.app(scope, receive, send)
             return

@@ -1,4 +1,4 @@
-"""Answers of the middlewares, in the shape of vLLM's own errors, and the routes they treat apart."""
+"""Error answers of the middlewares, in the form of vLLM's own, and the routes that they treat apart."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -10,32 +10,29 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
-PROBES = ("/health", "/ready")
-"""Liveness and readiness: answered also while the server drains."""
+PROBES = ("/health", "/ready")  # liveness and readiness: answered also while the server drains
 METRICS = "/metrics"
 
-CLOSE = {"Connection": "close"}
-"""What the client goes on sending is read no further than :data:`DRAIN_MIB` and :data:`DRAIN_SECONDS` say."""
+CLOSE = {"Connection": "close"}  # of a refused body no more is read than the two limits below allow
 DRAIN_MIB = 128
 DRAIN_SECONDS = 10.0
-"""Of a refused body: many clients look for an answer only when they have sent all, and a connection that is closed
-before is reset, the answer with it."""
+"""How much of a refused body is read, and how long: many clients look for an answer only when they have sent all, and a
+connection that is closed before is reset, so that the answer is lost."""
 
-OnRefused = Callable[[str], None]
-"""Called with the reason of every refusal."""
+OnRefused = Callable[[str], None]  # called with the reason of every refusal
 
 
 def error(
     status: HTTPStatus, message: str, headers: Mapping[str, str] | None = None, parameter: str | None = None
 ) -> JSONResponse:
-    """An error response; its type is the status's phrase, as for vLLM's own, which has another word for 400."""
+    """An error response in vLLM's form: its type is the status's phrase, but "BadRequestError" for 400."""
     kind = "BadRequestError" if status is HTTPStatus.BAD_REQUEST else status.phrase
     body = create_error_response(message, kind, status, parameter)
     return JSONResponse(body.model_dump(), status_code=status, headers=headers)
 
 
 async def refuse(response: JSONResponse, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer before the body has been read, and read the body then; for one that is too long, the connection closes."""
+    """Answer before the body has been read, then drain the body, if there is one, and close the connection."""
     headers = Headers(scope=scope)
     if "content-length" in headers or "transfer-encoding" in headers:
         response.headers.update(CLOSE)
@@ -44,10 +41,7 @@ async def refuse(response: JSONResponse, scope: Scope, receive: Receive, send: S
 
 
 def draining(receive: Receive, send: Send) -> Send:
-    """A ``send`` that reads the request to its end before it says that the answer is complete.
-
-    The answer is with the client by then; its end alone is kept back, because the connection closes on it.
-    """
+    """A ``send`` that reads the rest of the request before it ends the answer, because the connection closes then."""
 
     async def send_and_drain(message: Message) -> None:
         is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
@@ -75,12 +69,12 @@ def is_metrics(path: str) -> bool:
 
 
 class Heads:
-    """`HEAD` wherever there is `GET`: the same status and header; the HTTP server, which knows it, sends no body."""
+    """Answers `HEAD` wherever there is `GET`, with the same status and header; the HTTP server leaves the body out."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Turn one method into the other."""
+        """Run the application, with `GET` in place of `HEAD`."""
         is_head = scope["type"] == "http" and scope["method"] == "HEAD"
         await self.app({**scope, "method": "GET"} if is_head else scope, receive, send)

@@ -1,4 +1,4 @@
-"""Reads every request body before the application does, and hands on those that are taken."""
+"""Reads and checks every request body before the application sees it."""
 
 import json
 from http import HTTPStatus
@@ -17,19 +17,17 @@ from hidrop_server.http.json_bounds import JsonBounds
 
 METHODS = ("POST", "PUT", "PATCH")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-BYTES_PER_CHAR = 4
-"""Of UTF-8, at most."""
+BYTES_PER_CHAR = 4  # of UTF-8, at most
 LARGE_BYTES = 4 << 20
-ID_HEADERS = ("x-request-id", "x-session-id")
-"""vLLM makes these part of the names it gives requests, and of its log."""
+ID_HEADERS = ("x-request-id", "x-session-id")  # vLLM makes these part of the names it gives requests, and of its log
 
 
 class Bodies:
-    """431 for a header and 413 for a body over its limit; 400 for a body that is not what vLLM's routes take.
+    """Answers 431 to a header and 413 to a body over its limit, and 400 to a body that vLLM's routes do not take.
 
-    A body is counted as it comes, of a stated length or not; the first byte too many ends it, whatever is still to
-    come. When it is whole it is parsed, checked, and given to the application as one piece: no JSON in UTF-8, or too
-    costly, is a 400. A form with files (``multipart/form-data``) is only counted: routes for audio alone take one.
+    A body is counted as it arrives, whatever length it states, and the first byte too many ends it. When it is whole it
+    is parsed (400 where it is no JSON in UTF-8 or would cost too much), checked, and given to the application as one
+    piece. A form with files (``multipart/form-data``) is only counted: routes for audio alone take one.
     """
 
     def __init__(
@@ -42,7 +40,7 @@ class Bodies:
         self.on_refused = on_refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Read, check, hand on."""
+        """Run the application with the checked body, or refuse it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -85,9 +83,9 @@ class Bodies:
         return body if len(body) <= LARGE_BYTES or body.isascii() else _in_ascii(parsed)
 
     async def _whole(self, receive: Receive, is_form: bool) -> bytes:
-        """Read to the end, also what is a 400 before: a client that sends all before it reads would see no answer."""
+        """Read to the end even after a fault: a client that sends everything before it reads would miss the 400."""
         bounds = JsonBounds(self.check.limits.max_values, BYTES_PER_CHAR * self.check.limits.max_text_chars)
-        held = BytesIO()  # one growing piece: many small ones would not be given back to the system
+        held = BytesIO()  # one buffer: the memory of many small pieces would not return to the system
         refused: BodyRefused | None = None
         num_bytes, more = 0, True
         while more:
@@ -115,7 +113,7 @@ class _Disconnected(Exception):
 
 
 def _parsed(body: bytes) -> object:
-    """JSON of UTF-8 text, so also without halves of surrogate pairs, which UTF-8 cannot carry."""
+    """Parse JSON in strict UTF-8, which cannot carry halves of surrogate pairs."""
     try:
         return from_json(body.removeprefix(BYTE_ORDER_MARK), cache_strings="keys")
     except ValueError as fault:
@@ -123,12 +121,12 @@ def _parsed(body: bytes) -> object:
 
 
 def _in_ascii(parsed: object) -> bytes:
-    """The body without a letter that would have Python hold all of it, media too, in four bytes for each of one."""
+    """The body in ASCII: one wider letter would make Python hold all of it, media too, in up to four bytes for each."""
     return json.dumps(parsed).encode()
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
-    """The body as one message, and then whatever else the client does."""
+    """A ``receive`` that gives the body as one message, and then whatever else the client does."""
     waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again() -> Message:

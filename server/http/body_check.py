@@ -1,7 +1,4 @@
-"""What a parsed body may hold, read once before any of vLLM's models sees it; the first fault ends the reading.
-
-Every route is read in the same way, also one that is not known here.
-"""
+"""Check a parsed body, on any route, before one of vLLM's models sees it; the first fault ends the reading."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +11,7 @@ from hidrop_server.http.body_walk import BodyWalk
 from hidrop_server.http.typed_fields import TypedFields, response_items, response_tools
 from hidrop_server.media.parts import SYSTEM_BLOCKS, MediaParts
 
-CONTENT_FIELDS = ("messages", "prompt", "input", "items", "tools")
-"""Shared by all sequences of a body, or divided among them."""
+CONTENT_FIELDS = ("messages", "prompt", "input", "items", "tools")  # shared by the sequences, or divided among them
 ANTHROPIC_PATH = "/v1/messages"
 RESPONSES_PATH = "/v1/responses"
 DECISIONS_PATH = "/v1/systemone"
@@ -35,13 +31,7 @@ READ: Mapping[str, tuple[str, ...]] = {
 
 
 class BodyCheck:
-    """Reads a body.
-
-    Args:
-        limits: of this server.
-        parts: that it takes.
-        fields: of its routes.
-    """
+    """Checks bodies by the limits of a server, the parts that it takes, and the fields of its routes."""
 
     def __init__(self, limits: BodyLimits, parts: MediaParts, fields: TypedFields) -> None:
         self.limits = limits
@@ -51,11 +41,7 @@ class BodyCheck:
         self.response_tools = response_tools()
 
     def check(self, path: str, body: Any) -> None:
-        """Check a whole body.
-
-        Raises:
-            BodyRefused: what is not taken; one line that names the field.
-        """
+        """Check a whole body; BodyRefused is one line that names the field."""
         if not isinstance(body, dict):
             raise BodyRefused("the body must be a JSON object")
         if len(body) > MAX_FIELDS:
@@ -107,7 +93,7 @@ class BodyCheck:
                 _check_system(message["content"], f"{where}.content")
 
     def _check_product(self, body: Mapping[str, Any], num_prompts: int) -> None:
-        """Each sequence takes the sampling fields along."""
+        """Bound sequences times values: every sequence has its own copy of the sampling fields."""
         own = {key: value for key, value in body.items() if key not in CONTENT_FIELDS}
         sequences = _number(body.get("n")) * num_prompts
         if sequences > 1 and sequences * _num_values(own) > 4 * self.limits.max_values:
@@ -118,24 +104,20 @@ class BodyCheck:
 
 
 GRAMMAR_FIELDS = ("structured_outputs", "response_format", "text")
-"""Those that hold a constraint; the last is that of ``/v1/responses``, whose ``format`` is a response format."""
+"""Fields that hold a constraint; ``text`` is that of ``/v1/responses``, whose ``format`` is a response format."""
 
 
 def check_grammars(body: Mapping[str, Any], max_kb: int) -> None:
-    """Look at the sizes of constraints, before vLLM's models parse them.
-
-    Raises:
-        BodyRefused: one is too large.
-    """
+    """Refuse constraints that are too large (BodyRefused), before vLLM's models parse them."""
     for name in GRAMMAR_FIELDS:
         num_bytes = len(json.dumps(body.get(name)))
-        if num_bytes > 2 * max_kb << 10:  # its text is looked at again, without the quotes and escapes of JSON
+        if num_bytes > 2 * max_kb << 10:  # control.grammars measures the text, without JSON's escapes
             says = f"{name} is {num_bytes >> 10} KiB large, over {max_kb} KiB (--max-grammar-kb)"
             raise BodyRefused(says, "grammar")
 
 
 def _messages(value: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a list, or of a list of lists; what is neither is for the models to refuse."""
+    """The objects of a list, or of a list of lists, with their places; vLLM's models refuse most other values."""
     for index, each in enumerate(value if isinstance(value, list) else ()):
         if isinstance(each, dict):
             yield f"{where}.{index}", each
@@ -166,7 +148,7 @@ def _check_message(message: Mapping[str, Any], where: str) -> None:
 
 
 def _check_answer(message: Mapping[str, Any], where: str, unread: Sequence[str]) -> None:
-    """Images that vLLM drops from what the assistant has said: ``unread`` parts, and those in results of its tools."""
+    """Refuse images that vLLM drops from an assistant's message: ``unread`` parts, and those in results of tools."""
     content = message.get("content")
     if message.get("role") != "assistant" or not isinstance(content, list):
         return
@@ -178,14 +160,14 @@ def _check_answer(message: Mapping[str, Any], where: str, unread: Sequence[str])
 
 
 def _check_system(blocks: list[dict[str, Any]], where: str) -> None:
-    """Of Anthropic's; OpenAI's is what its model's template makes of it."""
+    """Check Anthropic's blocks; what becomes of OpenAI's system prompt is up to the model's template."""
     for index, block in enumerate(blocks):
         if block["type"] not in SYSTEM_BLOCKS:
             raise BodyRefused(f"{where}.{index}.type: a system prompt has one of {', '.join(SYSTEM_BLOCKS)}", "media")
 
 
 def _batches(body: Mapping[str, Any]) -> Iterator[list[Any]]:
-    """Lists whose every element is a prompt of its own."""
+    """The lists of a body whose every element is a prompt of its own."""
     for name, kind in (("messages", list), ("prompt", str | list), ("input", str | list), ("items", str | list)):
         value = body.get(name)
         if isinstance(value, list) and value and isinstance(value[0], kind):
@@ -193,7 +175,7 @@ def _batches(body: Mapping[str, Any]) -> Iterator[list[Any]]:
 
 
 def _number(n: Any) -> int:
-    """As pydantic reads it; what it refuses is one."""
+    """Read ``n`` as pydantic does; 1 for what pydantic refuses."""
     try:
         return max(1, int(n))
     except (TypeError, ValueError, OverflowError):

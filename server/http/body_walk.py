@@ -1,4 +1,4 @@
-"""One pass over all of a parsed body: sizes, texts, parts of messages, options in the wrong place."""
+"""One pass over all of a parsed body: sizes, texts, parts of messages, pruning options in the wrong place."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,8 +7,7 @@ from hidrop_server.errors import BodyRefused
 from hidrop_server.http.body_limits import MAX_ELEMENTS, MAX_INTEGER, MAX_KEY_CHARS, MAX_PARTS, BodyLimits
 from hidrop_server.media.parts import MediaParts
 
-CONTENTS = ("content", "output", "system")
-"""Keys of lists of parts, on whatever route."""
+CONTENTS = ("content", "output", "system")  # keys of lists of parts, on every route
 GRAMMARS = ("response_format", "structured_outputs")
 FREE = frozenset(
     {
@@ -33,22 +32,17 @@ FREE = frozenset(
         "tools",
     }
 )
-"""Keys whose value is the client's own JSON: it has no parts and no options."""
-DATA = ("data", "url", "image_url")
-"""Keys of media outside of the client's own JSON; they are not text, and have a limit of their own."""
-MAX_SHOWN_CHARS = 40
-"""Of a key in an error."""
+"""Keys whose value is the client's own JSON: nothing in it is read as a part or an option."""
+DATA = ("data", "url", "image_url")  # keys of media (outside of FREE), which have a limit other than text
+MAX_SHOWN_CHARS = 40  # of a key in an error
 MAX_WHERE_CHARS = 200
 
 
 class BodyWalk:
-    """One pass over all of a body.
+    """One pass over all of a body, which counts its characters and parts.
 
-    Args:
-        limits: of this server.
-        parts: that it takes.
-        anthropic: whether messages are Anthropic's.
-        read: fields whose media the route reads; None for any.
+    ``anthropic`` says whether the messages are Anthropic's; ``read`` names the fields whose media the route reads, None
+    for any.
     """
 
     def __init__(self, limits: BodyLimits, parts: MediaParts, anthropic: bool, read: Sequence[str] | None) -> None:
@@ -60,11 +54,7 @@ class BodyWalk:
         self.num_parts = 0
 
     def read(self, body: dict[str, Any]) -> None:
-        """Look at every value.
-
-        Raises:
-            BodyRefused: one that is not taken.
-        """
+        """Look at every value; BodyRefused for the first that is not taken."""
         waiting: list[tuple[Any, str, bool]] = [(body, "", False)]
         while waiting:
             value, where, is_free = waiting.pop()
@@ -133,5 +123,5 @@ def _check_integers(numbers: Sequence[int], where: str) -> None:
 
 
 def _inside(where: str, key: str) -> str:
-    """The place of a value, which is written for every container: so it is cut."""
+    """The dotted place of a value; it is cut, because one is written for every container."""
     return f"{where}.{key[:MAX_SHOWN_CHARS]}"[:MAX_WHERE_CHARS] if where else key[:MAX_SHOWN_CHARS]

@@ -1,4 +1,4 @@
-"""Errors in one line that do not repeat what the client sent, whichever handler of vLLM's wrote them."""
+"""Make every error one line that does not repeat what the client sent, whichever handler of vLLM's wrote it."""
 
 import re
 from http import HTTPStatus
@@ -16,8 +16,7 @@ from vllm.exceptions import VLLMValidationError
 from hidrop_server.http.answers import error
 
 MAX_CHARS = 500
-_READ_CHARS = 20_000
-"""Of a message; what is behind them is not looked at."""
+_READ_CHARS = 20_000  # of a message; the rest is not looked at
 _ECHOES = (
     (re.compile(r", value=.*\)$"), ")"),  # vLLM's
     (re.compile(r", input_value=.*?, input_type=\w+"), ""),  # pydantic's
@@ -37,7 +36,7 @@ def brief(message: str) -> str:
 
 
 async def validation_refusal(_: Request, fault: RequestValidationError) -> JSONResponse:
-    """Answer for vLLM's models: the first fault and how many there are, without the value."""
+    """Answer a fault that vLLM's models found: the first one and how many there are, without the value."""
     faults = fault.errors()
     says, parameter = "the request is not valid", None
     if faults and isinstance(faults[0], dict):
@@ -58,13 +57,13 @@ def _parameter(faults: list[dict[str, Any]] | Any) -> str | None:
 
 
 class BriefErrors:
-    """Shortens the messages of 4xx and 5xx answers that are JSON."""
+    """Shortens the messages of JSON answers of status 4xx and 5xx."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hold an error back until it is whole."""
+        """Run the application, holding back the answer if it is an error."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

@@ -1,4 +1,4 @@
-"""The life of a request: admitted or not, counted, and given up with an answer when time is over."""
+"""The life of a request: admitted or refused, counted, and ended with an answer when its time is over."""
 
 import asyncio
 import time
@@ -12,11 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hidrop_server.http.answers import PROBES, OnRefused, error, is_metrics, refuse
 
-END_SECONDS = 3.0
-"""What a request that is given up gets to end itself, and its client to take the last words."""
+END_SECONDS = 3.0  # for a request that is given up to end itself, and for its client to take the last message
 POLL_SECONDS = 0.05
-RETRY_AFTER_SECONDS = "1"
-"""A full queue empties request by request, and behind a router another server is asked."""
+RETRY_AFTER_SECONDS = "1"  # a full queue empties request by request, and a router asks another server
 GOING_AWAY = "this server is shutting down"
 
 
@@ -25,19 +23,15 @@ class InFlight:
 
     def __init__(self) -> None:
         self.count = 0
-        self.draining = False
-        """Whether the server is ending: nothing is admitted any more."""
+        self.draining = False  # whether the server is ending: nothing is admitted any more
         self.out_of_time = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
     def drain(self, seconds: float, is_lost: Callable[[], bool]) -> None:
         """Admit no more and wait until all are answered; give up those that are not after ``seconds``.
 
-        Called from a thread, while the event loop goes on.
-
-        Args:
-            seconds: how long requests may go on; giving up takes :data:`END_SECONDS` more.
-            is_lost: whether no answer can come any more.
+        Called from a thread, while the event loop goes on. ``is_lost`` tells whether no answer can come any more;
+        giving up takes at most :data:`END_SECONDS` more.
         """
         self.draining = True
         self._wait(seconds, is_lost)
@@ -53,9 +47,9 @@ class InFlight:
 class Exchanges:
     """Admits requests while the server does not drain, and ends each that takes too long.
 
-    Time runs from the header to the last byte of the answer. Over it, an answer that has not begun is a 504, or a 503
-    if it is the server's time, and a stream ends with an error event. To the application it is the client hanging up:
-    vLLM's routes abort for that, whether they compute, stream or wait for a body. Every 503 says when to come back.
+    Time runs from the header to the last byte of the answer. When it is over, an answer that has not begun becomes a
+    504, or a 503 if the server is ending, and a stream ends with an error event. The application sees the client hang
+    up, for which vLLM's routes abort, whether they compute, stream or wait for a body. Every 503 has a ``Retry-After``.
     Probes and ``/metrics`` are always answered and never counted.
     """
 
@@ -66,7 +60,7 @@ class Exchanges:
         self.on_refused = on_refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application, unless the server is ending."""
+        """Run the application, unless the server is ending: then 503."""
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
         if scope["type"] != "http" or path in PROBES or is_metrics(path):
             await self.app(scope, receive, send)
@@ -108,19 +102,18 @@ class Exchanges:
 
 
 class _Exchange:
-    """One request's two directions, which can be taken from the application."""
+    """One request's ``receive`` and ``send``, which can be taken from the application."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
         self._receive = receive
         self._send = send
-        self.expired = asyncio.Event()
-        """From then on the application hears that the client is gone, and nothing it says is sent."""
+        self.expired = asyncio.Event()  # set: the application hears that the client is gone, and can send nothing
         self._has_started = False
         self._is_event_stream = False
 
     async def receive(self) -> Message:
-        """What the client sends, until the end."""
+        """The next message of the client; a disconnect once the request has expired."""
         theirs = asyncio.ensure_future(self._receive())
         ours = asyncio.ensure_future(self.expired.wait())
         try:
@@ -131,7 +124,7 @@ class _Exchange:
             ours.cancel()
 
     async def send(self, message: Message) -> None:
-        """What the application answers, until the end."""
+        """Send the application's message; OSError once the request has expired."""
         if self.expired.is_set():
             raise OSError("this request has been given up")
         if message["type"] == "http.response.start":
@@ -143,7 +136,7 @@ class _Exchange:
         await self._send(message)
 
     async def last_words(self, response: JSONResponse) -> None:
-        """Answer in the application's stead, or end the stream that it has begun."""
+        """Answer in place of the application, or end the stream that it has begun."""
         if not self._has_started:
             await response(self.scope, self._receive, self._send)
         elif self._is_event_stream:

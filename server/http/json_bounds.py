@@ -1,4 +1,4 @@
-"""What parsing a JSON body would cost, counted while it comes; nothing is parsed."""
+"""Count what parsing a JSON body would cost, while the body arrives; nothing is parsed."""
 
 import re
 
@@ -15,13 +15,11 @@ _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
 class JsonBounds:
-    """Counts values, arrays and objects, depth, escapes and digits at C's speed: a data URL costs a search for its end.
+    """Counts values, containers, depth, escapes and digits at C's speed: a data URL costs a search for its end.
 
-    Every count is an upper bound of what a parser meets before it finishes or gives up.
-
-    Args:
-        max_values: of a body; other counts follow from it.
-        max_text_bytes: of a string that is not ASCII, as data URLs are: Python holds up to four bytes for each letter.
+    Every count is an upper bound of what a parser meets before it finishes or gives up. Most limits follow from
+    ``max_values``. ``max_text_bytes`` limits a string with letters beyond ASCII, because Python then holds each of its
+    letters in up to four bytes; data URLs have none.
     """
 
     def __init__(self, max_values: int, max_text_bytes: int) -> None:
@@ -38,16 +36,12 @@ class JsonBounds:
         self._last = b""
 
     def feed(self, chunk: bytes) -> None:
-        """Count what came.
-
-        Raises:
-            BodyRefused: a limit is passed; names it.
-        """
+        """Count a chunk of the body; BodyRefused names the limit that is passed."""
         for start in range(0, len(chunk), SLICE_BYTES):
             self._count(self._between_strings(chunk[start : start + SLICE_BYTES]))
 
     def _between_strings(self, chunk: bytes) -> bytes:
-        """What is outside of strings; a quotation mark stands for each string."""
+        """What is outside of strings, with one quotation mark for each string."""
         if self._half_escape or b"\\" in chunk:
             chunk = self._half_escape + chunk
             chunk, num_escapes = _ESCAPE.subn(b"", chunk)
@@ -61,7 +55,7 @@ class JsonBounds:
         return between
 
     def _measure_open_string(self, pieces: list[bytes]) -> None:
-        """Of a string over several chunks; one within a chunk is no matter."""
+        """Measure a string that spans slices; one within a slice is short enough."""
         if self._in_string:
             self._add_to_string(pieces[0])
         self._in_string ^= len(pieces) % 2 == 0

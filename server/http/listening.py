@@ -1,4 +1,4 @@
-"""Where a server is to listen, and the certificates it needs to: tried before anything slow begins.
+"""Try the address and the certificates before anything slow begins.
 
 The address is bound and let go again; the server binds it once more when it starts, and may then find it taken.
 """
@@ -16,11 +16,7 @@ from hidrop_server.errors import StartError
 
 
 def check_listening(args: Namespace) -> None:
-    """See that the port or the Unix socket can be had, and that certificates can be read.
-
-    Raises:
-        StartError: says which flag is at fault, and why.
-    """
+    """Try to bind the port or the Unix socket, and to read the certificates; StartError names the flag at fault."""
     with refused_in_one_line(args), socket(_family(args), SOCK_STREAM) as probe:
         if args.uds is not None:
             probe.bind(args.uds)
@@ -33,11 +29,7 @@ def check_listening(args: Namespace) -> None:
 
 @contextmanager
 def refused_in_one_line(args: Namespace) -> Iterator[None]:
-    """Binding may fail for the address, the port or the user.
-
-    Raises:
-        StartError: it did.
-    """
+    """Turn a failure to bind (address, port or permission) into a StartError of one line."""
     where = f"--uds {args.uds}" if args.uds is not None else f"--host {args.host or '0.0.0.0'} --port {args.port}"
     try:
         yield
@@ -54,7 +46,7 @@ def _family(args: Namespace) -> AddressFamily:
 
 
 class _EncryptedError(Exception):
-    """The key asks for a password; only a person at the terminal has it."""
+    """The key asks for a password, which only a person at the terminal has."""
 
 
 def _check_certificates(args: Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Fields of a body, each checked by the type that vLLM's request models give it: how long, and of one type throughout.
+"""Check a body's fields by their types in vLLM's request models: how long, and lists of one type throughout.
 
 vLLM's models find the same faults, but all of them: a list of a wrong type costs an error for each element, an item of
 `/v1/responses` one for each of sixty models.
@@ -30,12 +30,10 @@ from hidrop_server.http.body_limits import (
 )
 
 IDS = ("request_id", "session_id")
-TEXTS = ("chat_template", "input", "instructions", "prompt", "query", "suffix", "system")
-"""Strings that may be as long as a prompt."""
+TEXTS = ("chat_template", "input", "instructions", "prompt", "query", "suffix", "system")  # may be as long as a prompt
 MEDIA = ("audio", "images", "videos")
 PROMPTS = ("prompt", "items", "query", "queries")
-MANY_TOKENS = ("allowed_token_ids", "tokens")
-"""Of these a body may have as many as it may have values."""
+MANY_TOKENS = ("allowed_token_ids", "tokens")  # of these a body may have as many as it may have values
 INSIDE = {"prompt": ("variables",), "response_format": ("structures", "triggers")}
 
 ITEM_TYPES = (
@@ -46,7 +44,7 @@ ITEM_TYPES = (
     "custom_tool_call_output",
     "reasoning",
 )
-"""What vLLM makes a chat of; it refuses others after it has checked them."""
+"""Items that vLLM makes a chat of; it refuses others after it has checked them."""
 
 
 def leaves(annotation: Any) -> Iterator[Any]:
@@ -64,18 +62,14 @@ def leaves(annotation: Any) -> Iterator[Any]:
 
 
 def request_models(app: FastAPI) -> set[type[BaseModel]]:
-    """What the routes of an application read."""
+    """The models of the bodies that an application's routes read."""
     bodies = (route.body_field for route in app.routes if isinstance(route, APIRoute) and route.body_field)
     found = (leaf for body in bodies for leaf in leaves(body.field_info.annotation))
     return {leaf for leaf in found if isinstance(leaf, type) and issubclass(leaf, BaseModel)}
 
 
 class TypedFields:
-    """Checks the fields of bodies.
-
-    Args:
-        requests: models of the routes; a field is checked on every route by what any of them says of it.
-    """
+    """Checks the fields of bodies: on every route, by what any of the models in ``requests`` says of a field."""
 
     def __init__(self, requests: Iterable[type[BaseModel]]) -> None:
         kinds: dict[str, set[Any]] = defaultdict(set)
@@ -95,11 +89,7 @@ class TypedFields:
         self.tokens = names_of((list, int)).difference(PROMPTS)
 
     def check(self, body: Mapping[str, Any]) -> None:
-        """Check the fields of a body; what is of another type altogether, vLLM's models refuse with one error.
-
-        Raises:
-            BodyRefused: names the field and its limit.
-        """
+        """Refuse faulty fields (BodyRefused); wholly other types are left to vLLM's models, at one error each."""
         for name, value in body.items():
             if isinstance(value, bool) and name in self.numbers:
                 raise BodyRefused(f"{name}: must be a number, not true or false")
@@ -137,7 +127,7 @@ def _check_object(value: dict[str, Any], name: str) -> None:
 
 
 def _check_prompts(prompts: list[Any], name: str) -> None:
-    """A list of texts, tokens, or lists of tokens."""
+    """Check a list of texts, of tokens, or of lists of tokens."""
     if _are(prompts, int):
         return
     if not any(_are(prompts, kind) for kind in (str, list, dict)):
@@ -159,12 +149,9 @@ def _check_length(value: str, name: str, most: int) -> None:
 
 
 class TypedItems:
-    """Checks lists of objects that say their own type.
+    """Checks lists of at most ``most`` objects that say their own type.
 
-    Args:
-        union: of TypedDicts and models, each with a literal ``type``.
-        types: of them that are taken; None for all.
-        most: items of a list.
+    ``union`` consists of TypedDicts and models, each with a literal ``type``; ``types`` are those taken, None for all.
     """
 
     def __init__(self, union: Any, types: Sequence[str] | None, most: int) -> None:
@@ -178,11 +165,7 @@ class TypedItems:
         self.adapters = {name: TypeAdapter(each) for name, each in unions.items()}
 
     def check(self, items: list[Any], where: str) -> None:
-        """Check each, up to the first that is wrong.
-
-        Raises:
-            BodyRefused: too many, or one that is of no known type or not as its type must be; names its place.
-        """
+        """Check each item, up to the first that is wrong; BodyRefused names its place."""
         if len(items) > self.most:
             raise BodyRefused(f"{where}: at most {self.most} items")
         for index, item in enumerate(items):
@@ -205,17 +188,17 @@ class TypedItems:
 
 
 def response_items() -> TypedItems:
-    """Of the ``input`` of `/v1/responses`."""
+    """Make the check of the ``input`` of `/v1/responses`."""
     return TypedItems(ResponseInputOutputItem, ITEM_TYPES, MAX_ITEMS)
 
 
 def response_tools() -> TypedItems:
-    """Of its ``tools``."""
+    """Make the check of the ``tools`` of `/v1/responses`."""
     return TypedItems(Tool, None, MAX_TOOLS)
 
 
 def _with_detail(item: dict[str, Any]) -> dict[str, Any]:
-    """An image without ``detail`` has the one that vLLM gives it."""
+    """The item, whose images without ``detail`` get the one that vLLM gives them."""
     content = item.get("content")
     if not isinstance(content, list):
         return item
@@ -227,7 +210,7 @@ def _with_detail(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _type_of(member: Any) -> Any:
-    """The annotation of its ``type``; a TypedDict's stands behind ``Required``."""
+    """The annotation of a member's ``type``, without a TypedDict's ``Required``."""
     if isinstance(member, type) and issubclass(member, BaseModel):
         return member.model_fields["type"].annotation if "type" in member.model_fields else None
     return get_type_hints(member).get("type")
