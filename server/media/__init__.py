@@ -1,1 +1,1 @@
-"""What a client's pictures may be and where they may come from."""
+"""Clients' media: what parts and images may be, where they may come from, and how they are fetched and decoded."""

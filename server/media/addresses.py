@@ -23,12 +23,9 @@ REFUSED: tuple[Network, ...] = tuple(
 
 
 def is_public(address: str, allowed: Sequence[Network] = ()) -> bool:
-    """Whether ``address`` is one of the open internet, or in one of the ``allowed`` networks.
+    """Whether ``address`` is public or in one of the ``allowed`` networks; ValueError if it is no IP address.
 
-    Private, shared, loopback, link-local (cloud metadata), multicast, reserved and IPv4-carrying addresses are not.
-
-    Raises:
-        ValueError: not an IP address.
+    Private, shared, loopback, link-local (cloud metadata), multicast, reserved and IPv4-carrying ones are not public.
     """
     ip = ip_address(address)
     if any(ip in network for network in allowed):

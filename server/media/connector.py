@@ -1,4 +1,4 @@
-"""Fetch and decode media under rules that answer 4xx, not 500, to what a client should not send."""
+"""Fetch and decode media; what a client should not send is answered with 4xx, not 500."""
 
 import base64
 import binascii
@@ -16,17 +16,11 @@ from hidrop_server.media.addresses import Network
 from hidrop_server.media.fetching import CheckedConnection
 from hidrop_server.media.images import MediaRefused, check_image, check_size, limit_decoder
 
-CLIENT_FAULTS = (MediaRefused, ValueError, NotImplementedError, OSError)
-"""What vLLM's connector raises for bad URLs and for files that are not there, besides what we raise."""
+CLIENT_FAULTS = (MediaRefused, ValueError, NotImplementedError, OSError)  # ours; vLLM's for bad URLs and missing files
 
 
 def register_connector(on_refused: Callable[[], None], networks: Sequence[Network] = ()) -> None:
-    """Make the connector known by its name in this process.
-
-    Args:
-        on_refused: called for every refusal.
-        networks: addresses that URLs may lead to although they are not public.
-    """
+    """Register our connector in this process; URLs may lead to ``networks`` although they are not public."""
     limit_decoder()
     connector = partial(HidropMediaConnector, on_refused=on_refused, networks=networks)
     MEDIA_CONNECTOR_REGISTRY.register(MEDIA_CONNECTOR)(connector)
@@ -43,11 +37,7 @@ class HidropMediaConnector(MediaConnector):
         self.connection = CheckedConnection(self.allowed_media_domains, networks)
 
     def load_from_url(self, url: str, media_io: MediaIO[Any], **kwargs: Any) -> Any:
-        """Stock loading.
-
-        Raises:
-            MediaRefused: the client's fault.
-        """
+        """Stock loading; MediaRefused for what is the client's fault."""
         try:
             return super().load_from_url(url, _guarded(media_io), **kwargs)
         except CLIENT_FAULTS as error:
@@ -65,7 +55,7 @@ class HidropMediaConnector(MediaConnector):
         return error if isinstance(error, MediaRefused) else MediaRefused(_text(error))
 
     def _assert_url_in_allowed_media_domains(self, url_spec: Any) -> None:
-        """Refuse all URLs while no domain is allowed; which one is, the connection checks at every hop."""
+        """Refuse all URLs while no domain is allowed; otherwise :attr:`connection` checks the domain at every hop."""
         if not self.allowed_media_domains:
             raise MediaRefused(
                 "this server fetches no remote media: send the image as a data: URL, or start the "
@@ -82,17 +72,17 @@ class HidropMediaConnector(MediaConnector):
 
 
 class Decoder(MediaIO[Any]):
-    """Stock decoding of images behind our limits, where whatever a decoder stumbles over is the file's fault.
+    """Stock decoding of images behind our limits; every error of a decoder is the file's fault, but a lack of memory.
 
-    Pillow's readers answer damaged files with ``SyntaxError``, ``RuntimeError``, ``AttributeError`` and others; only
-    a lack of memory is ours. What an image is, its bytes say; the type its URL states is not believed.
+    Pillow's readers answer damaged files with ``SyntaxError``, ``RuntimeError``, ``AttributeError`` and others. A
+    file's bytes say what it is; the type that its URL states is ignored.
     """
 
     def __init__(self, inner: ImageMediaIO) -> None:
         self.inner = inner
 
     def get_max_bytes(self) -> Any:
-        """Size limit of a download."""
+        """Size limit of a download, in bytes."""
         return self.inner.get_max_bytes()
 
     def load_bytes(self, data: bytes) -> Any:
@@ -119,7 +109,7 @@ def _guarded(media_io: MediaIO[Any]) -> MediaIO[Any]:
 
 
 def _from_base64(data: str) -> bytes:
-    """Decode strictly, after a look at the length."""
+    """Decode strictly, after checking the size."""
     check_size(len(data) // 4 * 3 - data[-2:].count("="))
     try:
         return base64.b64decode(data, validate=True)
@@ -128,6 +118,6 @@ def _from_base64(data: str) -> bytes:
 
 
 def _text(error: Exception) -> str:
-    """One line, without the path that an ``OSError`` shows."""
+    """The error as one line, without the path that an ``OSError`` shows."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or f"cannot decode the media ({type(error).__name__})"

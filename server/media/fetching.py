@@ -1,4 +1,4 @@
-"""Fetch remote media without being sent where a stranger wants: names, addresses and redirects are all checked."""
+"""Fetch remote media for URLs that strangers wrote: names, addresses and redirects are all checked."""
 
 import asyncio
 import socket
@@ -16,20 +16,15 @@ from hidrop_server.media.images import MediaRefused, check_size
 
 MAX_REDIRECTS = 3
 REDIRECTS = (301, 302, 303, 307, 308)
-HEADERS = {"User-Agent": "vllm_hidrop", "Accept-Encoding": "identity"}
-"""Not compressed: the size limit is of what is sent."""
+HEADERS = {"User-Agent": "vllm_hidrop", "Accept-Encoding": "identity"}  # not compressed: sizes are limited as sent
 
 
 class CheckedConnection(HTTPConnection):
     """vLLM's connection, for URLs that strangers wrote.
 
-    Every hop, the first and each redirect, must name an allowed domain, and each address its name resolves to must be
-    public. The connection is made to the very addresses that were checked: a name that resolves differently a moment
-    later changes nothing. No proxy, cookie or credential of the environment is used.
-
-    Args:
-        domains: host names that may be fetched from.
-        networks: addresses that are allowed although they are not public.
+    Every hop, the first and each redirect, must name one of ``domains``, and each address that this name resolves to
+    must be public or in ``networks``. The connection is made to the very addresses that were checked: a name that
+    resolves differently a moment later changes nothing. No proxy, cookie or credential of the environment is used.
     """
 
     def __init__(self, domains: Sequence[str], networks: Sequence[Network] = ()) -> None:
@@ -40,18 +35,14 @@ class CheckedConnection(HTTPConnection):
     def get_bytes(
         self, url: str, *, timeout: float | None = None, allow_redirects: bool = True, max_bytes: int | None = None
     ) -> bytes:
-        """See :meth:`async_get_bytes`; for threads without an event loop."""
+        """Run :meth:`async_get_bytes` in a thread without an event loop."""
         fetch = self.async_get_bytes(url, timeout=timeout, allow_redirects=allow_redirects, max_bytes=max_bytes)
         return asyncio.run(fetch)
 
     async def async_get_bytes(
         self, url: str, *, timeout: float | None = None, allow_redirects: bool = True, max_bytes: int | None = None
     ) -> bytes:
-        """The file behind ``url``, in at most ``timeout`` seconds altogether.
-
-        Raises:
-            MediaRefused: a URL, address, redirect or size that is not allowed, or nothing to be had there.
-        """
+        """Fetch a file in at most ``timeout`` seconds altogether; MediaRefused if it is forbidden or not to be had."""
         target = URL(url)
         try:
             async with asyncio.timeout(timeout), self._session() as session:
@@ -73,7 +64,7 @@ class CheckedConnection(HTTPConnection):
         return aiohttp.ClientSession(connector=connector, cookie_jar=jar, headers=HEADERS, auto_decompress=False)
 
     def _check(self, url: URL) -> None:
-        """Check what a URL says; its addresses are checked when it is resolved, or here if it has no name."""
+        """Check what a URL says; addresses are checked when its name is resolved, or here if its host is an address."""
         if url.scheme not in ("http", "https") or not url.host:
             raise MediaRefused("media is fetched from http and https URLs only")
         if url.host.lower() not in self.domains:
@@ -85,7 +76,7 @@ class CheckedConnection(HTTPConnection):
 
 
 class CheckedResolver(AbstractResolver):
-    """The system's resolver, whose every answer must be a public address; aiohttp connects to what it returns."""
+    """The system's resolver, with an error unless each address is public; aiohttp connects to what it returns."""
 
     def __init__(self, networks: Sequence[Network]) -> None:
         self.networks = networks
@@ -94,11 +85,7 @@ class CheckedResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        """All addresses of a name.
-
-        Raises:
-            MediaRefused: one of them is not public.
-        """
+        """All addresses of a name; MediaRefused if one of them is not public."""
         found = await self.inner.resolve(host, port, family)
         for each in found:
             _check_address(each["host"], self.networks)
@@ -117,7 +104,7 @@ def _is_address(host: str) -> bool:
 
 
 def _check_address(address: str, networks: Sequence[Network]) -> None:
-    """Refuse without naming the address: what a name means inside this network is nobody's business."""
+    """Refuse without naming the address, which would tell strangers what names mean inside this network."""
     if not is_public(address, networks):
         raise MediaRefused("the media URL leads to an address that is not public (--allowed-media-networks)")
 

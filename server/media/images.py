@@ -8,12 +8,9 @@ from PIL import Image, UnidentifiedImageError
 from vllm import envs
 from vllm.exceptions import VLLMValidationError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""vLLM lets Pillow try 37 formats; each decoder is code that strangers' bytes run through."""
-ALSO_JPEG = "MPO"
-"""A JPEG with further pictures behind it, as many phones write it; the first is the photograph."""
-MAX_ASPECT_RATIO = 200
-"""Processors scale the shorter side up to the tower's: a line of 1 x 20000 would become gigabytes."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # of Pillow's 37: each decoder runs on strangers' bytes
+ALSO_JPEG = "MPO"  # a JPEG with further pictures behind the photograph, as many phones write it
+MAX_ASPECT_RATIO = 200  # processors scale the shorter side up to the tower's: 1 x 20000 would become gigabytes
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 COLOUR_KEYED = ("1", "L", "RGB", *SIXTEEN_BITS)
 """Modes in which a PNG can name one colour that is transparent (its tRNS chunk). Palettes and alpha channels are
@@ -21,7 +18,7 @@ flattened on white by vLLM."""
 
 
 class MediaRefused(VLLMValidationError):
-    """An image, or a URL, that this server does not take; one line, answered with 400."""
+    """An image or a URL that this server does not take: one line, answered with 400."""
 
 
 def limit_decoder() -> None:
@@ -33,11 +30,7 @@ def limit_decoder() -> None:
 
 
 def check_size(num_bytes: int, also: int | None = None) -> None:
-    """Refuse a file over ``VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB``, or over ``also`` bytes.
-
-    Raises:
-        MediaRefused: too large; names the limit.
-    """
+    """Refuse a file over ``VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB``, or over ``also`` bytes (MediaRefused)."""
     megabytes = envs.VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB
     if megabytes > 0 and num_bytes > megabytes << 20:
         raise MediaRefused(f"the media is larger than {megabytes} MiB (VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB)")
@@ -46,14 +39,10 @@ def check_size(num_bytes: int, also: int | None = None) -> None:
 
 
 def check_image(data: bytes) -> bytes:
-    """Check a file by its header.
+    """Check a file by its header; returns it, converted where vLLM would misread it. MediaRefused says what is wrong.
 
-    Returns:
-        The file; a greyscale one of 16 bits as one of 8, because Pillow clips its values to white otherwise; one in
-        which a colour is named as transparent on white, because vLLM shows that colour itself.
-
-    Raises:
-        MediaRefused: no image, a format, size, shape, depth or number of frames that is not taken.
+    A greyscale file of 16 bits becomes one of 8, because Pillow would clip its values to white. A colour named as
+    transparent becomes white, because vLLM would show the colour itself.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -92,11 +81,9 @@ def _in_eight_bits(image: Image.Image) -> bytes:
 
 
 def _on_white(image: Image.Image, png_depth: int) -> bytes:
-    """The image with its transparent colour white.
+    """The image with its transparent colour made white.
 
-    Args:
-        image: in one of the modes :data:`COLOUR_KEYED`.
-        png_depth: bits of a sample in the file. The key is written in as many, and Pillow leaves it so.
+    ``png_depth`` is the bits of a sample in the file; Pillow leaves the transparent colour in that depth.
     """
     key = image.info["transparency"]
     if image.mode == "RGB":

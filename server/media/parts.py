@@ -12,15 +12,10 @@ from hidrop_server.http.body_limits import MAX_ID_CHARS
 
 @dataclass(frozen=True)
 class PartKind:
-    """A kind of part.
+    """A kind of part of a message."""
 
-    Attributes:
-        key: where its content stands.
-        needs: what the server must take for it: a modality, a flag, or nothing.
-    """
-
-    key: str
-    needs: str | None = None
+    key: str  # under which its content stands
+    needs: str | None = None  # modality that the server must take
 
 
 OPENAI: Mapping[str, PartKind] = {
@@ -51,8 +46,7 @@ ANTHROPIC: Mapping[str, PartKind] = {
     "tool_addition": PartKind("tool"),
     "tool_removal": PartKind("tool"),
 }
-SYSTEM_BLOCKS = ("text", "tool_addition", "tool_removal", "tool_reference")
-"""Of Anthropic's blocks: vLLM drops others from a system prompt without a word."""
+SYSTEM_BLOCKS = ("text", "tool_addition", "tool_removal", "tool_reference")  # vLLM silently drops Anthropic's others
 TEXT_KEYS = frozenset({"text", "refusal", "thinking"})
 OTHER_DOORS = frozenset(
     {
@@ -68,17 +62,13 @@ OTHER_DOORS = frozenset(
         "videos",
     }
 )
-"""Where other servers take media, and Python callers of vLLM; vLLM's routes ignore them."""
+"""Keys under which other servers, and vLLM from Python, take media; vLLM's routes ignore them."""
 MEDIA_KEYS = OTHER_DOORS.union(MM_PARSER_MAP).difference(TEXT_KEYS, {"input_text", "output_text", "tool_reference"})
-"""vLLM looks for these in a part whatever its type says, if the part has a ``uuid``."""
+"""Keys in which vLLM looks for media whatever a part's type says, if the part has a ``uuid``."""
 
 
 class MediaParts:
-    """The parts that one server takes.
-
-    Args:
-        takes: modalities of the model.
-    """
+    """The parts that one server takes, whose model has the modalities ``takes``."""
 
     def __init__(self, takes: Iterable[str]) -> None:
         taken = {None, *takes}
@@ -86,30 +76,14 @@ class MediaParts:
         self.anthropic = {name: kind for name, kind in ANTHROPIC.items() if kind.needs in taken}
 
     def check(self, parts: list[Any], where: str, anthropic: bool = False) -> bool:
-        """Check the parts of one message.
-
-        Returns:
-            Whether there are media among them.
-
-        Raises:
-            BodyRefused: a part that is not taken, or whose media could not be used.
-        """
+        """Check the parts of one message; returns whether there are media among them. BodyRefused names the part."""
         kinds = self.anthropic if anthropic else self.openai
         for index, part in enumerate(parts):
             _check_part(part, f"{where}.{index}", kinds)
         return any(kinds[part["type"]].needs for part in parts)
 
     def check_keys(self, found: Mapping[str, Any], where: str, known: Iterable[str] = ()) -> None:
-        """Refuse media in a place where nobody would look for them.
-
-        Args:
-            found: a body, a message, an item.
-            where: it stands.
-            known: keys that are read there.
-
-        Raises:
-            BodyRefused: names the key.
-        """
+        """Refuse media (BodyRefused) under keys that nothing reads at the place ``where``, all but ``known``."""
         for key in MEDIA_KEYS.intersection(found).difference(known):
             if found[key] is not None:
                 raise BodyRefused(f"{_at(where)}{key}: media are taken as parts of a message's content only", "media")
@@ -136,7 +110,7 @@ def _check_image(part: Mapping[str, Any], content: Any, where: str) -> None:
     if part["type"] == "image":
         _check_source(content, where)
     elif content is None and part.get("uuid") is not None:
-        return  # an image that the server was sent before
+        return  # an image that the server was sent before, by its id
     elif part["type"] == "input_image":
         _check_url(content, where)
     elif not isinstance(content, dict):

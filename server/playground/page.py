@@ -1,7 +1,4 @@
-"""`GET /playground`: one page that asks, and shows what was kept, put together from this folder's files.
-
-The page is open without a key: it holds no secret, and asks for a key itself.
-"""
+"""`GET /playground`: one page that asks, and shows what was kept, put together from this folder's files."""
 
 from base64 import b64encode
 from functools import cache
@@ -12,8 +9,7 @@ from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
 FOLDER = Path(__file__).parent
-SCRIPTS = ("state.js", "picture.js", "asking.js", "results.js", "start.js")
-"""In the order they run, as one script."""
+SCRIPTS = ("state.js", "picture.js", "asking.js", "results.js", "start.js")  # joined in this order
 PATH = "/playground"
 
 router = APIRouter()
@@ -28,9 +24,9 @@ async def show_playground() -> HTMLResponse:
 
 @cache
 def build() -> tuple[str, dict[str, str]]:
-    """Its text and headers: it may run its own script and style, talk to this server, and nothing else.
+    """The page and its headers: it may run its own script and style, talk to this server, and nothing else.
 
-    Style and script stand in the page, so that the policy can name them by their hashes and allow no address for them.
+    Style and script stand in the page, so that the content security policy names them by hash and allows no address.
     """
     style, script = _read("style.css"), "".join(map(_read, SCRIPTS))
     page = _read("page.html")
@@ -61,5 +57,5 @@ def _read(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """The policy's word for an inline element."""
+    """The content security policy's name for an inline element."""
     return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
