@@ -1,7 +1,7 @@
-"""vLLM's FastAPI application around our engine client, extended in six places.
+"""vLLM's FastAPI application around our engine client, extended.
 
-The six: the engine client, the media connector, the handlers that answer with a report, the model list, `/hidrop` and
-`/playground`, and the middlewares that keep strangers in bounds.
+Ours are the engine client, the media connector, the handlers that answer with a report, the model list, `/hidrop`,
+`/ready` and `/playground`, and the middlewares that check keys, bodies and times.
 """
 
 import signal
@@ -53,16 +53,11 @@ from hidrop_server.serving import (
 from vllm_hidrop.engine.compat import subclass
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-END_SECONDS = 2
-"""What uvicorn gets to close its connections once every request has been ended and the engine has stopped."""
+END_SECONDS = 2  # for uvicorn to close connections, once every request has ended and the engine has stopped
 
 
 async def serve(args: Namespace, vllm_config: Any, judge: Judge) -> int:
-    """Bind the port, start the engine, serve until a signal; the order of vLLM's ``run_server``.
-
-    Returns:
-        Exit code: 1 if the engine died, 0 after a requested stop.
-    """
+    """Bind the port, start the engine, serve until a signal; returns 1 if the engine died, 0 after a requested stop."""
     decorate_logs("APIServer", skip_if_decorated=True)
     signal.signal(signal.SIGTERM, interrupt)
     address, sock = listen(args)
@@ -70,7 +65,7 @@ async def serve(args: Namespace, vllm_config: Any, judge: Judge) -> int:
 
 
 def listen(args: Namespace) -> tuple[str, socket]:
-    """Bind the port, which nobody else can then bind; returns the address to be shown, and the socket."""
+    """Bind the port, exclusively; returns the address to show, and the socket."""
     hide_keys(args)
     with refused_in_one_line(args):
         address, sock = setup_server(args, reuse_port=False)
@@ -87,18 +82,10 @@ async def answer(
     judge: Judge,
     client: Mapping[str, Any] | None = None,
 ) -> int:
-    """Serve on a bound socket until a signal.
+    """Serve on a bound socket until a signal, then end ``sock`` and ``judge``; returns the exit code of :func:`serve`.
 
-    Args:
-        address: to be shown.
-        sock: closed at the end.
-        args: of the command line.
-        vllm_config: the engine's.
-        judge: of grammars; ended at the end.
-        client: where the engine is and which of its clients this process is; None for one that starts its own.
-
-    Returns:
-        Exit code, as that of :func:`serve`.
+    ``client`` is vLLM's description of a running engine's sockets and of this process's place among its clients; None
+    where this process starts the engine.
     """
     own = dict(client or {})
     loads, index = own.pop("api_server_loads", None), own.get("client_index", 0)
@@ -118,7 +105,7 @@ async def answer(
 
 
 async def make_app(engine: HidropLLM, args: Namespace) -> FastAPI:
-    """Stock application, extended."""
+    """Build vLLM's application for this engine, and add our routes, handlers and middlewares."""
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
     hide_routes(app, admin_too=not args.enable_admin_routes)
@@ -132,7 +119,7 @@ async def make_app(engine: HidropLLM, args: Namespace) -> FastAPI:
 
 
 def protect(app: FastAPI, engine: HidropLLM, args: Namespace) -> None:
-    """Put our middlewares around the application; the last one added meets a request first."""
+    """Put our middlewares around the application; the one added last meets a request first."""
     drop_stock_authentication(app)
     refused = engine.metrics.refused
     undo_middlewares(app)
@@ -150,21 +137,17 @@ def protect(app: FastAPI, engine: HidropLLM, args: Namespace) -> None:
 
 
 def body_check(app: FastAPI, engine: HidropLLM, args: Namespace) -> BodyCheck:
-    """What this server's routes, model and flags allow in a body."""
+    """Make the check of bodies for this server's routes, model and flags."""
     limits = BodyLimits.of(args.max_json_values, engine.model_config.max_model_len, args.max_grammar_kb)
     modalities = [name for name, most in engine.allowed_media.items() if most > 0]
     return BodyCheck(limits, MediaParts(modalities), TypedFields(request_models(app)))
 
 
-OUTERMOST = (CORSMiddleware, XRequestIdMiddleware)
-"""What writes into the header of every answer, be it a refusal of ours or the last resort for an unforeseen error."""
+OUTERMOST = (CORSMiddleware, XRequestIdMiddleware)  # write headers into all answers, also refusals and errors
 
 
 def build_middlewares(app: FastAPI) -> None:
-    """Build the stack of middlewares, :data:`OUTERMOST` around all of it.
-
-    Starlette itself would put its handler of unforeseen errors around every middleware.
-    """
+    """Build the middlewares, :data:`OUTERMOST` outside Starlette's own handler of unforeseen errors, too."""
     outermost = [each for each in app.user_middleware if each.cls in OUTERMOST]
     app.user_middleware[:] = [each for each in app.user_middleware if each.cls not in OUTERMOST]
     stack = app.build_middleware_stack()
@@ -174,10 +157,11 @@ def build_middlewares(app: FastAPI) -> None:
 
 
 def undo_middlewares(app: FastAPI) -> None:
-    """Undo the last step of ``build_app``, SageMaker's, which has built them.
+    """Discard the stack of middlewares that the last step of ``build_app`` (SageMaker's) has built, to build it anew.
 
-    The one that counts HTTP answers would then find its metrics taken, and count nothing. It gets new ones, of the
-    process's registry: beside the sums over all processes, where there are several, they would be shown twice.
+    The middleware that counts HTTP answers would then find the names of its metrics taken, and count nothing. So they
+    are freed, and it gets the process's registry in place of vLLM's: with several processes, vLLM's also holds the sums
+    over all of them, and the metrics would be shown twice.
     """
     middlewares: list[Any] = app.user_middleware
     for each in middlewares:
@@ -205,7 +189,7 @@ HANDLERS_WHY = "init_app_state names the handlers' classes and makes them of twe
 
 
 def extend_state(state: State, engine: HidropLLM) -> None:
-    """Put our handlers where vLLM's routes look for them; that of batches is a chat's, too."""
+    """Put our handlers where vLLM's routes look for them; one handler answers chats and batches of chats."""
     state.hidrop = describe(engine.planner)
     state.openai_serving_chat = state.openai_serving_chat_batch
     for name, handler in HANDLERS.items():
@@ -214,7 +198,7 @@ def extend_state(state: State, engine: HidropLLM) -> None:
 
 
 def uvicorn_options(args: Namespace) -> dict[str, Any]:
-    """Copy what ``build_and_serve`` passes on: it builds the application itself, so it cannot be called."""
+    """What vLLM's ``build_and_serve`` gives uvicorn, copied because that function builds the application itself."""
     same_name = (
         "host port enable_ssl_refresh ssl_keyfile ssl_certfile ssl_ca_certs ssl_cert_reqs ssl_ciphers "
         "h11_max_incomplete_event_size h11_max_header_count"
@@ -232,5 +216,5 @@ def uvicorn_options(args: Namespace) -> dict[str, Any]:
 
 
 def interrupt(*_: object) -> None:
-    """A SIGTERM before uvicorn listens for it ends the start."""
+    """Handle a SIGTERM that comes before uvicorn handles signals: end the start."""
     raise KeyboardInterrupt("terminated")

@@ -1,4 +1,4 @@
-"""vLLM's asynchronous engine client, with requests planned before they enter and reports counted when they end."""
+"""vLLM's asynchronous engine client; plans requests before they enter, and counts reports when they end."""
 
 import asyncio
 from argparse import Namespace
@@ -30,25 +30,17 @@ from vllm_hidrop.engine.compat import INTEGRITY_CALL
 from vllm_hidrop.plan.places import Span
 from vllm_hidrop.plan.planner import Planner
 
-ENGINE_ANSWER_SECONDS = 1.0
-"""How long readiness waits for the engine, which answers between two steps."""
-END_SECONDS = 5.0
-"""What the engine's processes get to end, with nothing left to do; vLLM's own default."""
+ENGINE_ANSWER_SECONDS = 1.0  # how long readiness waits for the engine, which answers between two steps
+END_SECONDS = 5.0  # for the idle engine's processes to end; vLLM's own default
 
 
 class HidropLLM(AsyncLLM):
-    """``AsyncLLM`` that answers for pruning.
-
-    Every route of the server reaches the engine through :meth:`generate`, and every sequence leaves through the output
-    processor; the two are extended, nothing else.
-    """
+    """``AsyncLLM`` that plans in :meth:`generate`, which every route calls, and counts in its output processor."""
 
     input_processor: InputProcessor
     output_processor: OutputProcessor
-    grammars: Grammars
-    """Set once the engine has started."""
-    has_died = False
-    """Whether the engine had ended, without having been asked to, when the server did."""
+    grammars: Grammars  # set once the engine has started
+    has_died = False  # whether the engine had ended by itself before the server was stopped
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self.planner = Planner.from_vllm_config(vllm_config)
@@ -60,10 +52,9 @@ class HidropLLM(AsyncLLM):
         self.planner = Planner.from_vllm_config(vllm_config)  # the engine has told its size of a block
 
     async def why_unready(self) -> str | None:
-        """Why no request should be sent here: a dead engine, or books that do not add up; None when there is no reason.
+        """Why no request should be sent here (draining, a dead engine, failed integrity checks), or None.
 
-        Asks the engine what its integrity checks found. An engine in the midst of a long step answers late; it is not
-        unready for that, and its last answer stands.
+        An engine in the midst of a long step answers late; that is no reason, and its last answer stands.
         """
         if self.in_flight.draining:
             return GOING_AWAY
@@ -86,8 +77,8 @@ class HidropLLM(AsyncLLM):
     def shutdown(self, timeout: float | None = None) -> None:
         """Stock shutdown, once the requests in flight have been answered, or given up after ``timeout`` seconds.
 
-        vLLM calls this in a thread of its own when it is told to stop, and goes on serving meanwhile. Its own drain
-        knows the engine's requests only, and leaves those that are not done by then without an end.
+        vLLM calls this in a thread when it is told to stop, and goes on serving meanwhile. Its own drain knows the
+        engine's requests only, and leaves those that are not done by then without an answer.
         """
         if timeout is not None and not self.in_flight.draining:
             self.has_died = self.errored
@@ -96,16 +87,12 @@ class HidropLLM(AsyncLLM):
 
     @property
     def allowed_media(self) -> Mapping[str, int]:
-        """How many images and other media a prompt may have, by modality; none where only text is served."""
+        """The most images and other media of one prompt, by modality; empty where only text is served."""
         processor = self.renderer.mm_processor
         return {} if processor is None else processor.info.allowed_mm_limits
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
-        """Stock check: 503 for what may fit later.
-
-        Raises:
-            VLLMValidationError: so many sequences never fit.
-        """
+        """Stock check (503 for what may fit later); VLLMValidationError for more sequences than ever fit."""
         most = self.scheduler_config.max_num_queued_reqs
         if most is not None and n > most:
             raise VLLMValidationError(
@@ -116,29 +103,17 @@ class HidropLLM(AsyncLLM):
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Plan first, while the route can still answer 400 (a stream has sent its 200 by the first output).
-
-        Raises:
-            VLLMValidationError: the request's own pruning options are bad.
-        """
+        """Plan first; VLLMValidationError while the route can still answer 400, before a stream has sent its 200."""
         self.check(prompt, sampling_params)
         return super().generate(prompt, sampling_params, request_id, **kwargs)
 
     def check(self, prompt: Any, params: SamplingParams) -> None:
-        """What can be said of a request at once; what takes time is up to :meth:`admit`.
-
-        Raises:
-            VLLMValidationError: as :meth:`generate`.
-        """
+        """Note the parameters for :func:`begun` and plan the request; what takes time is left to :meth:`admit`."""
         _begun.get([]).append(params)
         self.check_options(prompt, params)
 
     def check_options(self, prompt: Any, params: SamplingParams) -> None:
-        """Plan a rendered prompt, to see that it can be.
-
-        Raises:
-            VLLMValidationError: the request's own pruning options are bad.
-        """
+        """Plan a rendered prompt, only to see whether it can be; VLLMValidationError if its pruning options are bad."""
         try:
             check_keys(params.extra_args or (), self.others_are_read)
             if isinstance(prompt, dict) and "prompt_token_ids" in prompt:
@@ -154,7 +129,7 @@ class HidropLLM(AsyncLLM):
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
 
     async def admit(self, params: SamplingParams) -> None:
-        """Whether a request with these parameters would be let in now; its stream is begun only then.
+        """Check whether a request with these parameters is let in now, before its stream begins.
 
         Raises:
             VLLMValidationError: the parameters are bad.
@@ -165,7 +140,7 @@ class HidropLLM(AsyncLLM):
         self.check_admission(params.n)
 
     async def _admit_grammar(self, params: SamplingParams) -> None:
-        """By what vLLM's input processor will make the tokens that end it."""
+        """Admit the grammar, with the stop tokens that vLLM's input processor will add to the parameters."""
         if params.structured_outputs is not None:
             ending = params.clone()
             ending.update_from_generation_config(
@@ -176,15 +151,16 @@ class HidropLLM(AsyncLLM):
     async def add_request(
         self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> RequestOutputCollector:
-        """Send it to the engine once its grammar has been tried."""
+        """Send the request to the engine once its grammar is admitted."""
         if isinstance(params, SamplingParams):
             await self._admit_grammar(params)
         return await super().add_request(request_id, prompt, params, *args, **kwargs)
 
     def _run_output_handler(self) -> None:
-        """Start vLLM's output loop, which holds on to the output processor; so ours goes in before.
+        """Start vLLM's output loop, which keeps the output processor it finds, with our processors in place.
 
-        ``AsyncLLM`` names the classes of both processors in its constructor: they are made anew, as it makes them.
+        ``AsyncLLM`` names the classes of both processors in its constructor, so ours are made here, with the same
+        arguments.
         """
         if self.output_handler is None:
             self.input_processor = HidropInputProcessor(self.vllm_config, self.renderer)
@@ -204,7 +180,7 @@ _begun: ContextVar[list[SamplingParams]] = ContextVar("begun")
 
 @contextmanager
 def begun() -> Iterator[list[SamplingParams]]:
-    """Collect the parameters of what one handler asks of the engine."""
+    """Collect the parameters of every request that one handler makes of the engine."""
     asked: list[SamplingParams] = []
     token = _begun.set(asked)
     try:
@@ -214,10 +190,10 @@ def begun() -> Iterator[list[SamplingParams]]:
 
 
 class HidropInputProcessor(InputProcessor):
-    """``InputProcessor`` that leaves grammars alone: it would parse them in the event loop."""
+    """``InputProcessor`` that does not parse grammars, which would block the event loop."""
 
     def _validate_params(self, params: Any, supported_tasks: tuple[Any, ...]) -> bool | None:
-        """Stock validation of all but the grammar, which has been admitted (see ``hidrop_server.control.grammars``)."""
+        """Stock validation of all but the grammar, which ``hidrop_server.control.grammars`` has admitted."""
         structured = getattr(params, "structured_outputs", None)
         if structured is None:
             return super()._validate_params(params, supported_tasks)
@@ -229,10 +205,10 @@ class HidropInputProcessor(InputProcessor):
 
 
 class HidropOutputProcessor(OutputProcessor):
-    """``OutputProcessor`` that counts each sequence once, when it ends, from the last report the engine sent for it.
+    """``OutputProcessor`` that counts each sequence once, when it ends, by the last report the engine sent for it.
 
-    A report may come before the last output: it is then handed on with every later output, because a stop string ends
-    a sequence here and the engine's last word on it never arrives.
+    A report that comes before the last output is repeated on every later one: a stop string ends a sequence in this
+    process, and the engine's final report for it never arrives.
     """
 
     def __init__(self, metrics: HidropMetrics, *args: Any, **kwargs: Any) -> None:
@@ -243,7 +219,7 @@ class HidropOutputProcessor(OutputProcessor):
     def process_outputs(
         self, engine_core_outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any
     ) -> OutputProcessorOutput:
-        """Remember and hand on reports, then vLLM's processing, then the reasons of what failed."""
+        """Stock processing, with reports repeated, and failures raised in the handlers of their requests."""
         self._hand_on(engine_core_outputs)
         failed = [
             (self.request_states[output.request_id], output.stop_reason)
@@ -256,9 +232,9 @@ class HidropOutputProcessor(OutputProcessor):
         return processed
 
     def _fail(self, state: RequestState, reason: str | int | None) -> list[str]:
-        """Raise in the request's handler what ended it; returns its other sequences, which end, too.
+        """Raise in the request's handler why it failed; returns its other sequences, which are aborted.
 
-        A failure that has a reason would come again: 400. Any other may not: 503.
+        A failure with a reason would come again: 400. Any other may not: 503.
         """
         if state.queue is None:
             return []
@@ -284,7 +260,7 @@ class HidropOutputProcessor(OutputProcessor):
         self.metrics.ended(self.reports.pop(req_state.request_id, None), times=times_of(req_state.stats))
 
     def abort_requests(self, request_ids: Iterable[str], internal: bool) -> list[str]:
-        """Stock abort, and a count for every sequence that was running."""
+        """Stock abort; counts every sequence that was running."""
         before = set(self.request_states)
         aborted = super().abort_requests(request_ids, internal)
         for request_id in before.difference(self.request_states):
@@ -293,7 +269,7 @@ class HidropOutputProcessor(OutputProcessor):
 
 
 def times_of(stats: RequestStateStats | None) -> Times | None:
-    """What a finished sequence took, from vLLM's own time stamps; None where it keeps none or no token came."""
+    """The times of a finished sequence, by vLLM's time stamps; None where vLLM keeps none or no token came."""
     if stats is None or not stats.num_generation_tokens:
         return None
     later = stats.num_generation_tokens - 1
@@ -327,7 +303,7 @@ def _served_name(model_config: Any) -> str:
 
 @asynccontextmanager
 async def run_engine(args: Namespace, vllm_config: Any, client: Mapping[str, Any]) -> AsyncIterator[HidropLLM]:
-    """Start the engine's processes, or go to those that ``client`` names; stop ours at the end."""
+    """Start the engine's processes, or connect to those that ``client`` names; shut down at the end."""
     addresses = dict(client)
     count, index = addresses.pop("client_count", 1), addresses.pop("client_index", 0)
     engine_args = AsyncEngineArgs.from_cli_args(args)

@@ -12,7 +12,7 @@ class BodyRefused(Exception):
 
     Attributes:
         says: one line for the client; names the field and never repeats its value.
-        reason: of ``vllm_hidrop_refused_requests_total``.
+        reason: label of ``vllm_hidrop_refused_requests_total``.
         status: of the answer.
     """
 
@@ -24,10 +24,9 @@ class BodyRefused(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """The heart of an error as one line.
+    """An error's message as one line.
 
-    A pydantic ``ValidationError`` wraps the ``ValueError`` of a configuration hook in a headline, the message after
-    "Value error, ", a dump of the input and a link; only the message is of use.
+    Of a pydantic ``ValidationError`` it leaves out the headline, "Value error, ", the dump of the input and the link.
     """
     errors = getattr(error, "errors", None)
     if callable(errors):

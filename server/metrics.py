@@ -1,7 +1,6 @@
 """Every metric of ours, in one table, and the object that counts.
 
-Metrics of the process's default registry work
-in multi-process mode as well: prometheus_client then keeps them in files that vLLM's ``/metrics`` adds up.
+In multi-process mode prometheus_client keeps the default registry's metrics in files, which vLLM's ``/metrics`` sums.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,16 +14,14 @@ from vllm_hidrop.plan.plan import FALLBACKS
 
 PREFIX = "vllm_hidrop_"
 SERVER_LABELS = ("model_name", "engine", "method")
-"""Of every series, the first two as in vLLM's own metrics; ``method`` is the one that the request used."""
-ENGINE = "0"
-"""One server has one engine."""
+"""Labels of every series: two as in vLLM's own metrics, and the ``method`` that the request used."""
+ENGINE = "0"  # one server has one engine
 TIMED_MODES = ("pruned", "off", "text", "fallback")
 MODES = (*TIMED_MODES, "aborted", "unreported")
 REFUSALS = ("options", "media", "key", "header", "body", "grammar", "deadline")
 REUSE_OFF = ("disabled", "adaptive", "signal", "cache_dtype", "first_layer", "states")
-"""The server caches no prefixes; the method decides the counts; its signal needs rows that are
-cached; the cache rounds K, which scoring reads; the first
-layer cuts; the server has no memory for states."""
+"""In this order: the server caches no prefixes; the method decides the counts; its signal needs rows that are cached;
+the cache rounds K, which scoring reads; the first layer cuts; the server has no memory for states."""
 
 SECONDS = tuple(float(f"{digit}e{power}") for power in range(-3, 3) for digit in (1, 2, 3, 5, 7))
 """1 ms to 700 s, five to a decade: from one token of a small model to a queue of minutes."""
@@ -35,7 +32,7 @@ VLLM_BUCKETS = {
     "inter_token_latency": list(SECONDS),
     "request_latency": list(SECONDS),
 }
-"""For vLLM's own histograms: its steps for first tokens and requests are too wide to see what pruning saves."""
+"""For vLLM's own histograms, whose buckets for first tokens and requests are too wide to see what pruning saves."""
 
 
 class Kind(StrEnum):
@@ -47,19 +44,15 @@ class Kind(StrEnum):
 
 
 class MetricSpec(NamedTuple):
-    """One metric; labels are those besides :data:`SERVER_LABELS`, buckets None are the stages' first layers.
+    """One metric."""
 
-    A counter's name is shown by Prometheus with ``_total``. ``values`` are those of a counter's or a histogram's label
-    that is not the stage. ``field`` is the report's, where the metric is its sum.
-    """
-
-    name: str
+    name: str  # without :data:`PREFIX`; Prometheus shows a counter's with ``_total``
     kind: Kind
     help: str
-    labels: tuple[str, ...] = ()
-    buckets: tuple[float, ...] | None = None
-    field: str | None = None
-    values: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()  # besides :data:`SERVER_LABELS`
+    buckets: tuple[float, ...] | None = None  # None: the stages' first layers
+    field: str | None = None  # of the report, where the metric is its sum
+    values: tuple[str, ...] = ()  # of the label, unless that is the stage
 
     @property
     def shown(self) -> str:
@@ -162,12 +155,11 @@ METRICS = (
 )
 
 TIMES = ("time_to_first_token_seconds", "prefill_seconds", "time_per_output_token_seconds")
-OBSERVED = ("keep_ratio", "cut_layer", "exit_layer", "selection_seconds")
-"""Histograms without labels of their own."""
+OBSERVED = ("keep_ratio", "cut_layer", "exit_layer", "selection_seconds")  # histograms without labels of their own
 
 
 class Times(NamedTuple):
-    """What one sequence took, in seconds and in the order of :data:`TIMES`; None where it never came so far."""
+    """Times of one sequence, in seconds and in the order of :data:`TIMES`; None for a time that does not exist."""
 
     first_token: float
     prefill: float
@@ -175,7 +167,7 @@ class Times(NamedTuple):
 
 
 class _Counts(NamedTuple):
-    """Where sequences of one method and mode are counted; sums with the report's field, stages as (kept, cached)."""
+    """Series of one method and mode; ``sums`` pairs them with fields of the report, ``stages`` are (kept, cached)."""
 
     requests: Any
     sums: Sequence[tuple[str, Any]]
@@ -187,12 +179,8 @@ class _Counts(NamedTuple):
 class HidropMetrics:
     """Counts finished sequences from the engine's reports.
 
-    Args:
-        model_name: label.
-        method: the server's own; the label of a sequence is the method it used.
-        first_layers: of the server's stages.
-        info: labels of ``plan_info``.
-        registry: where the metrics live.
+    The label of a sequence is the method it used; that of refusals, and where no report came, is the server's own
+    ``method``. ``info`` are the labels of ``plan_info``.
     """
 
     def __init__(
@@ -214,12 +202,9 @@ class HidropMetrics:
             self._series("stage_first_layer", stage=str(stage)).set(layer)
 
     def ended(self, report: Mapping[str, Any] | None, aborted: bool = False, times: Times | None = None) -> None:
-        """Count one sequence.
+        """Count one sequence; an aborted one's tokens count, its times do not.
 
-        Args:
-            report: the engine's; None when it sent none.
-            aborted: whether its client went away; its tokens count, its times do not.
-            times: what it took; None where vLLM keeps no statistics.
+        ``report`` is None when the engine sent none, ``times`` when vLLM keeps no statistics.
         """
         mode = "aborted" if aborted else report["mode"] if report else "unreported"
         method = report["method"] if report else self.server["method"]
@@ -253,7 +238,7 @@ class HidropMetrics:
         self._series("grammars_waiting").set(count)
 
     def _counts_of(self, method: str, mode: str) -> "_Counts":
-        """The series of such sequences, looked up once: to find one by its labels takes longer than to count."""
+        """The series of one method and mode, looked up once, because a look-up by labels takes longer than counting."""
         found = self._counts.get((method, mode))
         if found is None:
             series = partial(self._series, method=method)
@@ -274,7 +259,7 @@ class HidropMetrics:
         return self.metrics[name].labels(**{**self.server, **labels})
 
     def _show_zeros(self) -> None:
-        """Let every series exist from the start: ``rate()`` does not see the first value of a new one."""
+        """Create every series at the start: ``rate()`` does not see the first value of a new one."""
         stages = tuple(str(index) for index in range(self._num_stages))
         for spec in METRICS:
             if spec.kind is Kind.GAUGE:
@@ -297,7 +282,7 @@ def _make(spec: MetricSpec, first_layers: Sequence[int], registry: CollectorRegi
 
 
 def _observed(report: Mapping[str, Any]) -> dict[str, float | None]:
-    """What one report adds to the histograms without further labels."""
+    """What one report adds to :data:`OBSERVED`; None adds nothing."""
     is_pruned = report["mode"] == "pruned"
     return {
         "keep_ratio": _keep_ratio(report),
@@ -308,7 +293,7 @@ def _observed(report: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _keep_ratio(report: Mapping[str, Any]) -> float | None:
-    """Vision tokens kept of all, mean over layers; None without any."""
+    """Share of the vision tokens that is kept, mean over layers; None without any vision token."""
     layers = [(stage["end_layer"] - stage["first_layer"], stage["kept"]) for stage in report["stages"]]
     num_tokens = report["vision_tokens"] * sum(count for count, _ in layers)
     return sum(count * kept for count, kept in layers) / num_tokens if num_tokens else None

@@ -27,16 +27,11 @@ from hidrop_server.control.grammars import Judge
 from hidrop_server.http import exchanges
 from hidrop_server.start import engine_config
 
-TO_END_SECONDS = exchanges.END_SECONDS + app.END_SECONDS
-"""What a process gets once its time to answer is over."""
+TO_END_SECONDS = exchanges.END_SECONDS + app.END_SECONDS  # for a process, once its time to answer is over
 
 
 def serve_several(args: Namespace, vllm_config: Any) -> int:
-    """Start the engine and the processes, serve until a signal or until one of them dies.
-
-    Returns:
-        Exit code: 1 if the engine or a process died, 0 after a requested stop.
-    """
+    """Start the engine and the API processes, serve until a signal; returns 1 if one of them died, else 0."""
     setup_multiprocess_prometheus()
     stop = _Stop(args.shutdown_timeout)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -69,16 +64,11 @@ def serve_several(args: Namespace, vllm_config: Any) -> int:
 
 
 class _Stop:
-    """Handler of signals: the first one ends the wait, no later one disturbs what then ends.
-
-    Args:
-        seconds: that a requested stop may take.
-    """
+    """Signal handler: the first signal ends the wait, later ones do nothing; a requested stop may take ``seconds``."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self.deadline: float | None = None
-        """None until a stop is requested."""
+        self.deadline: float | None = None  # of `time.monotonic`; None until a stop is requested
 
     def __call__(self, *_: object) -> None:
         if self.deadline is None:
@@ -87,18 +77,14 @@ class _Stop:
 
     @property
     def seconds_left(self) -> float:
-        """To answer what has been begun; none where nobody asked."""
+        """Seconds left to answer requests that have begun; 0 where no stop was requested."""
         return max(0.0, self.deadline - time.monotonic()) if self.deadline is not None else 0.0
 
 
 def _serve_one(address: str, sock: socket, args: Namespace, client: dict[str, Any]) -> None:
-    """Be one of the processes; what one process does before it listens, its parent has done.
+    """Run one API process; its parent has done what comes before listening.
 
-    Args:
-        address: to be shown.
-        sock: bound, shared.
-        args: of the command line.
-        client: vLLM's word on the engine's sockets, on which process this is, and on the loads of all.
+    ``client`` is vLLM's: the engine's sockets, this process's index, and the loads of all.
     """
     signal.signal(signal.SIGTERM, interrupt)
     configure_logging_from_args(args)

@@ -24,11 +24,11 @@ from hidrop_server.control.reports import REPORT_KEY, ReportSeen, in_message_del
 from hidrop_server.engine import HidropLLM, begun, spans_in
 
 WISHES: ContextVar[Mapping[str, Any] | None] = ContextVar("WISHES", default=None)
-"""The ``vllm_xargs`` of the request in hand: vLLM does not carry them into a beam search."""
+"""The ``vllm_xargs`` of the current request: vLLM does not carry them into a beam search."""
 
 
 class _WithWishes:
-    """The engine client of one beam search."""
+    """The engine client of one beam search, which adds the request's ``vllm_xargs`` to every step."""
 
     def __init__(self, engine_client: HidropLLM, wishes: Mapping[str, Any] | None) -> None:
         self._engine_client = engine_client
@@ -38,18 +38,14 @@ class _WithWishes:
         return getattr(self._engine_client, name)
 
     def generate(self, prompt: Any, params: SamplingParams, *args: Any, **kwargs: Any) -> Any:
-        """A step."""
+        """Stock generation of one step, with the options added."""
         params.extra_args = dict(self._wishes or {}) or None
         return self._engine_client.generate(prompt, params, *args, **kwargs)
 
 
 @contextmanager
 def truncating(request: Any) -> Iterator[None]:
-    """Around the rendering of a prompt: vLLM cuts first and then looks for the images' places, and asserts them.
-
-    Raises:
-        VLLMValidationError: what is cut off has an image.
-    """
+    """Raise VLLMValidationError if a truncation cut an image: vLLM truncates first, then asserts the images' places."""
     try:
         yield
     except (AssertionError, RuntimeError):
@@ -62,16 +58,12 @@ def truncating(request: Any) -> Iterator[None]:
 
 
 class _Generating:
-    """What chat and completions have in common."""
+    """What all our handlers have in common: beam search, admission, and errors."""
 
     engine_client: HidropLLM
 
     def beam_search(self, prompt: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
-        """Stock beam search, with the request's own wishes in every step.
-
-        Raises:
-            VLLMValidationError: a step would be pruned, or the wishes are bad.
-        """
+        """Stock beam search with the request's options; VLLMValidationError if they are bad or would prune a step."""
         wishes = WISHES.get()
         spans = spans_in(prompt)
         self.engine_client.check_options(prompt, SamplingParams(extra_args=dict(wishes or {})))
@@ -87,12 +79,7 @@ class _Generating:
         return super(_Generating, steps).beam_search(prompt, *args, **kwargs)  # type: ignore[misc]
 
     async def _with_kv_transfer_rejection_cleanup(self, awaitable: Awaitable[Any], *args: Any) -> Any:
-        """What vLLM wraps around every request; a stream is begun, with its 200, only for one that is let in.
-
-        Raises:
-            VLLMValidationError: its parameters are bad.
-            GracefulHTTPError: the engine has no place for it.
-        """
+        """Wrap a request as vLLM does, but start a stream, with its 200, only once ``HidropLLM.admit`` lets it in."""
         with begun() as asked:
             answer = await super()._with_kv_transfer_rejection_cleanup(awaitable, *args)  # type: ignore[misc]
             if isinstance(answer, AsyncGenerator):
@@ -101,7 +88,7 @@ class _Generating:
         return answer
 
     def _convert_generation_error_to_streaming_response(self, e: GenerationError) -> str:
-        """The error event of a stream, with the type that belongs to its code."""
+        """The error event of a stream, with the type that belongs to its status."""
         event: str = self.create_streaming_error_response(e)  # type: ignore[attr-defined]
         return event
 
@@ -117,13 +104,13 @@ class HidropServingChat(_Generating, OpenAIServingChatBatch):
     """Chat completions with a report, and batches of chats, admitted as one."""
 
     async def render_chat_request(self, request: Any) -> Any:
-        """Stock rendering; a truncation that cuts an image is the client's fault."""
+        """Stock rendering; VLLMValidationError for a truncation that cuts an image."""
         WISHES.set(request.vllm_xargs)
         with truncating(request):
             return await super().render_chat_request(request)
 
     async def render_batch_chat_request(self, request: Any) -> Any:
-        """Stock rendering, once it is known that there is a place for every conversation."""
+        """Stock rendering, once there is a place for every conversation."""
         self.engine_client.check_admission(len(request.messages))
         with truncating(request):
             return await super().render_batch_chat_request(request)
@@ -151,7 +138,7 @@ class HidropServingCompletion(_Generating, OpenAIServingCompletion):
     """Completions with a report: that of the first prompt if there are several."""
 
     async def render_completion_request(self, request: Any) -> Any:
-        """Stock rendering, once it is known that there is a place for every sequence of every prompt."""
+        """Stock rendering, once there is a place for every sequence of every prompt."""
         WISHES.set(request.vllm_xargs)
         prompts = request.prompt
         several = isinstance(prompts, list) and len(prompts) > 0 and not isinstance(prompts[0], int)
@@ -192,12 +179,12 @@ class HidropServingResponses(_Generating, OpenAIServingResponses):
     def _generate_with_builtin_tools(
         self, request_id: str, engine_input: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        """Stock turns, which ask the engine only when they are read: what the first will ask is told before."""
+        """Stock turns, of which the first is checked now: they reach the engine only when they are read."""
         self.engine_client.check(engine_input, sampling_params)
         return super()._generate_with_builtin_tools(request_id, engine_input, sampling_params, *args, **kwargs)
 
     async def responses_stream_generator(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-        """Stock stream; what goes wrong within it is its last event, where vLLM breaks the connection."""
+        """Stock stream; an error within it is told in its last event, where vLLM breaks the connection."""
         number = 0
         async with aclosing(super().responses_stream_generator(*args, **kwargs)) as events:
             try:
@@ -208,11 +195,7 @@ class HidropServingResponses(_Generating, OpenAIServingResponses):
                 yield self._last_event(error, number + 1)
 
     def _convert_generation_error_to_streaming_response(self, e: GenerationError) -> str:
-        """Hand it on, because what vLLM makes of it is no event of this route.
-
-        Raises:
-            GenerationError: always.
-        """
+        """Raise the error again: what vLLM makes of it is no event of this route."""
         raise e
 
     def _last_event(self, error: Exception, number: int) -> ResponseErrorEvent:
@@ -222,7 +205,7 @@ class HidropServingResponses(_Generating, OpenAIServingResponses):
         )
 
     async def responses_full_generator(self, *args: Any, **kwargs: Any) -> ErrorResponse | ResponsesResponse:
-        """Stock response, which ends a stream, too, and ``hidrop`` beside its ``usage``."""
+        """Stock response, also the one that ends a stream, and ``hidrop`` beside its ``usage``."""
         response = await super().responses_full_generator(*args, **kwargs)
         params = getattr(response, "kv_transfer_params", None) or {}
         if REPORT_KEY in params:
@@ -232,7 +215,7 @@ class HidropServingResponses(_Generating, OpenAIServingResponses):
 
 
 class HidropMessage(AnthropicMessagesResponse):
-    """A message with a report; vLLM leaves fields that are null out of messages, in the report, too."""
+    """A message with a report; vLLM leaves null fields out of messages, and so out of the report."""
 
     hidrop: dict[str, Any] | None = None
 

@@ -1,7 +1,7 @@
 """`hidrop serve`: from the command line to a running server, refusing bad choices as early as they can be seen.
 
-Order matters: our names first (no vLLM import), then vLLM's flags and the model's configuration, then the engine's own
-configuration, and only then processes and weights.
+Our own names are checked first (no vLLM import), then vLLM's flags and the model's configuration, then the engine's
+configuration; processes and weights come last.
 """
 
 import sys
@@ -22,20 +22,14 @@ TORCHVISION = (
     "the installed torchvision is built for CUDA and cannot be imported beside PyTorch for CPUs: pip install "
     "--force-reinstall --no-deps torchvision==0.28.0 --index-url https://download.pytorch.org/whl/cpu"
 )
-"""What PyPI's build ends in; scripts/mend_torchvision.py has the story."""
+"""The message where PyPI's build cannot be imported; scripts/mend_torchvision.py says why."""
 
 
 def main(model: str | None, choice: Mapping[str, Any], vllm_args: list[str]) -> int:
-    """Serve until stopped.
+    """Serve until stopped; returns 0 after a requested stop, 1 if the engine died, 2 for a choice that is refused.
 
-    Args:
-        model: directory or hub name; None for the embedded model, unless ``vllm_args`` name one.
-        choice: what to prune by, with the keys of ``HidropConfig``.
-        vllm_args: any of vLLM's flags.
-
-    Returns:
-        Exit code: 2 for a choice that cannot be honoured, told in one line on stderr; 1 if the engine died; 0 after a
-        requested stop.
+    ``model`` is a directory or hub name, or None for the embedded model unless ``vllm_args`` (vLLM's flags and ours)
+    name one; ``choice`` has the keys of ``HidropConfig``. A refusal is one line on stderr.
     """
     try:
         return run(*configure(model, check_choice(choice), vllm_args))
@@ -45,11 +39,7 @@ def main(model: str | None, choice: Mapping[str, Any], vllm_args: list[str]) -> 
 
 
 def configure(model: str | None, choice: "HidropConfig", vllm_args: list[str]) -> "tuple[Namespace, Any]":
-    """Everything that can fail before a process is started.
-
-    Raises:
-        StartError: what vLLM, the model or the compatibility gate refuses.
-    """
+    """Do all that can fail before a process is started; StartError for what vLLM, the model or our gate refuses."""
     _check_installation()
     is_shipped = model in [str(directory) for directory in CHECKPOINTS.values()]
     set_variables(embedded=is_shipped or (not model and not any(arg == "--model" for arg in vllm_args)))
@@ -72,11 +62,7 @@ def configure(model: str | None, choice: "HidropConfig", vllm_args: list[str]) -
 
 
 def engine_config(args: "Namespace") -> Any:
-    """Make the engine's configuration, our hook's verdict included.
-
-    Raises:
-        StartError: the engine refuses the configuration.
-    """
+    """Make the engine's configuration, in which our hook resolves the choice; StartError if the engine refuses it."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
 
@@ -99,11 +85,7 @@ def engine_config(args: "Namespace") -> Any:
 
 
 def run(args: "Namespace", vllm_config: Any) -> int:
-    """Serve until a signal; returns the exit code.
-
-    Raises:
-        StartError: the address was taken since it was tried.
-    """
+    """Serve until a signal; returns the exit code. StartError if the address has been taken since it was tried."""
     if args.api_server_count > 1:
         from hidrop_server.processes import serve_several
 
