@@ -4,7 +4,7 @@ Where ``image_aspect_ratio`` is "pad", an image is padded to a square with the m
 (transformers' LlavaImageProcessor with ``do_pad``); Hugging Face's own conversion of LLaVA-1.5 crops instead. Other
 values get CLIP's processor: the shorter side is resized, the centre kept.
 
-**Differs** by rounding: transformers resizes tensors with torchvision, LLaVA images with Pillow, both antialiased.
+**Differs** by rounding: torchvision resizes tensors here, Pillow images in LLaVA, both bicubic and antialiased.
 """
 
 from collections.abc import Mapping

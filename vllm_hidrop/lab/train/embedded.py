@@ -118,12 +118,12 @@ class Training:
 
     @cached_property
     def features(self) -> SceneFeatures:
-        """Tower features of the training scenes."""
+        """Tower features of the training scenes; asked for once the tower is trained."""
         return SceneFeatures(self.model, FIRST_FEATURE_SEED, self.recipe.num_feature_scenes)
 
     @cached_property
     def held_out(self) -> SceneFeatures:
-        """Tower features of the held-out scenes."""
+        """Tower features of the held-out scenes; asked for once the tower is trained."""
         return SceneFeatures(self.model, held_out_seed(0), self.recipe.num_held_out_scenes)
 
     def on_images(self) -> Figures:

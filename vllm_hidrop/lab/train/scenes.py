@@ -206,7 +206,8 @@ def render(scene: Scene) -> Pixels:
 def patch_owners(scene: Scene) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """The thing each patch shows, an index into ``scene.things`` or -1 for background, and whether the patch is clear.
 
-    Both are [NUM_PATCHES]; not clear is a patch with some, but fewer than ``MIN_INK_PIXELS``, pixels of a thing.
+    Both are [NUM_PATCHES]; a patch is not clear where it holds some, but too few (``MIN_INK_PIXELS``), pixels of a
+    thing.
     """
     owners = np.full((PATCHES_PER_SIDE, PATCHES_PER_SIDE), -1, np.int64)
     is_clear = np.ones_like(owners, dtype=np.bool_)
