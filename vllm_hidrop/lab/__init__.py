@@ -1,1 +1,1 @@
-"""What makes and judges models, and is not needed to serve."""
+"""Makes and judges models: trains, calibrates, converts, evaluates. Nothing here is needed to serve."""

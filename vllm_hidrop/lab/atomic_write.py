@@ -12,19 +12,16 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def unfinished_path(path: Path) -> Path:
-    """Where ``path`` is written before it takes its name."""
+    """The hidden neighbour that holds the content of ``path`` until it is complete."""
     return path.with_name(f".{path.name}.unfinished")
 
 
 @contextmanager
 def whole_or_absent(path: Path) -> Iterator[Path]:
-    """Yields a place beside ``path``: what is written there becomes ``path``; after an error it is removed.
+    """Yields a neighbour of ``path`` to write a file or directory to; without an error it becomes ``path``.
 
-    What an earlier run left there is removed, never written to: it may be a link elsewhere. A file is on disk before
-    it takes its name.
-
-    Raises:
-        OSError: what the system says; of a full disk, also what to do.
+    After an error the neighbour is removed. A leftover of an earlier run is removed first, never written through: it
+    may be a link. A file is on disk before it is renamed. Raises OSError; of a full disk, its message says what to do.
     """
     unfinished = unfinished_path(path)
     _remove(unfinished)
@@ -46,7 +43,7 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
 
 
 def _is_disk_full(error: BaseException) -> bool:
-    """Safetensors and PyTorch wrap the system's error in their own."""
+    """Whether the disk was full; safetensors and PyTorch wrap the system's error in their own."""
     return (isinstance(error, OSError) and error.errno in DISK_FULL) or "No space left on device" in str(error)
 
 

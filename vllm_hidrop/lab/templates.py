@@ -1,4 +1,4 @@
-"""Texts by Jinja2 templates that stand beside the code that fills them in."""
+"""Fills in the Jinja2 templates that stand beside the code."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
 def render(template: Path, values: Mapping[str, Any], filters: Mapping[str, Callable[..., Any]] | None = None) -> str:
-    """A Markdown text; a value that the template names and nobody gives is an error."""
+    """The template's text with ``values`` filled in; ``jinja2.UndefinedError`` where a name has none."""
     environment = Environment(
         loader=FileSystemLoader(template.parent),
         keep_trailing_newline=True,

@@ -4,7 +4,7 @@ from pydantic import ValidationError
 
 
 def first_fault(error: ValidationError) -> str:
-    """The place and the message of the first fault."""
+    """The first fault as ``KEY.KEY: message``."""
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"]))
     message = first["msg"].removeprefix("Value error, ")

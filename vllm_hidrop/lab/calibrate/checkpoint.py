@@ -22,7 +22,7 @@ LLAVA_PROMPT = "USER: {image}\n{question} ASSISTANT:"
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows of [prompt, answer] are what; all indices ascend."""
+    """Which rows of [prompt, answer] are what; all indices, ``vision`` [V] among them, ascend."""
 
     vision: Tensor
     num_prompt: int
@@ -40,20 +40,20 @@ class Rows:
 
     @property
     def text(self) -> Tensor:
-        """Every row that is not vision, answer included."""
+        """Indices of the rows that are not vision, those of the answer included."""
         is_text = torch.ones(self.num_rows, dtype=torch.bool, device=self.vision.device)
         is_text[self.vision] = False
         return is_text.nonzero().flatten()
 
     @property
     def prompt_text(self) -> Tensor:
-        """Text rows of the prompt."""
+        """Indices of the prompt's text rows."""
         text = self.text
         return text[text < self.num_prompt]
 
     @property
     def instruction(self) -> Tensor:
-        """Rows of the prompt behind the image."""
+        """Indices of the prompt's rows behind the image."""
         text = self.prompt_text
         return text[text > self.vision[-1]]
 
@@ -68,7 +68,7 @@ class Encoded:
 
     @property
     def answer(self) -> Tensor:
-        """The answer's token ids."""
+        """Token ids of the answer."""
         return self.inputs["input_ids"][0, self.rows.num_prompt :]
 
 
@@ -101,11 +101,7 @@ class Checkpoint:
         return LLAVA_PROMPT.format(image=self.processor.image_token, question=question)
 
     def encode(self, image: Image.Image, question: str, answer: str | None, max_answer_tokens: int) -> Encoded:
-        """Tokenise a prompt and its answer; without one the model's own greedy answer takes its place.
-
-        Raises:
-            ValueError: the prompt holds no vision token.
-        """
+        """Tokenise a prompt and its answer (None: the model's greedy one); ValueError: no vision token in the text."""
         prompt = self.prompt(question)
         found = self.processor(images=[image], text=[prompt], return_tensors="pt")
         inputs = {key: value.to(self.device) for key, value in found.items() if isinstance(value, Tensor)}
@@ -121,7 +117,7 @@ class Checkpoint:
         return Encoded(_extended(inputs, tail), rows, answer is not None)
 
     def _answer_ids(self, prompt: str, answer: str) -> Tensor:
-        """Token ids of an answer as they follow its prompt, end included."""
+        """Token ids of an answer as they follow its prompt, the end-of-sequence token included."""
         tokenizer = self.processor.tokenizer
         space = "" if prompt[-1:].isspace() else " "
         num_prompt = len(tokenizer(prompt).input_ids)
@@ -138,18 +134,18 @@ class Checkpoint:
 
     @torch.no_grad()
     def forward(self, inputs: dict[str, Tensor]) -> None:
-        """Run tower and decoder once, for whoever watches the layers."""
+        """Run tower and decoder once, for the hooks on the layers."""
         self.model.model(**inputs, use_cache=False)
 
     @torch.no_grad()
     def predict(self, states: Tensor) -> Tensor:
-        """Most likely next tokens of last-layer states [rows, hidden], before the final norm."""
+        """Most likely next tokens [rows] of last-layer states [rows, hidden], given before the final norm."""
         logits: Tensor = self.model.get_output_embeddings()(self.llm.norm(states))
         return logits.argmax(-1)
 
 
 def check_family(config: Any) -> None:
-    """Refuse a model that the curves are not defined for. Raises ValueError: names the part and the supported ones."""
+    """ValueError, naming the part and the supported ones, for a model that the curves are not defined for."""
     if config.model_type not in FAMILIES:
         raise ValueError(f"cannot calibrate model type {config.model_type!r}; supported: {', '.join(FAMILIES)}")
     text = config.get_text_config().model_type
@@ -159,7 +155,7 @@ def check_family(config: Any) -> None:
 
 @contextmanager
 def _load_errors(source: str) -> Iterator[None]:
-    """Name the model in whatever transformers says about it, first line only."""
+    """Turn an error of transformers into a ValueError that names the model, first line only."""
     try:
         yield
     except (OSError, KeyError, ValueError) as error:

@@ -23,12 +23,9 @@ DECIMALS = 6
 
 @dataclass(frozen=True)
 class Settings:
-    """What the paper leaves open.
+    """What the paper leaves open: ILVAS's windows (layers between its two ends) and K, and where answers are cut.
 
-    Attributes:
-        windows: layers between the two ends of ILVAS; the first one decides.
-        top_tokens: ILVAS's K, the most attended vision tokens.
-        max_answer_tokens: answers are cut here.
+    The first of ``windows`` decides; ``top_tokens`` is K, the number of most attended vision tokens.
     """
 
     windows: tuple[int, ...] = (2, 4)
@@ -41,7 +38,6 @@ class Curves:
     """Means over samples, by layer.
 
     Attributes:
-        num_samples: samples measured.
         vision_tokens: fewest, median and most vision tokens of an image.
         vision_intra, text_intra: cosine between a layer's input and output, per modality.
         cross: cosine between instruction states after a layer with another and with the own image.
@@ -62,23 +58,19 @@ class Curves:
     full_accuracy: float | None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Plain data; the windows of ``ilvas`` become strings."""
         return asdict(self) | {"ilvas": {str(window): curve for window, curve in self.ilvas.items()}}
 
 
 def check_settings(settings: Settings, num_layers: int) -> None:
-    """Refuse windows the model is too shallow for. Raises ValueError: names the window."""
+    """ValueError, naming the window, where the model is too shallow for it."""
     for window in settings.windows:
         if not 1 <= window < num_layers:
             raise ValueError(f"a window must be in [1, {num_layers - 1}] for {num_layers} layers, got {window}")
 
 
 def measure(checkpoint: Checkpoint, samples: Iterable[Sample], settings: Settings) -> Curves:
-    """Measure all curves, one sample at a time.
-
-    Raises:
-        ValueError: all images are the same, so that none is mismatched.
-    """
+    """Measure all curves, one sample at a time; ValueError: all images are the same, so that none is another one."""
     check_settings(settings, checkpoint.num_layers)
     counts: list[int] = []
     found: dict[str, list[list[float]]] = defaultdict(list)
@@ -144,10 +136,7 @@ def cross_similarity(own: Recording, other: Recording) -> list[float]:
 def ilvas_curve(attention: Sequence[Tensor], window: int, top_tokens: int) -> list[float]:
     """ILVAS(l, l + window, K) for every l that has a layer l + window.
 
-    Args:
-        attention: by layer, what the last prompt row pays to vision, [H, V].
-        window: n, in layers.
-        top_tokens: K; all vision tokens where there are fewer.
+    ``attention`` is by layer what the last prompt row pays to vision, [H, V]; ``top_tokens`` is K, at most V.
     """
     curve = []
     for now, later in zip(attention, attention[window:], strict=False):
@@ -159,8 +148,7 @@ def ilvas_curve(attention: Sequence[Tensor], window: int, top_tokens: int) -> li
 def exit_sweep(checkpoint: Checkpoint, own: Recording, encoded: Encoded) -> dict[str, list[float]]:
     """Drop vision at every layer in turn and predict the answer token by token, the right ones before it given.
 
-    Returns:
-        ``agreement`` by layer, and ``accuracy`` by layer and without any exit, where the data has an answer.
+    The result has ``agreement`` by layer and, where the data has an answer, ``accuracy`` by layer, then without exit.
     """
     layers = checkpoint.llm.layers
     end = slice(-encoded.rows.num_answer - 1, -1)

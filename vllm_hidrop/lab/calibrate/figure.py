@@ -1,4 +1,4 @@
-"""Draw the curves of a calibration and where its schedule cuts."""
+"""Draws the curves of a calibration and where its schedule cuts."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,7 @@ COLOURS = ("#3b6ea5", "#d98324", "#7a5195", "#5f9ea0")
 
 
 def draw(curves: Mapping[str, Any], proposal: Proposal | None, title: str, path: Path) -> None:
-    """Write a PNG of four panels; without a proposal the curves stand alone.
-
-    Args:
-        curves: what `vllm_hidrop.lab.calibrate.curves.Curves.as_json` gives.
-        proposal: its layers are marked in every panel.
-        title: the model and the data.
-        path: the PNG file.
-    """
+    """Write a PNG of four panels from ``Curves.as_json``'s curves; a proposal's layers are marked in every panel."""
     import matplotlib as mpl
 
     mpl.use("Agg")

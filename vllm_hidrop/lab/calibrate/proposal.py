@@ -23,12 +23,12 @@ PAPER_TOKENS_PER_IMAGE = 576
 FUSION_FALL = 0.1
 """Text counts as fused from the layer where cross-image similarity has made this share of its whole fall."""
 MIN_FALL = 1e-4
-"""A cross-image fall below this is none: the image does not reach the text."""
+"""Below this a cross-image fall counts as none: the image does not reach the text."""
 
 
 @dataclass(frozen=True)
 class Boundaries:
-    """Where vision enters and leaves, and what had to be decided without a clear sign in the curves."""
+    """Where vision enters and leaves; ``notes`` say where the curves gave no clear sign."""
 
     inject_layer: int
     exit_layer: int
@@ -37,7 +37,7 @@ class Boundaries:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A schedule in the words of `vllm_hidrop.methods.hidrop.HiDrop`."""
+    """A schedule in the words of `vllm_hidrop.methods.hidrop.HiDrop`; ``shape`` is layers and tokens per image."""
 
     boundaries: Boundaries
     filter_layers: tuple[int, ...]
@@ -45,11 +45,11 @@ class Proposal:
     shape: tuple[int, int]
 
     def schedule(self) -> Schedule:
-        """What the options are served as."""
+        """The schedule that the options give."""
         return make_method("hidrop", None, self.options()).schedule(ModelShape(*self.shape))
 
     def options(self) -> dict[str, Any]:
-        """The method's options, JSON-able."""
+        """The method's options as plain JSON data."""
         exit_layer = self.boundaries.exit_layer
         return {
             "inject_layer": self.boundaries.inject_layer,
@@ -67,9 +67,9 @@ def local_maxima(curve: Sequence[float]) -> list[int]:
 
 
 def fusion_layer(cross: Sequence[float]) -> int | None:
-    """First layer after which text differs with the image, or None when it never does.
+    """First layer whose text depends on the image, None when there is none.
 
-    Differs: `FUSION_FALL` of the largest fall of the cross-image similarity below 1 has happened.
+    It is where the cross-image similarity has fallen below 1 by `FUSION_FALL` of its largest fall.
     """
     falls = [1 - value for value in cross]
     if max(falls) < MIN_FALL:
@@ -80,8 +80,8 @@ def fusion_layer(cross: Sequence[float]) -> int | None:
 def injection_layer(vision_intra: Sequence[float], cross: Sequence[float]) -> tuple[int, str | None]:
     """The injection layer, and a note where it is not the paper's local minimum.
 
-    It is the last local minimum of the vision curve (ends excluded) not behind the layer where text fuses: a later one
-    would take the image from layers that read it. Without one, it is the layer where text fuses; without that, 1.
+    It is the last local minimum of the vision curve (ends excluded) up to the layer where text fuses: a later one would
+    take the image from layers that read it. Without one it is the layer where text fuses; without that, 1.
     """
     fused = fusion_layer(cross)
     if fused is None:
@@ -108,7 +108,7 @@ def exit_layer(agreement: Sequence[float], tolerance: float) -> int:
 def boundaries(
     vision_intra: Sequence[float], cross: Sequence[float], agreement: Sequence[float], tolerance: float
 ) -> Boundaries:
-    """Injection and exit with room for one filter between them; only ever moved to the side that loses nothing."""
+    """Injection and exit with room for one filter between them; moving either only adds layers with vision."""
     num_layers = len(vision_intra)
     inject, note = injection_layer(vision_intra, cross)
     notes = [note] if note else []
@@ -127,8 +127,8 @@ def boundaries(
 def filter_layers(ilvas: Sequence[float], where: Boundaries, num_filters: int) -> tuple[int, ...]:
     """Filters before the layers whose attention lasts: local maxima of ILVAS between injection and exit.
 
-    Filter r scores with layer r + 1, so a peak at layer l means filter l - 1. With more peaks than filters the highest
-    stay; with fewer, the other layers with the highest ILVAS fill up. Layers without ILVAS are not chosen.
+    A filter after layer r scores with layer r + 1, so a peak at layer l means a filter after l - 1. Of more peaks than
+    filters the highest stay; fewer are filled up by the layers of highest ILVAS. Layers without ILVAS are not chosen.
     """
     last = min(where.exit_layer - 1, len(ilvas))
     between = range(where.inject_layer + 1, last + 1)
@@ -143,9 +143,9 @@ def stage_layers(where: Boundaries, filters: Sequence[int]) -> tuple[int, ...]:
 
 
 def tail_keeps(num_filters: int, tokens_per_image: int) -> tuple[int, ...]:
-    """Keeps after all filters but the first: the paper's 10, 5, 1 stretched to the number of filters and the image.
+    """Keeps after all filters but the first: the paper's 10, 5, 1 of 576 tokens, scaled to the image.
 
-    Linear between the paper's three points, rounded half up, at least 1.
+    For another number of filters they are linear between these three; rounded half up, at least 1.
     """
     last = len(PAPER_TAIL) - 1
     tail = np.interp(np.linspace(0, last, num_filters - 1), range(last + 1), PAPER_TAIL)
@@ -155,11 +155,8 @@ def tail_keeps(num_filters: int, tokens_per_image: int) -> tuple[int, ...]:
 def keep_counts(where: Boundaries, filters: Sequence[int], shape: tuple[int, int], budget: float) -> tuple[int, ...]:
     """The concave pyramid: a fixed tail, and a first keep that makes the mean over all layers the budget.
 
-    The first keep is rounded up, as in the released schedules, so the mean is above the budget by less than one token
-    in the layers of the first filter's stage.
-
-    Raises:
-        ValueError: no first keep reaches the budget; the message says what can be reached.
+    The first keep is rounded up, as in the released schedules: the mean exceeds the budget by less than one token in
+    the layers of the first filter's stage. ``shape`` is layers and tokens per image. ValueError says what is possible.
     """
     num_layers, num_tokens = shape
     if not filters:
@@ -187,18 +184,11 @@ def keep_counts(where: Boundaries, filters: Sequence[int], shape: tuple[int, int
 def propose(
     curves: Mapping[str, Sequence[float]], tokens_per_image: int, budget: float, tolerance: float, num_filters: int
 ) -> Proposal:
-    """A whole schedule.
+    """A whole schedule; ValueError where none of this form meets the budget.
 
-    Args:
-        curves: ``vision_intra``, ``cross`` and ``agreement`` by layer; ``ilvas`` of the window that decides, which is
-            shorter by the window.
-        tokens_per_image: vision tokens of the image the counts are written for.
-        budget: vision tokens, mean over all layers.
-        tolerance: share of agreement an exit may lose.
-        num_filters: filters at most, >= 1.
-
-    Raises:
-        ValueError: no schedule of this form meets the budget.
+    ``curves`` are ``vision_intra``, ``cross`` and ``agreement`` by layer, and ``ilvas`` of the window that decides. The
+    counts are for ``tokens_per_image``; ``budget`` is vision tokens, the mean over all layers; ``tolerance`` is the
+    share of agreement that an exit may lose; ``num_filters`` >= 1 is the most.
     """
     where = boundaries(curves["vision_intra"], curves["cross"], curves["agreement"], tolerance)
     filters = filter_layers(curves["ilvas"], where, num_filters)

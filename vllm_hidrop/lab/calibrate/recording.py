@@ -1,7 +1,7 @@
-"""Watch one forward pass layer by layer, and run its deeper layers again without vision.
+"""Records one forward pass layer by layer, and runs its deeper layers again without vision.
 
-Kept of a pass: a few numbers per layer, one attention row per layer, and the states of text rows. Never a layer's
-N x N attention. Axes: N rows, T text rows, V vision rows, H heads, D head size, hidden size C.
+Per layer it keeps a few numbers, one attention row and the states of text rows, never the N x N attention. Axes: N
+rows, T text rows, I instruction rows, V vision rows, H heads, D head size, C hidden size.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ class Recording:
         vision_intra, text_intra: mean cosine between a layer's input and output, over the prompt's rows of a kind.
         instruction: a layer's output on the rows behind the image, [I, C].
         attention: what the last prompt row pays to vision, softmax over the prompt, [H, V] float32.
-        text_inputs: a layer's input on all text rows, [T, C].
+        text_inputs: a layer's input on all text rows, [T, C]; ``text_kwargs`` its other arguments for these rows.
         last_states: the last layer's output on all text rows, [T, C].
     """
 
@@ -56,7 +56,7 @@ class Recording:
 
 @contextmanager
 def recorded(layers: nn.ModuleList, rows: Rows) -> Iterator[Recording]:
-    """Within this context a forward pass fills the recording."""
+    """Yields a recording that forward passes within this context fill."""
     recording = Recording(rows)
     handles = [layer.register_forward_hook(recording.on_layer, with_kwargs=True) for layer in layers]
     for layer in layers:
@@ -71,13 +71,10 @@ def recorded(layers: nn.ModuleList, rows: Rows) -> Iterator[Recording]:
 
 @torch.no_grad()
 def last_row_attention(attention: Any, normed: Tensor, rotary: tuple[Tensor, Tensor], rows: Rows) -> Tensor:
-    """Attention of the last prompt row to the vision rows, [H, V] float32.
+    """Attention of the last prompt row to the vision rows, softmax over the prompt's rows, [H, V] float32.
 
-    Args:
-        attention: a layer's attention, with ``q_proj``, ``k_proj``, ``head_dim`` and ``scaling``.
-        normed: the attention's input, [N, C].
-        rotary: cosine and sine of every row, [1, N, D]; M-RoPE's are already merged over its axes.
-        rows: the softmax covers the rows of the prompt.
+    ``attention`` is a layer's, with ``q_proj``, ``k_proj``, ``head_dim`` and ``scaling``; ``normed`` [N, C] its input.
+    ``rotary`` is cosine and sine of every row, [1, N, D]; M-RoPE's are already merged over its axes.
     """
     prompt = slice(0, rows.num_prompt)
     cos, sin = (part[0, prompt] for part in rotary)
@@ -112,9 +109,9 @@ def _take_rows(key: str, value: Any, rows: Tensor) -> Any:
 
 @torch.no_grad()
 def states_without_vision(layers: nn.ModuleList, recording: Recording, first_layer: int) -> Tensor:
-    """Last-layer states of the text rows when no vision is left from layer ``first_layer`` (zero-based) on, [T, C].
+    """Last-layer states [T, C] of the text rows when layers from ``first_layer`` (zero-based) on see no vision.
 
-    Text rows keep their positions. Text attends to text only, so this equals masking the vision columns for every row
+    Text rows keep their positions. Text attends to text only, which equals masking the vision columns for every row
     that is read, and costs T rows instead of N.
     """
     states = recording.text_inputs[first_layer][None]

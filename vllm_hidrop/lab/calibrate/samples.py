@@ -23,13 +23,8 @@ class Sample:
 def read_samples(data: str, images: Path | None, seed: int) -> Iterator[Sample]:
     """Samples in a fixed order, made or read when asked for.
 
-    Args:
-        data: "synthetic", or a file in LLaVA's JSON form, read in file order.
-        images: folder that the file's image names start from; default: the file's own.
-        seed: which synthetic scenes.
-
-    Raises:
-        ValueError: a missing file or image, or an entry of another form (named by its index).
+    ``data`` is "synthetic", scenes by ``seed``, or a file in LLaVA's JSON form, whose image names start from the folder
+    ``images`` (default: the file's). ValueError: a missing file or image, or an entry of another form.
     """
     if data == SYNTHETIC:
         if images is not None:
@@ -64,7 +59,7 @@ def synthetic_seeds(seed: int) -> Iterator[int]:
 
 
 def _from_file(path: Path, folder: Path) -> Iterator[Sample]:
-    """The first round of every entry with an image; LLaVA's instruction mix holds entries of text only."""
+    """The first round of every entry with an image; LLaVA's instruction mix also holds entries of text only."""
     from vllm_hidrop.lab.train.conversations import PLACEHOLDER, EntriesFile
 
     file = EntriesFile(path, folder)
@@ -84,7 +79,7 @@ def _from_file(path: Path, folder: Path) -> Iterator[Sample]:
 
 
 def take(samples: Iterator[Sample], count: int, data: str) -> Iterator[Sample]:
-    """The first ``count`` samples; ValueError for fewer than 2: a mismatched image needs another one."""
+    """The first ``count`` samples; ValueError for fewer than 2: the cross-image curve needs another image."""
     num_taken = 0
     for sample in islice(samples, count):
         num_taken += 1

@@ -1,7 +1,7 @@
-"""One conversion, from checked to complete; resumes where an earlier run was cut off.
+"""One conversion, from checked parts to a complete directory; resumes where an earlier run was cut off.
 
-The order in the destination: manifest, shards (each noted in the manifest when it is on disk), index, tokenizer and
-processor, ``config.json`` last. A directory without it cannot be loaded by mistake.
+Order of writing: manifest, shards (each noted in the manifest once it is on disk), index, tokenizer and processor,
+``config.json`` last, so that nothing loads an unfinished directory by mistake.
 """
 
 import shutil
@@ -32,7 +32,7 @@ CONFIG_FILE = "config.json"
 
 @dataclass(frozen=True)
 class Summary:
-    """Names of the shards that one run wrote, found finished, or found changed and wrote again."""
+    """Names of the shards that one run wrote, found finished, or found missing or changed and wrote again."""
 
     written: list[str] = field(default_factory=list)
     verified: list[str] = field(default_factory=list)
@@ -43,11 +43,8 @@ class Summary:
 class Conversion:
     """A conversion whose parts fit each other; nothing is written yet.
 
-    Attributes:
-        preset: HiDrop's preset, or "none".
-        shards: names of the weights of every file.
-        warnings: what the user should know, a line each.
-        sources: files read, by their name in the manifest.
+    ``preset`` is HiDrop's or "none"; ``shards`` gives the names of the weights by file, ``sources`` the path of every
+    file read by its name in the manifest; ``warnings`` are lines for the user.
     """
 
     original: Original
@@ -64,7 +61,7 @@ class Conversion:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes to read and to write, about; what :meth:`run` reports progress in."""
+        """About the bytes to read and to write: the total of the progress that :meth:`run` reports."""
         return sum(path.stat().st_size for path in self.sources.values()) + sum(map(self.shard_size, self.shards))
 
     def shard_size(self, shard: str) -> int:
@@ -72,14 +69,9 @@ class Conversion:
         return sum(self.weights[name].meta().nbytes for name in self.shards[shard])
 
     def run(self, advance: Advance) -> Summary:
-        """Hash the source, write what is missing, verify what is there.
+        """Hash the source, write the shards that are missing, verify the others; ``advance`` is called with bytes done.
 
-        Args:
-            advance: called with bytes done.
-
-        Raises:
-            ValueError: the destination holds a conversion of something else.
-            OSError: files cannot be written, as on a full disk.
+        Raises ValueError: the destination holds a conversion of something else; OSError: it cannot be written.
         """
         manifest = self._begin(advance)
         summary = Summary()
@@ -132,7 +124,7 @@ class Conversion:
         write_json(self.destination / CONFIG_FILE, config_json(self.config, self._dtype()))
 
     def _generation_config(self) -> dict[str, Any]:
-        """The original's with the new padding token; its length limits are for another prompt format's defaults."""
+        """The original's with the new padding token, without length limits: those are for another prompt format."""
         path = self.original.directory / "generation_config.json"
         given = read_json(path) if path.is_file() else {}
         text = self.config.text_config
@@ -141,7 +133,7 @@ class Conversion:
         return ends | kept | {"pad_token_id": self.tokens.pad_id}
 
     def _dtype(self) -> str:
-        """The original's, else that of its embeddings; weights are written as they are."""
+        """The original's data type, else its embeddings'; weights keep their own."""
         given = self.original.config.get("torch_dtype") or self.original.config.get("dtype")
         stored = self.weights[EMBEDDING].stored.dtype
         return str(given or stored).removeprefix("torch.")
@@ -157,17 +149,14 @@ def prepare(
     vision_tower: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Conversion:
-    """Read everything but the weights themselves, and check it.
+    """Read everything but the weights themselves; ValueError says in a line what cannot be converted and why.
 
     Args:
         source: directory of an original-format LLaVA-1.5 or HiDrop checkpoint.
-        destination: directory to write; new, empty, or of an earlier run of the same conversion.
-        preset: HiDrop's preset the checkpoint was trained with, "none", or None where it was trained with none.
+        destination: new, empty, or of an earlier run of the same conversion.
+        preset: HiDrop's preset that the checkpoint was trained with, or "none"; None where it was trained with none.
         vision_tower: directory of the CLIP checkpoint; None for the one that the source names.
         shard_bytes: limit of a written shard.
-
-    Raises:
-        ValueError: one line that says what cannot be converted and why.
     """
     original = read_original(source)
     chosen = choose_preset(preset, original)
@@ -195,7 +184,7 @@ def prepare(
 
 
 def _sources(original: Original, tower: Tower, weights: Weights) -> dict[str, Path]:
-    """Every file that the result depends on."""
+    """Every file that the result depends on, by its name in the manifest."""
     own = [original.directory / CONFIG_FILE, original.directory / "generation_config.json"]
     others = [tower.directory / CONFIG_FILE, tower.directory / "preprocessor_config.json"]
     own += tokenizer_files(original.directory)

@@ -1,11 +1,10 @@
 """The configuration and the image processor of the converted model, from those of its parts.
 
-``image_aspect_ratio`` "pad" is transformers' LlavaImageProcessor with ``do_pad``: the image is padded to a square with
-the mean colour, as LLaVA does, then resized. Hugging Face's own conversion of LLaVA-1.5 crops instead. Other values are
-CLIP's processor: the shorter side is resized, the centre kept.
+Where ``image_aspect_ratio`` is "pad", an image is padded to a square with the mean colour, as LLaVA does, then resized
+(transformers' LlavaImageProcessor with ``do_pad``); Hugging Face's own conversion of LLaVA-1.5 crops instead. Other
+values get CLIP's processor: the shorter side is resized, the centre kept.
 
-**Differs** transformers resizes with torchvision on tensors, LLaVA with Pillow: bicubic and antialiased both, they
-differ by rounding.
+**Differs** by rounding: torchvision resizes tensors here, Pillow images in LLaVA, both bicubic and antialiased.
 """
 
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ NO_PRESET = "none"
 PRESETS = (*(name for name in METHODS["hidrop"].presets if name != "embedded"), NO_PRESET)
 ALIASES = {"c1": "tok48-c1"}
 ROWS_MULTIPLE = 64
-"""Embedding rows are rounded up to it, as in the hub's llava-1.5: 32000 + 2 tokens are 32064 rows."""
+"""Embedding rows are rounded up to a multiple, as in the hub's llava-1.5: 32064 rows for 32000 + 2 tokens."""
 TEXT_KEYS = (
     *("attention_bias", "bos_token_id", "eos_token_id", "head_dim", "hidden_act", "hidden_size", "initializer_range"),
     *("intermediate_size", "max_position_embeddings", "mlp_bias", "num_attention_heads", "num_hidden_layers"),
@@ -37,14 +36,9 @@ DEFAULT_ROPE_THETA = 10000.0
 
 
 def choose_preset(preset: str | None, original: Original) -> str:
-    """The name of HiDrop's preset, or "none".
+    """The name of HiDrop's preset, or "none", from the user's choice in any case; None is no choice.
 
-    Args:
-        preset: the user's choice, in any case; None for no choice.
-        original: what it is for.
-
-    Raises:
-        ValueError: unknown, or not chosen for a checkpoint trained with one, which does not say which.
+    Raises ValueError: an unknown name, or no choice for a checkpoint trained with a schedule that no file of it names.
     """
     if preset is None:
         if original.is_pruned:
@@ -61,7 +55,7 @@ def choose_preset(preset: str | None, original: Original) -> str:
 
 
 def preset_warnings(preset: str, original: Original) -> list[str]:
-    """What to tell the user about a preset that the checkpoint was not trained for."""
+    """A line for the user where the preset and the checkpoint's training do not match."""
     if preset == NO_PRESET and original.is_pruned:
         return ["this checkpoint was trained with a HiDrop schedule; without a preset it will be served dense"]
     if preset != NO_PRESET and not original.is_pruned:
@@ -70,11 +64,7 @@ def preset_warnings(preset: str, original: Original) -> list[str]:
 
 
 def build_config(original: Original, tower: Tower, tokens: Tokens, preset: str) -> Any:
-    """A transformers LlavaConfig with the preset, and the original's ``image_aspect_ratio``, in it.
-
-    Raises:
-        ValueError: the parts do not fit each other, or the preset does not fit the model.
-    """
+    """A LlavaConfig that holds preset and ``image_aspect_ratio``; ValueError: the parts or the preset do not fit."""
     from transformers import CLIPVisionConfig, LlavaConfig
 
     source = original.config
@@ -107,7 +97,7 @@ def build_config(original: Original, tower: Tower, tokens: Tokens, preset: str) 
 
 
 def config_json(config: Any, dtype: str) -> dict[str, Any]:
-    """What ``config.json`` holds; ``dtype`` is torch's name. ``rope_theta`` is also where vLLM looks for it."""
+    """The content of ``config.json``; ``dtype`` is torch's name. ``rope_theta`` stands where vLLM looks for it, too."""
     content = config.to_dict()
     content["dtype"] = dtype
     content["text_config"]["rope_theta"] = content["text_config"]["rope_parameters"]["rope_theta"]
@@ -115,7 +105,7 @@ def config_json(config: Any, dtype: str) -> dict[str, Any]:
 
 
 def num_rows(vocab_size: int, tokens: Tokens) -> int:
-    """Embedding rows of the converted model."""
+    """Embedding rows of the converted model: those of the original and the new tokens, rounded up."""
     needed = max(vocab_size, tokens.image_id + 1, tokens.pad_id + 1)
     return -(-needed // ROWS_MULTIPLE) * ROWS_MULTIPLE
 
@@ -139,7 +129,7 @@ def _text_config(source: Mapping[str, Any], tokens: Tokens) -> Any:
 
 
 def image_processor_json(tower: Tower, config: Any) -> dict[str, Any]:
-    """What ``preprocessor_config.json`` holds."""
+    """The content of ``preprocessor_config.json``."""
     side = config.vision_config.image_size
     pads = config.image_aspect_ratio == "pad"
     return {
@@ -161,7 +151,7 @@ def image_processor_json(tower: Tower, config: Any) -> dict[str, Any]:
 
 
 def processor_json(config: Any) -> dict[str, Any]:
-    """What ``processor_config.json`` holds; the one additional token is CLIP's class token."""
+    """The content of ``processor_config.json``; the one additional token is CLIP's class token."""
     return {
         "processor_class": "LlavaProcessor",
         "image_token": IMAGE_TOKEN,

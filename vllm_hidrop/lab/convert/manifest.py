@@ -13,7 +13,7 @@ Advance = Callable[[int], None]
 
 
 class FileRecord(BaseModel):
-    """Content of one file."""
+    """Hash and size of one file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -22,7 +22,7 @@ class FileRecord(BaseModel):
 
 
 def hash_file(path: Path, advance: Advance) -> FileRecord:
-    """Hash and size of a file."""
+    """The record of a file, read in chunks of ``CHUNK_BYTES``."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while data := file.read(CHUNK_BYTES):
@@ -35,12 +35,8 @@ def hash_file(path: Path, advance: Advance) -> FileRecord:
 class Manifest(BaseModel):
     """The record of one conversion.
 
-    Attributes:
-        preset: HiDrop's preset, or "none".
-        shard_bytes: the limit that decides which tensors share a written shard.
-        sources: files read, as ``model/NAME`` or ``tower/NAME``.
-        written: finished shards.
-        complete: everything is written, the configuration last.
+    ``preset`` is HiDrop's or "none"; ``shard_bytes`` limits a shard, so it decides which tensors share one; ``sources``
+    are the files read, as ``model/NAME`` or ``tower/NAME``; ``written`` are the finished shards.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -53,11 +49,7 @@ class Manifest(BaseModel):
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest of an earlier run into this directory, or None for a new or empty one.
-
-    Raises:
-        ValueError: the directory holds something else.
-    """
+    """The manifest of an earlier run; None for a new or empty directory, ValueError where it holds anything else."""
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is not a directory")
     path = directory / MANIFEST_FILE
@@ -72,7 +64,7 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 
 def check_same(earlier: Manifest, now: Manifest, directory: Path) -> None:
-    """Refuse, by a ValueError that names what differs, to go on with a conversion of something else."""
+    """ValueError, naming what differs, where the earlier run converted something else."""
     if earlier.preset != now.preset:
         raise ValueError(
             f"{directory} holds a conversion with preset {earlier.preset}, not {now.preset}; choose another directory"

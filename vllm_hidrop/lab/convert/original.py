@@ -1,4 +1,4 @@
-"""What is in an original LLaVA directory and in its vision tower's: configurations and weight files, no weights."""
+"""What is in an original LLaVA directory and in its vision tower's: configurations and names of weight files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "tie_word_embeddings": (False, None),
 }
-"""Values that Hugging Face's LLaVA has an equivalent of; None: the key is missing."""
+"""Values that Hugging Face's LLaVA can express; None: the key is missing."""
 
 
 @dataclass(frozen=True)
 class Original:
-    """An original checkpoint."""
+    """An original-format checkpoint."""
 
     directory: Path
     config: Mapping[str, Any]
@@ -41,7 +41,7 @@ class Original:
 
     @property
     def is_pruned(self) -> bool:
-        """Trained with HiDrop's schedule on."""
+        """Whether the checkpoint was trained with HiDrop's schedule."""
         return self.config.get("model_type") == PRUNED_TYPE or ARCHITECTURES[1] in _architectures(self.config)
 
 
@@ -55,11 +55,7 @@ class Tower:
 
 
 def read_original(directory: Path) -> Original:
-    """Read an original LLaVA directory.
-
-    Raises:
-        ValueError: it is missing, holds another kind of model, or one that Hugging Face's LLaVA cannot express.
-    """
+    """Read an original LLaVA directory; ValueError: missing, another kind of model, or beyond Hugging Face's LLaVA."""
     if not directory.is_dir():
         raise ValueError(f"no such directory: {directory}")
     config = read_json(directory / "config.json")
@@ -72,11 +68,7 @@ def read_original(directory: Path) -> Original:
 
 
 def find_tower(original: Original, chosen: Path | None) -> Tower:
-    """Read the vision tower's directory: the one chosen, else the one the checkpoint names if it is here.
-
-    Raises:
-        ValueError: there is none, or it is no CLIP.
-    """
+    """Read the tower's directory, chosen or named by the checkpoint; ValueError: there is none, or it is no CLIP."""
     named = original.config.get("mm_vision_tower")
     if chosen is None and isinstance(named, str) and (Path(named) / "config.json").is_file():
         chosen = Path(named)
@@ -97,11 +89,7 @@ def find_tower(original: Original, chosen: Path | None) -> Tower:
 
 
 def find_weights(directory: Path) -> tuple[Path, ...]:
-    """The weight files of a directory, safetensors before pickles.
-
-    Raises:
-        ValueError: there are none, or one that the index names is missing.
-    """
+    """The weight files, safetensors before pickles; ValueError: there are none, or an index names a missing one."""
     found = next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
     if found is None:
         raise ValueError(f"no weights in {directory}; looked for {', '.join(WEIGHT_FILES)}")
@@ -133,7 +121,7 @@ def _architectures(config: Mapping[str, Any]) -> list[str]:
 
 
 def _check_kind(directory: Path, config: Mapping[str, Any]) -> None:
-    """LLaVA-1.5's first release called its model_type "llava", as Hugging Face does; its architecture tells."""
+    """Refuse other models. LLaVA-1.5's first release has Hugging Face's model_type "llava": its architecture tells."""
     kind, architectures = config.get("model_type"), _architectures(config)
     if kind in MODEL_TYPES or (kind == "llava" and any(name in ARCHITECTURES for name in architectures)):
         return

@@ -27,21 +27,15 @@ class Tokens:
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
-    """The tokenizer files of a directory."""
+    """The tokenizer files that a directory has."""
     return [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
 
 
 def read_tokens(directory: Path, vocab_size: int) -> Tokens:
-    """Read a tokenizer and add the tokens it lacks.
+    """Read a tokenizer and add ``<image>`` and ``<pad>`` where they are missing.
 
-    Only its own files are shown to transformers, which does not know the ``config.json`` beside them.
-
-    Args:
-        directory: with ``tokenizer.json`` or ``tokenizer.model``.
-        vocab_size: embedding rows of the checkpoint.
-
-    Raises:
-        ValueError: no tokenizer, an unreadable one, or one with more tokens than rows.
+    Transformers is shown a copy of the tokenizer's files only: it does not know the ``config.json`` beside them. Raises
+    ValueError: no tokenizer, an unreadable one, or more tokens than ``vocab_size``, the checkpoint's embedding rows.
     """
     from transformers import AddedToken, AutoTokenizer
 
@@ -67,7 +61,7 @@ def read_tokens(directory: Path, vocab_size: int) -> Tokens:
 
 
 def save_tokens(tokens: Tokens, original: Path, directory: Path) -> None:
-    """Write the tokenizer, the original's SentencePiece file if it has one, and the chat template."""
+    """Write the tokenizer, the original's SentencePiece file if there is one, and the chat template."""
     tokens.tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -80,7 +74,7 @@ def save_tokens(tokens: Tokens, original: Path, directory: Path) -> None:
 
 
 def _name_class(directory: Path) -> None:
-    """Say LlamaTokenizer, LLaVA-1.5's, where the files name no class."""
+    """Where the files name no class, name the fast one for ``tokenizer.json``, else LlamaTokenizer, LLaVA-1.5's."""
     path = directory / "tokenizer_config.json"
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if "tokenizer_class" not in content:

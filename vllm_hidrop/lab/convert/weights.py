@@ -16,7 +16,6 @@ from torch import Tensor
 from vllm_hidrop.lab.convert.original import PROJECTOR_FILE, Original, Tower, find_weights
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Element types a converted weight may have."""
 ORIGINAL_PREFIXES = (
     ("model.vision_tower.vision_tower.", "vision_tower."),
     ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
@@ -36,23 +35,19 @@ MODULE_PREFIXES = (
 )
 """From transformers' module names to the hub's."""
 BUFFERS = (".rotary_emb.inv_freq", ".position_ids")
-"""Not weights: computed when a model is built."""
+"""Endings of names that are no weights: a built model computes them."""
 OTHER_CLIP_PARTS = ("text_model.", "visual_projection.", "text_projection.", "logit_scale")
 EMBEDDING = "language_model.model.embed_tokens.weight"
 LM_HEAD = "language_model.lm_head.weight"
 NUM_NAMED = 4
-"""Weights that an error message names."""
+"""Weights that an error message names at most."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight of the source.
+    """A weight of the source: its file and its name there.
 
-    Attributes:
-        path: its file.
-        source_name: its name there.
-        stored: mapped from the file, so that it takes memory while it is used.
-        shape: as written: embeddings with their new rows.
+    ``stored`` is mapped from the file, so it takes memory only in use; ``shape`` is as written, new embedding rows too.
     """
 
     path: Path
@@ -61,10 +56,10 @@ class Weight:
     shape: tuple[int, ...]
 
     def tensor(self) -> Tensor:
-        """What is written: the stored rows, then their mean until there are enough.
+        """The tensor as written: the stored rows, then their mean until there are enough.
 
-        **Differs** Hugging Face's conversion samples the new rows from a normal distribution about the mean, 1e-5 of
-        the rows' covariance wide; the mean itself is the same on every run.
+        **Differs** Hugging Face's conversion samples the new rows from a normal distribution about the mean, with 1e-5
+        of the rows' covariance; the mean itself is the same on every run.
         """
         if tuple(self.stored.shape) == self.shape:
             return self.stored.contiguous()
@@ -72,7 +67,7 @@ class Weight:
         return torch.cat([self.stored, mean.expand(self.shape[0] - self.stored.shape[0], -1)])
 
     def meta(self) -> Tensor:
-        """Shape and type of what is written, without memory."""
+        """Shape and data type of the written tensor, without memory."""
         return torch.empty(self.shape, dtype=self.stored.dtype, device="meta")
 
 
@@ -86,7 +81,7 @@ def hub_name(name: str) -> str:
 
 
 def _from_original(name: str) -> str | None:
-    """The hub's name, or None for a buffer; some projector-only files name no model."""
+    """The hub's name, or None for a buffer; in some projector-only files the names lack ``model.``."""
     if name.endswith(BUFFERS):
         return None
     return _replaced(f"model.{name}" if name.startswith("mm_projector.") else name, ORIGINAL_PREFIXES)
@@ -107,8 +102,7 @@ def _replaced(name: str, prefixes: tuple[tuple[str, str], ...]) -> str:
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Map the tensors of a ``.safetensors`` or PyTorch file; one from before PyTorch 1.6 is read whole.
 
-    Raises:
-        ValueError: the file is damaged, or holds something else than tensors by name.
+    Raises ValueError: the file is damaged, or holds something else than tensors by name.
     """
     try:
         if path.suffix == ".safetensors":
@@ -123,13 +117,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def find_all(original: Original, tower: Tower, config: Any) -> Weights:
-    """Every weight of the model.
+    """Every weight of the model; ``mm_projector.bin`` and the tower's directory give what the original's files lack.
 
-    The projector and the tower may be among the original's weights; only what is not is read from ``mm_projector.bin``
-    and from the tower's directory.
-
-    Raises:
-        ValueError: weights are missing, unexpected, there twice, or of another shape or type than the model's.
+    Raises ValueError: weights are missing, unexpected, there twice, or of another shape or data type than the model's.
     """
     found: Weights = {}
     rows = (original.config["vocab_size"], config.text_config.vocab_size)
@@ -161,7 +151,7 @@ def _collect(found: Weights, path: Path, rename: Callable[[str], str | None], ro
 
 
 def _expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of the model's weights; no memory is used for them."""
+    """Shapes of the model's weights by the hub's name, found without memory for them."""
     from transformers import LlavaForConditionalGeneration
 
     with torch.device("meta"):
@@ -188,7 +178,7 @@ def _listed(names: list[str]) -> str:
 
 
 def split(weights: Weights, shard_bytes: int) -> dict[str, list[str]]:
-    """Names of the weights of every file, of at most ``shard_bytes`` or one larger weight, as on the hub."""
+    """Names of the weights by file, as on the hub: at most ``shard_bytes`` in a file, or one larger weight."""
     sizes = {name: weight.meta() for name, weight in weights.items()}
     shards: dict[str, list[str]] = split_torch_state_dict_into_shards(
         sizes, max_shard_size=shard_bytes

@@ -34,7 +34,7 @@ CONTRACTIONS["somebody'd"] = "somebodyd"  # the official table has this one the 
 
 
 def normalised(text: str) -> str:
-    """The form two answers are compared in."""
+    """The form in which two answers are compared."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = _without_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
     words = [NUMBERS.get(word, word) for word in text.split()]

@@ -16,7 +16,7 @@ MAX_RETRIES = 2
 """After a failure that may pass: no connection, a timeout, 408, 409, 429 and 5xx."""
 TYPES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
 Report = Mapping[str, Any]
-"""What a HiDrop server says of a request."""
+"""A HiDrop server's report on one request."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where and as what to ask.
+    """Where and as what to ask: ``url`` with or without ``/v1``, the model's ``name`` (None: the first one served).
 
-    Attributes:
-        url: with or without ``/v1``.
-        name: the model's; the first one served when None.
-        xargs: sent as ``vllm_xargs``; nothing is sent when empty, so that any server will do.
+    ``xargs`` are sent as ``vllm_xargs``; when empty nothing is sent, so that any server will do.
     """
 
     url: str
@@ -47,7 +44,7 @@ class Endpoint:
 
     @property
     def client_settings(self) -> dict[str, Any]:
-        """Arguments of ``openai``'s clients."""
+        """Arguments of the ``openai`` package's clients."""
         base_url = f"{self.url.rstrip('/').removesuffix('/v1')}/v1"
         return {"base_url": base_url, "api_key": self.api_key, "timeout": REQUEST_SECONDS}
 
@@ -55,8 +52,7 @@ class Endpoint:
     def card(self) -> dict[str, Any]:
         """The model's entry in ``/v1/models``; empty when there is none and the name is given.
 
-        Raises:
-            ValueError: no name given and no list, or the name is not in the list.
+        Raises ValueError: no name given and no list, or the name is not in the list.
         """
         try:
             with OpenAI(**self.client_settings, max_retries=0) as client:
@@ -85,7 +81,7 @@ def ask_all(
     concurrency: int,
     on_answer: Callable[[Sample, Answer], None],
 ) -> None:
-    """Ask all samples, never more than ``concurrency`` at once; answers are handed over as they come."""
+    """Ask all samples, at most ``concurrency`` at once; ``on_answer`` gets each answer as it comes."""
     waiting = iter(samples)
 
     async def work(client: AsyncOpenAI) -> None:
@@ -100,7 +96,7 @@ def ask_all(
 
 
 async def _ask(client: AsyncOpenAI, endpoint: Endpoint, sample: Sample, max_tokens: int) -> Answer:
-    """One sample; a lasting failure is an answer with ``error``."""
+    """Ask one sample; a failure that retries do not mend is an answer with ``error``."""
     try:
         url = data_url(sample.image())
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": sample.question}]
@@ -122,7 +118,7 @@ async def _ask(client: AsyncOpenAI, endpoint: Endpoint, sample: Sample, max_toke
 
 
 def mean_vision_tokens(report: Report | None) -> float | None:
-    """Vision tokens held per layer, the mean over layers, as the server reports them; None without a report."""
+    """Vision tokens held per layer, the mean over layers, of a server's report; None without one."""
     if not report:
         return None
     layers = [stage["end_layer"] - stage["first_layer"] for stage in report["stages"]]

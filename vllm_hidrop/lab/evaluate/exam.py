@@ -28,7 +28,7 @@ class Outcome:
 
     @property
     def failures(self) -> list[str]:
-        """Why requests failed."""
+        """A line per failed request: sample id and error."""
         failed = (self.answers[one.sample.id] for one in self.scored if one.failed)
         return [f"{answer.id}: {answer.error}" for answer in failed]
 
@@ -58,7 +58,7 @@ class Exam:
         return cls(name, task, samples, source, concurrency)
 
     def settings(self, endpoint: Endpoint) -> dict[str, Any]:
-        """What must be equal for answers to be of one run; the limit may grow."""
+        """What must be equal for answers to be of one run; the limit on questions is not in it and may grow."""
         card = {key: endpoint.card.get(key) for key in ("root", "hidrop")}
         return {
             "task": self.name,
@@ -77,19 +77,16 @@ class Exam:
 
 @dataclass(frozen=True)
 class Progress:
-    """How a run's progress is shown."""
+    """How a run's progress is shown: ``on_start`` gets the number of questions answered already."""
 
     on_start: Callable[[int], object]
-    """Told how many questions are answered already."""
     on_answer: Callable[[], object]
-    """Called after every answer."""
 
 
 def take(exam: Exam, endpoint: Endpoint, directory: Path | None, progress: Progress) -> Outcome:
     """Ask what is not yet in the directory's journal (None keeps nothing), then score everything.
 
-    Raises:
-        ValueError: no such model, or a journal of other settings.
+    Raises ValueError: no such model, or a journal of other settings.
     """
     with Journal(directory, exam.settings(endpoint)) as journal:
         missing = journal.missing(exam.samples)
@@ -105,13 +102,10 @@ def take(exam: Exam, endpoint: Endpoint, directory: Path | None, progress: Progr
 
 @dataclass(frozen=True)
 class Arm:
-    """A checkpoint and how it is asked.
+    """A checkpoint and how it is asked; its answers go to the journal in ``directory`` (None keeps nothing).
 
-    Attributes:
-        serve: arguments of ``hidrop serve``, a checkpoint directory and flags; none serve the embedded model with its
-            defaults. Arms with the same arguments share a server.
-        xargs: the ``vllm_xargs`` of every request.
-        directory: of the journal; None keeps nothing.
+    ``serve`` are arguments of ``hidrop serve``, a checkpoint directory and flags; none serve the embedded model with
+    its defaults. Arms with the same arguments share a server. ``xargs`` are the ``vllm_xargs`` of every request.
     """
 
     name: str
@@ -135,17 +129,10 @@ def take_arms(
     progress: Callable[[Arm], Progress],
     finished: Callable[[Arm], Outcome | None] = lambda arm: None,
 ) -> Iterator[Outcome]:
-    """The outcomes of arms in order, one server at a time.
+    """The outcomes of arms in order, one server at a time; arms that share one must be next to each other.
 
-    Args:
-        exam: the questions.
-        arms: those that share a server next to each other.
-        server: starts a server and gives its address.
-        progress: shows an arm's progress.
-        finished: the outcome of an arm that needs no server.
-
-    Raises:
-        ValueError: a server that does not start, or a directory with answers of other settings.
+    ``server`` starts a server and gives its address; ``finished`` gives the outcome of an arm that needs none. Raises
+    ValueError: a server that does not start, or a directory with answers of other settings.
     """
     with ExitStack() as servers:
         running: tuple[str, ...] | None = None
@@ -159,7 +146,7 @@ def take_arms(
 
 
 def provenance() -> dict[str, Any]:
-    """When and with which versions, of this process's environment."""
+    """Date and versions, those of this process's environment."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""Accuracy against mean vision tokens per layer, with intervals: of result files, and of the accuracy document."""
+"""Draws accuracy against mean vision tokens per layer, with intervals: result files, and the accuracy document's."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from vllm_hidrop.outputs import write_file
 
 Span = tuple[FiniteFloat, FiniteFloat]
 NUM_LABELS = 22
-"""As many fit above each other."""
+"""As many labels fit above each other."""
 LABEL_TOKENS, FULL_TOKENS = 310, 500
-"""Where the labels stand; points right of the second are labelled at their left."""
+"""Where the labels stand, in vision tokens; points right of the second have theirs at their left."""
 DODGE_TOKENS = 4
-"""Points with as many tokens as another stand this far to its right, so that intervals do not cover each other."""
+"""Points of equal tokens are drawn this many tokens apart, so that their intervals do not cover each other."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,7 @@ class _Comparison(BaseModel):
 
 
 def read_points(path: Path) -> list[Point]:
-    """One point of a run, two of a comparison.
-
-    Raises:
-        ValueError: not a result of ``hidrop eval``, or one of a server that reports no vision tokens.
-    """
+    """One point of a run, two of a comparison; ValueError: no ``hidrop eval`` result, or one without vision tokens."""
     if "dense" in read_json(path, dict[str, Any]):
         two = read_json(path, _Comparison)
         return [
@@ -75,7 +71,7 @@ def _point(path: Path, label: str, vision_tokens: float | None, accuracy: float,
 
 
 def draw_results(results: Sequence[Path], png: Path) -> None:
-    """Draw the result files of ``hidrop eval``; ValueError for no matplotlib, or a file that is no result."""
+    """Draw the result files of ``hidrop eval``; ValueError: matplotlib is missing, or a file is no result."""
     runs = [read_points(path) for path in results]
     figure, (axes,) = _figure(1, (7, 4.5))
     for points, colour in zip(runs, (f"C{number}" for number in count()), strict=False):
@@ -146,7 +142,7 @@ def _panel(axes: Any, points: Sequence[Point]) -> None:
 
 
 def dodged(tokens: Sequence[float]) -> list[float]:
-    """Tokens, moved right by a step for every earlier point within one step."""
+    """The tokens, each moved right by a step for every earlier point within one step."""
     num_near = (sum(abs(now - other) < DODGE_TOKENS for other in tokens[:index]) for index, now in enumerate(tokens))
     return [now + DODGE_TOKENS * near for now, near in zip(tokens, num_near, strict=True)]
 

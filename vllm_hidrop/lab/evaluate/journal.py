@@ -1,7 +1,7 @@
 """Answers on disk, so that a run that was cut off goes on where it ended.
 
-One JSON-lines file: its first line holds the settings, every other an answer with the sample's id and the settings'
-hash. A failed answer is kept as a record and asked again by the next run.
+A JSON-lines file: the settings in its first line, then an answer per line with the sample's id and the settings' hash.
+A failed answer is recorded too, and asked again by the next run.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class _Line(BaseModel):
 
 
 def check_journal(directory: Path) -> None:
-    """See that a run can keep its answers there; OSError when it cannot."""
+    """OSError where a run cannot keep its answers in the directory."""
     check_file(directory / FILE)
 
 
@@ -49,8 +49,7 @@ def read_settings(directory: Path) -> dict[str, Any] | None:
 class Journal:
     """The answers of one run; without a directory they are only held in memory.
 
-    Raises:
-        ValueError: the file holds answers under other settings or to other questions, or is no such file.
+    Raises ValueError: the file holds answers under other settings or to other questions, or is no such file.
     """
 
     def __init__(self, directory: Path | None, settings: Mapping[str, Any]) -> None:
@@ -77,11 +76,7 @@ class Journal:
             self._file.close()
 
     def missing(self, samples: Sequence[Sample]) -> list[Sample]:
-        """Samples without an answer, failed ones included.
-
-        Raises:
-            ValueError: a sample's question or expected answer is not the one that was asked.
-        """
+        """Samples without an answer or with a failed one; ValueError: a question or expected answer has changed."""
         for sample in samples:
             if self._asked.get(sample.id, _fingerprint(sample)) != _fingerprint(sample):
                 raise ValueError(
@@ -90,7 +85,7 @@ class Journal:
         return [sample for sample in samples if sample.id not in self.answers or self.answers[sample.id].error]
 
     def add(self, sample: Sample, answer: Answer) -> None:
-        """Keep an answer, on disk before this returns."""
+        """Keep an answer; where there is a file, it is written before this returns."""
         self.answers[sample.id] = answer
         self._asked[sample.id] = asked = _fingerprint(sample)
         said = dataclasses.asdict(dataclasses.replace(answer, report=None))
@@ -131,7 +126,7 @@ class Journal:
 
 
 def digest(value: Any) -> str:
-    """A short hash of plain data."""
+    """A short hash of plain JSON data."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 

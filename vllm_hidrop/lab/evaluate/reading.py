@@ -11,7 +11,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from vllm_hidrop.lab.validation import first_fault
 
 MAX_FIELD_CHARACTERS = 2**31 - 1
-"""A field may hold an image."""
+"""A field may hold an image as base64."""
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -27,11 +27,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(form: type[T], text: str, path: Path, line: int | None = None) -> T:
-    """JSON of a form, a model or a type made of models.
-
-    Raises:
-        ValueError: it is not; names the file, the line and the first field that is wrong.
-    """
+    """JSON as a model or a type made of models; ValueError names file, line and the first field that is wrong."""
     try:
         return TypeAdapter(form).validate_json(text)
     except ValidationError as error:
@@ -40,19 +36,19 @@ def parse_json(form: type[T], text: str, path: Path, line: int | None = None) ->
 
 
 def read_json(path: Path, form: type[T]) -> T:
-    """A JSON file of a form; ValueError when it cannot be read or has another."""
+    """A JSON file as ``form``; ValueError when it cannot be read or has another form."""
     return parse_json(form, read_text(path), path)
 
 
 def read_json_lines(path: Path, model: type[Model]) -> Iterator[Model]:
-    """The objects of a JSON-lines file; ValueError where a line is none of the model's."""
+    """The objects of a JSON-lines file; ValueError where a line does not fit the model."""
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             yield parse_json(model, line, path, number)
 
 
 def read_table(path: Path, model: type[Model]) -> Iterator[Model]:
-    """The rows of a tab-separated file with a header; ValueError where a row is none of the model's."""
+    """The rows of a tab-separated file with a header; ValueError where a row does not fit the model."""
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t")
     try:

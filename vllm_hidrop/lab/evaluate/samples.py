@@ -1,4 +1,4 @@
-"""What a task is made of: samples in, scored samples out."""
+"""What a benchmark's task is made of: samples in, scored samples out."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +15,7 @@ LETTER_ANSWER = "\nAnswer with the option's letter from the given choices direct
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task's questions come from: files of the user, a limit, a seed."""
+    """The user's files that a task reads, how many questions to draw, and the seed of the draw."""
 
     data: Path | None = None
     images: Path | None = None
@@ -23,13 +23,13 @@ class Source:
     seed: int = 0
 
     def data_path(self) -> Path:
-        """The file or folder of ``--data``. Raises ValueError: not given."""
+        """The file or folder of ``--data``; ValueError when it was not given."""
         if self.data is None:
             raise ValueError("this task needs --data")
         return self.data
 
     def image_path(self, name: str) -> Path:
-        """A file in the folder of ``--images``. Raises ValueError: the folder was not given."""
+        """A file in the folder of ``--images``; ValueError when that was not given."""
         if self.images is None:
             raise ValueError("this task needs --images")
         return self.images / name
@@ -37,7 +37,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Sample:
-    """One question. ``image`` is read when asked; ``group`` names samples that a limit must not part."""
+    """One question. Calling ``image`` reads the file; ``group`` names samples that a limit must not part."""
 
     id: str
     question: str
@@ -61,11 +61,8 @@ class Scored:
 class Task:
     """How a benchmark is read, asked and scored.
 
-    Attributes:
-        load: reads samples; raises ValueError that names file, line and what was expected.
-        score: a sample and the model's text to a score in [0, 1].
-        max_tokens: longest answer.
-        figures: what the benchmark reports besides the mean score.
+    ``load`` raises ValueError that names file, line and what was expected; ``score`` gives a sample's text a score in
+    [0, 1]; ``max_tokens`` limits an answer; ``figures`` is what the benchmark reports besides the mean score.
     """
 
     load: Callable[[Source], list[Sample]]
@@ -92,11 +89,7 @@ def choose(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Samp
 
 
 def checked_images(paths: Iterable[Path]) -> list[Callable[[], bytes]]:
-    """Readers of image files, in their order: a missing one fails before the first question, not in the middle.
-
-    Raises:
-        ValueError: an image is missing; names the first and says how many. A reader raises it too.
-    """
+    """Readers of image files; a missing one fails here, before the first question: ValueError names it."""
     listed = list(paths)
     unique = set(listed)
     if missing := sorted(path for path in unique if not path.is_file()):

@@ -16,7 +16,7 @@ Interval = tuple[float, float]
 NUM_RESAMPLES = 2000
 LEVEL = 0.95
 MAX_DRAWS = 4_000_000
-"""Indices drawn at once: bounds memory to some tens of megabytes."""
+"""Indices drawn at once, which bounds memory to some tens of megabytes."""
 
 
 def mean_interval(scores: Sequence[float], seed: int = 0, num_resamples: int = NUM_RESAMPLES) -> Interval:
@@ -29,10 +29,7 @@ def ratio_interval(
 ) -> Interval | None:
     """The 95 % interval of mean(above) / mean(below) over the same questions, resampled together.
 
-    Resamples whose denominator is 0 are left out; ``None`` when all are.
-
-    Raises:
-        ValueError: no scores, or not the same number of both.
+    Resamples whose denominator is 0 are left out, None when all are. ValueError: no scores, or unequal numbers of them.
     """
     tops, bottoms = _resampled([above, below], seed, num_resamples)
     is_defined = bottoms > 0
@@ -40,7 +37,7 @@ def ratio_interval(
 
 
 def _resampled(columns: Sequence[Sequence[float]], seed: int, num_resamples: int) -> NDArray[np.float64]:
-    """Means [columns, resamples] of scores that are drawn together."""
+    """Means [columns, resamples] of score columns that are drawn together."""
     if len({len(column) for column in columns}) > 1:
         raise ValueError(f"paired scores must be equally many, got {' and '.join(str(len(one)) for one in columns)}")
     if not len(columns[0]):
@@ -50,7 +47,7 @@ def _resampled(columns: Sequence[Sequence[float]], seed: int, num_resamples: int
 
 
 def _draws(num_scores: int, seed: int, num_resamples: int) -> Iterator[NDArray[np.int64]]:
-    """Indices [resamples, num_scores], some resamples at a time."""
+    """Indices [resamples, num_scores], in blocks of at most ``MAX_DRAWS``."""
     rng = np.random.default_rng(seed)
     at_once = max(1, MAX_DRAWS // num_scores)
     for start in range(0, num_resamples, at_once):
@@ -63,7 +60,7 @@ def _percentiles(values: NDArray[np.float64]) -> Interval:
 
 
 def score_all(task: Task, samples: Sequence[Sample], answers: Mapping[str, Answer]) -> list[Scored]:
-    """A score for every sample; a failed request scores 0 and says so."""
+    """A score for every sample; a failed request scores 0 and is marked."""
     texts = [(sample, answers[sample.id].text) for sample in samples]
     return [
         Scored(sample, 0.0, failed=True) if text is None else Scored(sample, task.score(sample, text))
@@ -101,16 +98,13 @@ def by_type(scored: Iterable[Scored]) -> dict[str, list[Scored]]:
 
 
 def mean_tokens(answers: Iterable[Answer]) -> float | None:
-    """Mean over the answers that carry a report; None when none does."""
+    """Vision tokens, the mean over the answers that carry a report; None when none does."""
     known = [answer.vision_tokens for answer in answers if answer.vision_tokens is not None]
     return sum(known) / len(known) if known else None
 
 
 def compare(dense: Sequence[Scored], pruned: Sequence[Scored], seed: int) -> dict[str, Any]:
-    """Accuracies of the two arms on the same questions, ``retention`` their ratio, intervals paired by question.
-
-    Retention is None where the dense arm answers nothing right.
-    """
+    """Two arms on the same questions: accuracies, ``retention`` (their ratio; None if dense is 0), paired intervals."""
     by_kind = by_type(pruned)
     return {
         **_compared(dense, pruned, seed),

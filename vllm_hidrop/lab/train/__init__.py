@@ -1,1 +1,1 @@
-"""How the embedded model was made: scenes, recipe, evaluation. Nothing here is needed to serve."""
+"""Trains LLaVA models under a schedule, and made the embedded one: scenes, recipe, evaluation. Not needed to serve."""

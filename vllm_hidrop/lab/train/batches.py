@@ -1,7 +1,7 @@
 """Questions packed behind one image, and scenes as symbols.
 
-Many questions share one image: each is a *block* of text that sees the image and itself only.
-Axes: S scenes, P prefix tokens (bos, roles, image), V vision tokens, T text tokens, D hidden.
+Many questions share one image: each is a *block* of text that sees the image and itself only. Axes: S scenes, P prefix
+tokens (bos, roles, image), V vision tokens, T text tokens, D hidden.
 """
 
 from dataclasses import dataclass
@@ -27,9 +27,8 @@ NUM_CODE_WORDS = 5
 class TextBatch:
     """Packed questions, every tensor [S, T].
 
-    ``offsets`` count from the end of the image; ``blocks`` is -1 on padding; ``targets`` is the
-    next token where an answer is learnt and ``IGNORED`` elsewhere; ``owners`` numbers the
-    question a target belongs to, an index into ``types``.
+    ``offsets`` count from the end of the image; ``targets`` is the next token where an answer is learnt, else
+    ``IGNORED``. ``blocks`` and ``owners`` (a target's question, as an index into ``types``) are -1 elsewhere.
     """
 
     ids: Tensor
@@ -41,7 +40,7 @@ class TextBatch:
 
 
 def _turn(question: Question, rng: np.random.Generator) -> tuple[list[int], int]:
-    """Token ids of one turn and how many of them are the answer (its EOS included)."""
+    """Token ids of one turn and how many of them are the answer, its EOS included."""
     words = question.text.split()
     if rng.random() < NO_QUESTION_MARK_FRACTION:
         words = words[:-1]
@@ -51,7 +50,7 @@ def _turn(question: Question, rng: np.random.Generator) -> tuple[list[int], int]
 
 @dataclass
 class _Row:
-    """The columns of one scene's row while it is being packed."""
+    """One scene's row while it is packed: (id, offset, block, target, owner) of every column."""
 
     columns: list[tuple[int, int, int, int, int]]
 
@@ -73,7 +72,7 @@ def pack_questions(
     rng: np.random.Generator,
     second_turn_fraction: float = SECOND_TURN_FRACTION,
 ) -> TextBatch:
-    """Pack the questions of each scene; some become the second turn of the block before."""
+    """Pack the questions of each scene; a share of them becomes the second turn of the block before."""
     rows = []
     types: list[str] = []
     for questions in per_scene:
@@ -94,9 +93,9 @@ def pack_questions(
 
 
 def exact_matches(batch: TextBatch, predicted: Tensor) -> dict[str, list[bool]]:
-    """For each question type, whether every token of each answer is right.
+    """By question type, whether every token of each answer is right; ``predicted`` is [S, T].
 
-    ``predicted`` is [S, T]; teacher forcing makes this the same as greedy decoding.
+    Teacher forcing makes this the same as greedy decoding.
     """
     asked = batch.owners >= 0
     is_right = torch.ones(len(batch.types), dtype=torch.bool)
@@ -110,10 +109,9 @@ def exact_matches(batch: TextBatch, predicted: Tensor) -> dict[str, list[bool]]:
 
 @dataclass(frozen=True)
 class SymbolBatch:
-    """Scenes as symbols.
+    """Scenes as symbols: ``centres`` [S, V, 2], ``is_background`` [S, V], ``patches`` [S, V] ascending patch indices.
 
-    ``words`` [S, V, NUM_CODE_WORDS] token ids with ``PAD`` for none, ``centres`` [S, V, 2],
-    ``is_background`` [S, V], ``patches`` [S, V] ascending patch indices.
+    ``words`` [S, V, NUM_CODE_WORDS] are token ids, ``PAD`` for none.
     """
 
     words: Tensor
@@ -130,7 +128,7 @@ def thing_words(thing: Thing) -> list[int]:
 
 
 def symbol_table(scene: Scene) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Words and normalised centre per thing, with a last row for background."""
+    """Words [N + 1, NUM_CODE_WORDS] and normalised centre [N + 1, 2] of N things; the last row is background."""
     background = [TOKEN_IDS[PAD]] * NUM_CODE_WORDS
     words = [thing_words(thing) for thing in scene.things]
     centres = [normalised_centre(thing.centre) for thing in scene.things]
@@ -146,10 +144,7 @@ def _patches_of(thing: Thing) -> list[int]:
 
 
 def draw_patches(scene: Scene, num_tokens: int, rng: np.random.Generator) -> dict[int, int]:
-    """``num_tokens`` patches and the thing each shows (the number of things: background).
-
-    Every thing gets at least one.
-    """
+    """``num_tokens`` patches, at least one per thing, and the index of the thing each shows (N of N: background)."""
     most = min(MAX_PATCHES_PER_THING, (num_tokens - 1) // len(scene.things))
     owners: dict[int, int] = {}
     covered: set[int] = set()
@@ -188,7 +183,7 @@ def make_symbols(scenes: list[Scene], num_tokens: int, rng: np.random.Generator)
 
 
 def random_words(num_words: int, rng: np.random.Generator) -> list[int]:
-    """Ids of random words, every second one unknown: stands for a system message."""
+    """Ids of random words that stand for a system message; about every second one is unknown."""
     known = rng.integers(TOKEN_IDS[UNK], len(TOKEN_IDS), num_words)
     is_unknown = rng.random(num_words) < 0.5
     return [TOKEN_IDS[UNK] if unknown else int(word) for word, unknown in zip(known, is_unknown, strict=True)]

@@ -1,7 +1,6 @@
-"""Writes the model card from measured figures.
+"""Writes the model card: ``python -m vllm_hidrop.lab.train.card FIGURES.json MODEL_DIR``.
 
-``python -m vllm_hidrop.lab.train.card FIGURES.json MODEL_DIR``; the figures come from
-``vllm_hidrop.lab.train.evaluate --json``.
+The figures come from ``vllm_hidrop.lab.train.evaluate --json``.
 """
 
 import argparse
@@ -19,13 +18,7 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
 def write_card(figures: dict[str, Any], directory: Path, **about: object) -> None:
-    """Write ``README.md`` into a checkpoint directory, whose name is its form.
-
-    Args:
-        figures: what ``vllm_hidrop.lab.train.evaluate`` measured.
-        directory: the checkpoint.
-        about: minutes, hardware, date and provenance of training.
-    """
+    """Write ``README.md`` from ``evaluate``'s figures; ``about``: minutes, hardware, date, provenance of training."""
     rows = [("own schedule", figures["own"]), ("another scene's image", figures["wrong_image"])]
     rows += [(probe["name"], probe) for probe in figures["probes"]]
     values = {"form": directory.name, "figures": figures, "types": TYPES, "rows": rows, **about}
@@ -34,7 +27,7 @@ def write_card(figures: dict[str, Any], directory: Path, **about: object) -> Non
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; see the module's docstring."""
+    """The command line."""
     parser = argparse.ArgumentParser(description="Write the model card from measured figures.")
     parser.add_argument("figures", type=Path)
     parser.add_argument("model_dir", type=Path)

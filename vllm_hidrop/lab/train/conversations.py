@@ -1,4 +1,4 @@
-"""Samples to train on: dialogues about images, read one at a time."""
+"""Training samples: dialogues about images, read one at a time."""
 
 import mmap
 from collections.abc import Iterable
@@ -64,10 +64,9 @@ class LlavaEntry(BaseModel):
         return [self.image] if isinstance(self.image, str) else self.image or []
 
     def turns(self) -> tuple[Turn, ...]:
-        """The dialogue; a first turn of the assistant is left out, as LLaVA does.
+        """The dialogue, without a first turn of the assistant, which LLaVA leaves out too.
 
-        Raises:
-            ValueError: the sides do not take turns, or placeholders and images do not fit each other.
+        Raises ValueError: the sides do not take turns, or placeholders and images do not fit each other.
         """
         turns = [_turn(said, number) for number, said in enumerate(self.conversations)]
         if turns and turns[0].role == "assistant":
@@ -91,12 +90,7 @@ def _turn(said: _Spoken, number: int) -> Turn:
 class EntriesFile:
     """The entries of a LLaVA file, ``.jsonl`` or a JSON list: mapped and found at once, parsed when asked for.
 
-    Args:
-        path: the file.
-        images: folder of its images; default: the file's.
-
-    Raises:
-        ValueError: no such file, or no JSON of this form.
+    ValueError: no such file, or no JSON of this form. ``images`` is the folder of its images, by default the file's.
     """
 
     def __init__(self, path: Path, images: Path | None) -> None:
@@ -118,7 +112,7 @@ class EntriesFile:
         return len(self._entries)
 
     def entry(self, index: int) -> LlavaEntry:
-        """The entry; ValueError with its index when it has another form."""
+        """An entry; ValueError with its index when it has another form."""
         try:
             return LlavaEntry.model_validate_json(bytes(self._entries[index]))
         except ValidationError as error:
@@ -137,15 +131,14 @@ class EntriesFile:
             raise self.fault(index, f"{what}: {path}") from None
 
     def fault(self, index: int, what: object) -> ValueError:
-        """What is wrong with an entry."""
+        """The error to raise for an entry."""
         return ValueError(f"{self.path}: entry {index}: {what}")
 
 
 class LlavaFile(EntriesFile):
     """Dialogues of a LLaVA file; every entry is checked once, then read from disk with its images when asked for.
 
-    Raises:
-        ValueError: no such file, not JSON, or an entry of another form (with its index).
+    Raises ValueError: no such file, not JSON, or an entry of another form (with its index).
     """
 
     def __init__(self, path: Path, images: Path | None) -> None:
@@ -187,7 +180,7 @@ class SyntheticScenes:
 
 
 def open_source(config: DataConfig, seed: int) -> Source:
-    """The samples a configuration asks for. Raises ValueError: the files cannot be read as what they are said to be."""
+    """The samples a configuration asks for; ValueError: files that cannot be read in the configured format."""
     if config.format == "synthetic":
         return SyntheticScenes(config.num_samples, config.rounds, seed)
     assert config.path is not None

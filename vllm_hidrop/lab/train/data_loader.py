@@ -1,4 +1,4 @@
-"""Which samples every step of every process gets, as batches."""
+"""Deals samples to the steps of every process, as batches."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Share:
 
     @property
     def samples_per_step(self) -> int:
-        """Positions all processes together use up in one step."""
+        """Samples that all processes together take in one step."""
         return self.batch_size * self.accumulation * self.num_processes
 
     def positions(self, first_step: int, end_step: int) -> Iterator[list[int]]:
@@ -52,7 +52,7 @@ class Share:
 def load_batches(
     data: ShuffledPositions, encoder: PromptEncoder, share: Share, first_step: int, end_step: int, workers: int
 ) -> Iterator[list[Batch]]:
-    """The batches of every step. Draws nothing from PyTorch's global generator."""
+    """The batches of every step; PyTorch's global random generator is left alone."""
     loader = DataLoader(
         data,
         batch_sampler=share.positions(first_step, end_step),

@@ -1,7 +1,4 @@
-"""One decoder layer of a Hugging Face language model, taken apart.
-
-Axes: B samples, T rows, C hidden size, H query heads, G key/value heads, D head size.
-"""
+"""A decoder layer, in parts. Axes: B samples, T rows, C hidden size, H query heads, G key/value heads, D head size."""
 
 from typing import Any
 
@@ -16,12 +13,9 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class Decoder:
-    """Layers of the standard form (norm, attention, norm, MLP): Llama, Mistral, Qwen2.
+    """Layers of the standard form (norm, attention, norm, MLP): Llama, Mistral, Qwen2; ValueError for another form.
 
     Linear layers run under the caller's autocast.
-
-    Raises:
-        ValueError: a layer is not of that form.
     """
 
     def __init__(self, llm: Any) -> None:
@@ -74,10 +68,9 @@ def rotate(query: Tensor, key: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, presence: Tensor | None = None) -> Tensor:
-    """Causal attention [B, H, T, D]. Rows are right-padded, so no row that counts sees a padded one: no mask.
+    """Causal attention [B, H, T, D]; it needs no mask, as no valid row of right-padded ones sees padding.
 
-    ``presence`` [B, T] multiplies what every row adds to the softmax's sums; its logarithm is one more dimension of the
-    keys.
+    ``presence`` [B, T] scales a row's terms in the softmax's sums; its logarithm is one more dimension of the keys.
     """
     dtype = value.dtype  # RoPE's tables are float32 where autocast projects in half precision
     query, key = query.to(dtype), key.to(dtype)
@@ -94,15 +87,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, presence: Tensor | None = 
 
 
 def query_attention(query: Tensor, key: Tensor, rows: Rows) -> Tensor:
-    """Head-mean attention of the query rows to every row, mean over a sample's query rows.
+    """Head-mean attention of the query rows to every row, mean over a sample's query rows, float32 [B, T].
 
-    Args:
-        query: [B, H, T, D] after RoPE.
-        key: [B, G, T, D] after RoPE.
-        rows: the current rows.
-
-    Returns:
-        float32 [B, T]; zero for a sample without query rows (HiDrop section 3.3).
+    ``query`` [B, H, T, D], ``key`` [B, G, T, D], both after RoPE. A sample without query rows gets 0 (section 3.3).
     """
     num_queries = rows.is_query.sum(1)
     order = (~rows.is_query).int().argsort(dim=1, stable=True)[:, : max(1, int(num_queries.max()))]

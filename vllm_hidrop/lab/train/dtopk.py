@@ -1,14 +1,14 @@
 """Differentiable top-k (HiDrop section 3.2): a hard choice forward, a soft mask backward.
 
 With N candidates, the rank of a score is ``c_i = (1 / N) sum_j [s_i >= s_j]`` and the mask
-``m_i = sigmoid(N (c_i - a))`` with the dropped share ``a = 1 - k / N``; kept is where ``m_i > 0.5``.
+``m_i = sigmoid(N (c_i - a))`` with the dropped share ``a = 1 - k / N``; a token with ``m_i > 0.5`` is kept.
 
 **Source** arXiv 2602.23699 section 3.2 (factor N from section 4.1).
 
 **Differs** a count has no derivative, and the released code lets no gradient through at all. Here the backward pass
 takes the rank's derivative from ``(1 / N) sum_j sigmoid((s_i - s_j) / tau)``, ``tau`` the standard deviation of the
-scores times ``RANK_TEMPERATURE``: our choice, the paper names none. Dropped tokens are physically gone, so the gradient
-reaches the mask of the survivors only.
+scores times ``RANK_TEMPERATURE``: our choice, the paper names none. Dropped tokens are gone, so the gradient reaches
+the mask of the survivors only.
 
 The paper's factor N makes the mask a step: of 576 tokens the four or so on each side of the threshold learn. ``SMOOTH``
 replaces it, in the backward pass, by a factor that lets every survivor learn, and ranks logarithms of the scores, whose
@@ -40,13 +40,10 @@ def soft_mask(rank: Tensor, dropped_share: Tensor | float, factor: float | None 
 
 
 def gates(scores: Tensor, keep: int, dropped_share: Tensor | None = None, factor: float | None = None) -> Tensor:
-    """Factor for every candidate, [N]: exactly 1 forward, the soft mask's gradient backward.
+    """A factor for every candidate, [N]: exactly 1 forward, with the soft mask's gradient backward.
 
-    Args:
-        scores: float32 [N], with their graph.
-        keep: tokens kept, 0 < keep < N.
-        dropped_share: a learnable scalar in (0, 1); None for the fixed ``1 - keep / N``.
-        factor: of :func:`soft_mask`.
+    ``scores`` are float32 [N] with their graph, 0 < ``keep`` < N. ``dropped_share`` is a learnable scalar in (0, 1),
+    None for the fixed ``1 - keep / N``; ``factor`` is :func:`soft_mask`'s.
     """
     smooth = soft_rank(scores)
     rank = hard_rank(scores.detach()) + (smooth - smooth.detach())

@@ -57,10 +57,9 @@ ALL_ABLATIONS = "all-ablations"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long every stage trains; steps, scenes and peak learning rates.
+    """How long every stage trains: steps, scenes and peak learning rates.
 
-    ``name`` keeps apart what recipes with the same base leave in one directory; ``seed`` is of all stages, a form's own
-    seed comes on top in the last stage.
+    ``name`` keeps apart what recipes of one base leave in a directory; the last stage adds a form's seed to ``seed``.
     """
 
     tower_steps: int
@@ -104,7 +103,7 @@ RECIPES = {"full": FULL_RECIPE, "small": SMALL_RECIPE, "smoke": SMOKE_RECIPE}
 
 
 class Training:
-    """A model on its way through the stages, and the directory that remembers them.
+    """A model on its way through the stages, and the directory that keeps their weights.
 
     ``form`` may change between runs: the tower, and so the scenes' features, are the same for all forms.
     """
@@ -119,23 +118,23 @@ class Training:
 
     @cached_property
     def features(self) -> SceneFeatures:
-        """Training scenes seen by the finished tower."""
+        """Tower features of the training scenes; asked for once the tower is trained."""
         return SceneFeatures(self.model, FIRST_FEATURE_SEED, self.recipe.num_feature_scenes)
 
     @cached_property
     def held_out(self) -> SceneFeatures:
-        """Held-out scenes seen by the finished tower."""
+        """Tower features of the held-out scenes; asked for once the tower is trained."""
         return SceneFeatures(self.model, held_out_seed(0), self.recipe.num_held_out_scenes)
 
     def on_images(self) -> Figures:
-        """Stage B, the only one that knows the form."""
+        """Train stage B, the only one that depends on the form."""
         form, recipe = FORMS[self.form], self.recipe
         staged = with_schedule(self.model, form.method, form.selection, form.position_scheme)
         seed = recipe.seed + form.seed
         return train_on_images(staged, self.model, self.features, self.held_out, recipe.images, seed)
 
     def stages(self) -> dict[str, Callable[[], Figures]]:
-        """All stages in their order."""
+        """All stages by name, in their order."""
         recipe, model, symbols = self.recipe, self.model, self.symbols
         own = f"{recipe.name}_{self.form}" if recipe.name else self.form
         return {
@@ -163,27 +162,23 @@ class Training:
         return self.directory / f"stage_{stage}.pt"
 
     def can_resume(self, stage: str) -> bool:
-        """Whether ``stage`` has been finished before."""
+        """Whether an earlier run finished ``stage``."""
         return self._path(stage).exists()
 
     def resume(self, stage: str) -> None:
-        """Take the weights a finished stage left."""
+        """Load the weights that a finished stage left."""
         state = torch.load(self._path(stage), weights_only=True)
         self.model.load_state_dict(state["model"])
         self.symbols.load_state_dict(state["symbols"])
 
     def remember(self, stage: str) -> None:
-        """Leave the weights after ``stage``, whole or not at all."""
+        """Write the weights after ``stage``, whole or not at all."""
         with whole_or_absent(self._path(stage)) as unfinished, unfinished.open("wb") as file:
             torch.save({"model": self.model.state_dict(), "symbols": self.symbols.state_dict()}, file)
 
 
 def run_stages(training: Training, names: Sequence[str] | None = None) -> None:
-    """Run the stages called ``names`` (all, when ``None``); finished stages are loaded.
-
-    Raises:
-        ValueError: a name is not a stage.
-    """
+    """Run stages ``names`` (None: all), load finished ones, write the checkpoint; ValueError: an unknown name."""
     stages = training.stages()
     unknown = set(names or ()) - set(stages)
     if unknown:
@@ -203,7 +198,7 @@ def run_stages(training: Training, names: Sequence[str] | None = None) -> None:
 
 
 def run_all(training: Training) -> None:
-    """Every form without a checkpoint, one after the other."""
+    """Train every form without a checkpoint, one after the other."""
     for number, (name, form) in enumerate(FORMS.items(), start=1):
         training.form = name
         done = training.has_checkpoint()
@@ -213,7 +208,7 @@ def run_all(training: Training) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; see the module's docstring."""
+    """The command line."""
     parser = argparse.ArgumentParser(description="Train an embedded checkpoint from nothing.")
     parser.add_argument("form", choices=[*FORMS, ALL_ABLATIONS], help="what the last stage trains with")
     parser.add_argument("--out", type=Path, required=True, help="directory for stages and models")

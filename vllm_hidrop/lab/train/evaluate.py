@@ -1,9 +1,8 @@
 """Held-out exact match of a checkpoint under its own schedule, and of what must be worse.
 
-``python -m vllm_hidrop.lab.train.evaluate MODEL_DIR --scenes 100 --json FILE``. Runs the checkpoint as Hugging Face
+``python -m vllm_hidrop.lab.train.evaluate MODEL_DIR --scenes 100 --json FILE`` runs the checkpoint as Hugging Face
 loads it through the training code's staged forward, one question of each type per scene. Probes: another scene's image,
-and cuts that keep the worst vision tokens or any, at every cut of the checkpoint's schedule; a dense checkpoint is cut
-at the layers of ``DENSE_CUTS``.
+and at every cut (a dense checkpoint's are ``DENSE_CUTS``) the worst vision tokens kept, or random ones.
 """
 
 import argparse
@@ -44,12 +43,12 @@ Matches = dict[str, list[bool]]
 
 
 def inverted_score(signals: Signals) -> Tensor:
-    """The least attended tokens first."""
+    """Score that prefers the least attended tokens."""
     return -attention_score(signals)
 
 
 def seeded_score(signals: Signals) -> Tensor:
-    """Any tokens, the same for every request."""
+    """Random score, the same for every request."""
     return random_score(signals, 0)
 
 
@@ -66,12 +65,12 @@ class Probe:
     selector: str = "best"
 
     def score(self, signals: Signals) -> Tensor:
-        """The selector's score at its layer, attention elsewhere."""
+        """The selector's score at ``layer``, attention at other layers."""
         return SELECTORS[self.selector if signals.layer == self.layer else "best"](signals)
 
 
 def probes_of(schedule: Schedule) -> list[Probe]:
-    """Every cut of a schedule with every wrong selector; single cuts with all selectors for a dense one."""
+    """A probe per cut and wrong selector; a dense schedule gets single cuts with all selectors."""
     layers = [stage.first_layer for stage in schedule.stages if not (stage.keep.is_all or stage.keep.is_none)]
     if layers:
         wrong = [(layer, selector) for layer in layers for selector in SELECTORS if selector != "best"]
@@ -99,7 +98,7 @@ class Example:
 
 
 def make_example(index: int) -> Example:
-    """The ``index``-th evaluation example; the same for the same index."""
+    """The evaluation example of an index, always the same."""
     seed = held_out_seed(FIRST_EVALUATED_SCENE + index)
     scene, rng = make_scene(seed), np.random.default_rng([seed, 5])
     drawn = [ask(scene, name, rng) for name in QUESTION_TYPES]
@@ -132,13 +131,12 @@ class Checkpoint:
         return StagedTraining(llm, schedule, signal, scorer, position_scheme=self.positions)
 
     def _inputs(self, image: Pixels, question: str) -> Any:
-        """Token ids and pixels of a prompt."""
         text = self.encoder.render((Turn("user", question, 1),), prompts_answer=True)
         return self.processor(images=Image.fromarray(image), text=text, return_tensors="pt")
 
     @torch.no_grad()
     def generate(self, image: Pixels, question: str) -> str:
-        """The answer text, decoded greedily by ``generate``."""
+        """The answer text, decoded greedily by Hugging Face's ``generate``, which prunes nothing."""
         inputs = self._inputs(image, question)
         output = self.model.generate(**inputs, max_new_tokens=8)
         answer = output[0, inputs["input_ids"].shape[1] :]
@@ -146,10 +144,7 @@ class Checkpoint:
 
     @torch.no_grad()
     def answer(self, image: Pixels, question: str, max_tokens: int = 8) -> str:
-        """The answer text under the own schedule, decoded greedily by the staged forward without any cache.
-
-        Every step runs all rows again, so it shares no state with the step before, and nothing with vLLM.
-        """
+        """The answer text under the own schedule, decoded greedily by the staged forward: no cache, no vLLM."""
         inputs = self._inputs(image, question)
         ids = inputs["input_ids"]
         num_prompt = ids.shape[1]
@@ -196,13 +191,13 @@ def _add(matches: Matches, questions: Sequence[Question], is_right: Sequence[boo
 
 
 def is_about_an_unseen_pair(question: Question) -> bool:
-    """Whether question and answer name a kind and a colour that never met in training."""
+    """Whether question and answer name a kind and a colour that never meet in training."""
     words = {*question.text.split(), *question.answer.split()}
     return question.type in ("colour", "object") and any(words >= {*pair} for pair in UNSEEN_PAIRS)
 
 
 def summarise(matches: Matches) -> dict[str, float]:
-    """Exact match by type, over all questions but count, and over all."""
+    """Exact match by type, over all questions but type ``count``, and over all."""
     counted = [right for rights in matches.values() for right in rights]
     others = [right for name, rights in matches.items() if name != COUNT for right in rights]
     figures = {**matches, "without_count": others, "all": counted}
@@ -210,7 +205,7 @@ def summarise(matches: Matches) -> dict[str, float]:
 
 
 def evaluate(checkpoint: Checkpoint, num_scenes: int, probes: Sequence[Probe]) -> dict[str, Any]:
-    """All figures of one checkpoint as one JSON-ready dictionary."""
+    """All figures of one checkpoint as JSON data."""
     whole: Matches = {}
     wrong_image: Matches = {}
     unseen: list[bool] = []
@@ -243,7 +238,7 @@ def evaluate(checkpoint: Checkpoint, num_scenes: int, probes: Sequence[Probe]) -
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; see the module's docstring."""
+    """The command line."""
     parser = argparse.ArgumentParser(description="Held-out exact match, own schedule and probes.")
     parser.add_argument("model_dir", type=Path)
     parser.add_argument("--scenes", type=int, default=100)

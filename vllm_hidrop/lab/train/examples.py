@@ -83,7 +83,7 @@ def write_examples(checkpoint: Checkpoint, directory: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; see the module's docstring."""
+    """The command line."""
     parser = argparse.ArgumentParser(description="Write sample images with questions.")
     parser.add_argument("model_dir", type=Path)
     parser.add_argument("out", type=Path)

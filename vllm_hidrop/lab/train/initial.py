@@ -1,8 +1,7 @@
-"""Starting weights of the language model: it can look up before it has learnt to.
+"""Starting weights of the language model that let it look things up before it has learnt anything.
 
-From random weights the answers stay at their prior. Here every text embedding shares one
-direction ``u``; *local* heads use it to gather the words just before, *matching* heads use it to
-ignore text and to find the vision token that holds the same words.
+From random weights the answers stay at their prior. Here every text embedding shares one direction ``u``; *local* heads
+use it to gather the words just before, *matching* heads to ignore text and find the vision token of the same words.
 """
 
 import torch
@@ -23,13 +22,13 @@ LOCAL_FREQUENCIES = ((0, 1), (1, 2), (2, 3), (1, 2, 3))
 
 
 def shared_direction(hidden_size: int) -> Tensor:
-    """The direction, of unit length, that all text embeddings share."""
+    """The unit vector [hidden_size] that all text embeddings share."""
     direction: Tensor = torch.full((hidden_size,), hidden_size**-0.5)
     return direction
 
 
 def shared_part(hidden_size: int) -> Tensor:
-    """What every text embedding holds along the shared direction, [hidden_size]."""
+    """The part of every text embedding along the shared direction, [hidden_size]."""
     length = EMBEDDING_STD * hidden_size**0.5 * SHARED_FRACTION
     part: Tensor = shared_direction(hidden_size) * length
     return part
@@ -79,10 +78,7 @@ def _initialise_layer(layer: LlamaDecoderLayer, num_local_heads: int) -> None:
 
 @torch.no_grad()
 def initialise_language_model(model: LlavaForConditionalGeneration, first_reading_layer: int) -> None:
-    """Set the language model's weights in place.
-
-    Layers below ``first_reading_layer`` start with local heads only, deeper ones with one.
-    """
+    """Set the weights in place: layers below ``first_reading_layer`` get local heads only, deeper layers get one."""
     llm = model.model.language_model
     table = llm.embed_tokens.weight
     table.normal_(0, EMBEDDING_STD)

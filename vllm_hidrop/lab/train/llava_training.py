@@ -37,11 +37,7 @@ class Checkpoint:
 
 
 def model_directory(model: str) -> Path:
-    """The directory of ``model``, which may be "embedded".
-
-    Raises:
-        ValueError: there is no such checkpoint directory.
-    """
+    """The directory of ``model``, which may be "embedded"; ValueError where it is no checkpoint."""
     if model == "embedded":
         from vllm_hidrop.embedded import MODEL_DIR
 
@@ -54,8 +50,7 @@ def model_directory(model: str) -> Path:
 def load_checkpoint(config: TrainConfig) -> Checkpoint:
     """Load weights in float32, tokenizer and processor, and resolve the schedule for them.
 
-    Raises:
-        ValueError: the directory holds no LLaVA that can run staged, the schedule does not fit it or cannot be learnt.
+    Raises ValueError: no LLaVA that can run staged, or a schedule that does not fit it or cannot be learnt.
     """
     from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
@@ -81,7 +76,7 @@ def load_checkpoint(config: TrainConfig) -> Checkpoint:
 
 
 def freeze_for(llava: Any, stage: StageName) -> None:
-    """Leave only what a stage trains with gradients: the projector, and in ``instruct`` the language model too."""
+    """Give gradients to the projector, and in stage ``instruct`` to the language model too; freeze the rest."""
     llava.requires_grad_(False)
     llava.model.multi_modal_projector.requires_grad_(True)
     if stage == "instruct":
@@ -90,7 +85,7 @@ def freeze_for(llava: Any, stage: StageName) -> None:
 
 
 def embed(llava: Any, input_ids: Tensor, images: Tensor, pixel_values: Tensor | None) -> Tensor:
-    """Token embeddings [B, T, C] with projector outputs at the rows of images, those where ``images`` is not -1."""
+    """Token embeddings [B, T, C], with projector outputs at the rows where ``images`` [B, T] is not -1."""
     embeds: Tensor = llava.get_input_embeddings()(input_ids.clamp_min(0))
     if pixel_values is None:
         return embeds
@@ -117,7 +112,7 @@ class LlavaTraining(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, config: TrainConfig) -> Self:
-        """What a configuration trains."""
+        """The module that a configuration trains."""
         staged = StagedTraining.from_method(
             checkpoint.llava.model.language_model,
             checkpoint.resolved.method,
@@ -131,11 +126,11 @@ class LlavaTraining(nn.Module):
 
     @property
     def mean_vision_tokens(self) -> float:
-        """Tokens of an image in the last step, mean over the layers."""
+        """Vision tokens kept of an image in the last step, mean over the layers."""
         return self.staged.schedule.mean_kept(self.tokens_per_image)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Sum of the losses of all targets, float32; targets behind vision rows that are pruned away do not count."""
+        """Sum of the losses of all targets, float32; those at vision rows that are pruned away do not count."""
         output = self.staged(embed(self.llava, batch.input_ids, batch.images, batch.pixel_values), batch.rows())
         targets = batch.targets.gather(1, output.columns)
         is_target = (targets != IGNORED) & output.is_valid
@@ -145,16 +140,10 @@ class LlavaTraining(nn.Module):
 
 
 def save_model(llava: Any, source: Path, directory: Path, entries: Mapping[str, Any]) -> None:
-    """Write the finished model in bfloat16, for vLLM and Hugging Face.
+    """Write the finished model in bfloat16, for vLLM and Hugging Face; OSError when the disk is full.
 
-    Args:
-        llava: converted in place.
-        source: the directory it was loaded from, whose configuration, tokenizer and processor files are kept.
-        directory: appears whole or not at all; what was there is replaced.
-        entries: keys to set in ``config.json``, ``hidrop`` above all.
-
-    Raises:
-        OSError: the disk is full.
+    ``llava`` is converted in place; files other than weights come from ``source``, which it was loaded from, and
+    ``config.json`` gets ``entries``. ``directory`` appears whole or not at all; what was there is replaced.
     """
     config = _in_bfloat16(json.loads((source / "config.json").read_text(encoding="utf-8")))
     with whole_or_absent(directory) as unfinished:

@@ -42,7 +42,7 @@ FEATURE_LAYER = -2
 ROPE_THETA = 1e6
 MAX_POSITIONS = 16384
 LAST_FILE = "chat_template.jinja"
-"""The file of a checkpoint that is written last: where it is, the others are."""
+"""The file that is written last into a checkpoint: where it is, the others are."""
 
 
 def build_config() -> LlavaConfig:
@@ -83,7 +83,7 @@ def build_config() -> LlavaConfig:
 
 
 def build_model(seed: int) -> LlavaForConditionalGeneration:
-    """A randomly initialised model in float32; the same for the same seed."""
+    """A float32 model with random weights, the same for the same seed."""
     torch.manual_seed(seed)
     config = build_config()
     config._attn_implementation = "sdpa"
@@ -124,10 +124,7 @@ def _save_tokenizer(directory: Path) -> None:
 def save_checkpoint(
     model: LlavaForConditionalGeneration, directory: Path, trained: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a bfloat16 checkpoint directory for ``from_pretrained`` and for vLLM.
-
-    ``trained`` names the schedule the weights were trained with; ``hidrop serve`` prunes with it.
-    """
+    """Write a bfloat16 checkpoint for ``from_pretrained`` and vLLM; ``trained`` is its schedule's ``hidrop`` entry."""
     directory.mkdir(parents=True, exist_ok=True)
     weights: dict[str, Tensor] = {
         hub_name(name): tensor.detach().to(torch.bfloat16).contiguous().clone()

@@ -30,10 +30,7 @@ class LearningRates:
 
 
 class PairedOptimiser:
-    """Muon on hidden weight matrices, AdamW on embeddings, heads, norms and biases.
-
-    **Differs** ``torch.optim.Muon`` accepts matrices only, hence the pair.
-    """
+    """Muon, which accepts matrices only, on hidden weights; AdamW on embeddings, heads, norms and biases."""
 
     def __init__(
         self, named_parameters: Iterable[tuple[str, nn.Parameter]], rates: LearningRates, num_steps: int
@@ -53,7 +50,7 @@ class PairedOptimiser:
         self._schedulers = [LambdaLR(one, lambda step: lr_fraction(step, num_steps)) for one in optimisers]
 
     def step(self, loss: Tensor) -> None:
-        """One update from ``loss`` (a scalar), gradients clipped at norm 1."""
+        """One update from a scalar loss, gradients clipped at norm 1."""
         loss.backward()
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
         for scheduler in self._schedulers:
@@ -68,7 +65,7 @@ class PairedOptimiser:
         held_out: Callable[[], dict[str, float]] | None = None,
         every: int = 100,
     ) -> list[float]:
-        """All steps; ``held_out`` gives figures to show ``every`` so many. Returns the losses."""
+        """Run all steps and return their losses; every ``every`` steps the figures of ``held_out`` are shown."""
         losses: list[float] = []
         progress = trange(self._num_steps, desc=title, mininterval=5)
         for step in progress:

@@ -1,7 +1,7 @@
 """A staged forward pass that computes an image once for many questions, with late-read training.
 
-The arithmetic is that of ``LlamaModel`` on ``prefix + one block`` for every block; only the
-work shared between blocks is done once. Axes as in ``batches.py``; H heads of size D / H.
+The arithmetic is ``LlamaModel``'s on ``prefix + one block`` for every block; only the work that blocks share is done
+once. Axes as in ``batches.py``; H heads of size D / H; B blocks.
 """
 
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ from vllm_hidrop.plan.positions import PositionScheme
 
 @dataclass(frozen=True)
 class LateRead:
-    """In layers below ``first_reading_layer`` text sees the scene ``shift`` places further.
+    """In layers below ``first_reading_layer`` text sees another scene's image, ``shift`` places away in the batch.
 
-    Vision states never depend on text when the image comes first, so only the keys and values
-    that text reads are exchanged; what a model learns is to leave shallow layers unread.
+    Vision states never depend on text when the image comes first, so only the keys and values that text reads are
+    exchanged; what a model learns is to leave shallow layers unread.
     """
 
     first_reading_layer: int
@@ -62,7 +62,7 @@ def _norm(module: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def _text_mask(batch: TextBatch, num_prefix: int) -> Tensor:
-    """Additive mask [S, 1, T, P + T]: the whole prefix, and earlier tokens of the own block."""
+    """Additive mask [S, 1, T, P + T] that shows a row the whole prefix and earlier tokens of its own block."""
     num_text = batch.ids.shape[1]
     same_block = batch.blocks[:, :, None] == batch.blocks[:, None, :]
     visible = same_block & torch.ones(num_text, num_text, dtype=torch.bool).tril()
@@ -77,7 +77,7 @@ def _heads(hidden: Tensor, head_size: int) -> Tensor:
 
 
 class _Pass:
-    """One forward pass: what every layer shares."""
+    """One forward pass: the mask and RoPE tables that its layers share."""
 
     def __init__(self, llm: LlamaModel, batch: TextBatch, positions: Tensor, late: LateRead | None) -> None:
         self.num_prefix = positions.shape[1] - batch.ids.shape[1]
@@ -125,13 +125,10 @@ def _feed_forward(layer: LlamaDecoderLayer, hidden: Tensor) -> Tensor:
 
 
 class SharedImage:
-    """Final states of questions about shared images, under a schedule.
+    """Final states of questions about shared images, under the schedule of ``staged``.
 
-    Until the first cut the image's rows are computed once for all questions of a scene; at the cut every question
-    chooses its own survivors, and each question is a sequence of its own from there on.
-
-    Args:
-        staged: the language model and its schedule.
+    Up to the first cut the image's rows are computed once for all questions of a scene; at the cut every question
+    chooses its own survivors and is a sequence of its own from there on.
     """
 
     def __init__(self, staged: StagedTraining) -> None:
@@ -139,13 +136,7 @@ class SharedImage:
         self.llm: Any = staged.llm
 
     def __call__(self, prefix: Prefix, batch: TextBatch, late: LateRead | None = None) -> Tensor:
-        """Final states of the text rows, [S, T, D].
-
-        Args:
-            prefix: what comes before the questions.
-            batch: the packed questions.
-            late: late-read training, or ``None`` for the plain model.
-        """
+        """Final states of the text rows, [S, T, D]; ``late`` is late-read training, None for the plain model."""
         hidden = torch.cat([prefix.embeddings, self.llm.embed_tokens(batch.ids)], dim=1)
         positions = torch.cat([prefix.positions, batch.offsets + prefix.text_start], dim=1)
         shared = _Pass(self.llm, batch, positions, late)
@@ -167,7 +158,7 @@ class SharedImage:
         return _norm(self.llm.norm, hidden[:, -batch.ids.shape[1] :])
 
     def _text_positions(self, positions: Tensor, prefix: Prefix) -> Tensor:
-        """Positions of the text rows [S, T] in layers without vision."""
+        """Positions of the text rows in layers without vision."""
         if self.staged.position_scheme is not PositionScheme.RENUMBERED:
             return positions
         num_vision = prefix.embeddings.shape[1] - prefix.num_before
@@ -212,7 +203,7 @@ class _Fork:
         return packed[self.scene[:, None], self.columns]
 
     def rows(self, positions: Tensor) -> Rows:
-        """What the rows of every sequence are."""
+        """The rows of every block's sequence."""
         images = torch.full(self.columns.shape, -1)
         images[:, self.prefix.num_before : self.num_prefix] = 0
         targets = self.batch.targets[self.scene[:, None], self.text]

@@ -1,7 +1,4 @@
-"""A dialogue as token ids, labels and query rows, and padded batches of them.
-
-Axes: B samples, T tokens of the longest one, N images of the batch.
-"""
+"""Dialogues as padded token ids, labels and query rows. Axes: B samples, T tokens of the longest, N images."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -24,9 +21,8 @@ class Encoded:
     Attributes:
         input_ids: the prompt with every image's placeholder repeated once per vision token.
         labels: the token's id where the assistant speaks, ``IGNORED`` elsewhere.
-        images: the token's image, -1 for text.
+        images: index of the token's image, -1 for text.
         is_query: the last instruction token of every round.
-        pixel_values: what the vision tower takes.
     """
 
     input_ids: Tensor
@@ -54,7 +50,7 @@ class Batch:
         return type(self)(*moved)
 
     def rows(self) -> Rows:
-        """The rows as the staged forward wants them."""
+        """The batch's rows in the staged forward's form."""
         positions = torch.arange(self.input_ids.shape[1], device=self.input_ids.device).expand_as(self.input_ids)
         return Rows(positions, self.images, self.is_valid, self.is_query)
 
@@ -84,7 +80,7 @@ class PromptEncoder:
             raise ValueError("the model has no chat template")
 
     def render(self, turns: Sequence[Turn], prompts_answer: bool = False) -> str:
-        """A dialogue as text, up to where the answer begins with ``prompts_answer``."""
+        """A dialogue as text; with ``prompts_answer`` it ends where the next answer begins."""
         messages = []
         for turn in turns:
             images: list[dict[str, str]] = [{"type": "image"}] * turn.num_images
@@ -92,10 +88,9 @@ class PromptEncoder:
         return str(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompts_answer))
 
     def pieces(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
-        """The rendered dialogue cut into texts, and which of them the model shall learn to say.
+        """The rendered dialogue cut into texts, and whether the model shall learn to say each.
 
-        Raises:
-            ValueError: the chat template does not render a dialogue as the start of a longer one.
+        Raises ValueError: the chat template does not render a dialogue as the start of a longer one.
         """
         pieces: list[tuple[str, bool]] = []
         done = ""
@@ -115,7 +110,7 @@ class PromptEncoder:
         return pieces
 
     def encode(self, sample: Sample) -> Encoded:
-        """Token ids, labels and pixels of a sample, cut to the longest allowed length, never inside an image."""
+        """Token ids, labels and pixels of a sample, cut to at most ``max_length`` tokens, never inside an image."""
         spoken: list[tuple[int, int]] = []
         text = ""
         for piece, is_spoken in self.pieces(sample.turns):

@@ -11,9 +11,9 @@ from vllm_hidrop.lab.train.sprites import KINDS
 ROW_NAMES = ("top", "middle", "bottom")
 COLUMN_NAMES = ("left", "center", "right")
 MIN_RELATION_PIXELS = 16
-"""Centres closer than this on an axis are never compared."""
+"""Things whose centres are closer than this on an axis are never compared along it."""
 MIN_BORDER_PIXELS = 3
-"""Nobody is asked where a thing is whose centre is nearer to a border of the 3x3 grid."""
+"""A thing whose centre is closer than this to an inner border of the 3x3 grid is never asked for its place."""
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,14 @@ DRAW_WEIGHTS = {
 
 
 def ask(scene: Scene, question_type: str, rng: np.random.Generator) -> Question | None:
-    """A question of one type, or ``None`` when this draw has no unambiguous answer."""
+    """A question of one type, or None when this draw has no unambiguous answer."""
     return QUESTION_TYPES[question_type](scene, rng)
 
 
 def draw_questions(
     scene: Scene, rng: np.random.Generator, num_questions: int, types: tuple[str, ...]
 ) -> list[Question]:
-    """``num_questions`` questions of ``types``, drawn by ``DRAW_WEIGHTS``; repeats may occur."""
+    """``num_questions`` questions of ``types``, drawn by ``DRAW_WEIGHTS``; some may be equal."""
     weights = np.array([DRAW_WEIGHTS[name] for name in types])
     questions: list[Question] = []
     while len(questions) < num_questions:

@@ -13,18 +13,14 @@ class Ratio(nn.Module):
     """The dropped share ``a`` of an image's N tokens at every cut of a schedule, a learnable logit each.
 
     Forward, a cut keeps the whole number next to ``(1 - a) N``, at least 1 and no more than the cut before. Backward,
-    the loss reaches ``a`` through the survivors' soft mask (``dtopk.gates``) and through :meth:`penalty`.
+    the loss reaches ``a`` through the survivors' soft mask (``dtopk.gates``) and through :meth:`penalty`, scaled by
+    ``weight``. ``schedule`` gives the cuts, the keeps to start from and the token budget.
 
     **Source** arXiv 2602.23699 section 3.2 calls the pruning ratio learnable and says no more; in the released code it
     is a constant.
 
     **Differs** the paper names no term that bounds the tokens, and without one the loss would always rather keep more:
     the penalty is ours. So are the sigmoid and the start at the given schedule.
-
-    Args:
-        schedule: the given one: where the cuts are, the first keeps and the budget.
-        num_tokens: N.
-        weight: of the penalty.
     """
 
     given_kept: Tensor
@@ -42,7 +38,7 @@ class Ratio(nn.Module):
         self.logits = nn.Parameter(-torch.logit(kept / num_tokens, eps=0.25 / num_tokens))
 
     def kept_tokens(self) -> Tensor:
-        """``(1 - a) N`` of every cut."""
+        """``(1 - a) N`` of every cut, [cuts]."""
         return torch.sigmoid(-self.logits) * self.num_tokens
 
     def _bounded(self) -> Tensor:
@@ -50,12 +46,12 @@ class Ratio(nn.Module):
         return self.kept_tokens().clamp_min(1).cummin(0).values
 
     def keeps(self) -> list[int]:
-        """Tokens kept at every cut, on the host."""
+        """Tokens kept at every cut, as whole numbers."""
         kept: list[int] = self._bounded().detach().round().int().tolist()
         return kept
 
     def schedule(self) -> Schedule:
-        """The given schedule with the keeps of this moment."""
+        """The given schedule with the present keeps."""
         keeps: list[KeepValue] = [stage.keep.dump() for stage in self.given.stages]
         for stage, keep in zip(self.cuts, self.keeps(), strict=True):
             keeps[stage] = keep
@@ -76,7 +72,7 @@ class Ratio(nn.Module):
 
 
 def make_ratio(resolved: Resolved, shape: ModelShape, weight: float) -> Ratio:
-    """The learnable ratio of HiDrop's schedule. Raises ValueError: another method, or no filter to learn."""
+    """The learnable ratio of HiDrop's schedule; ValueError: another method, or no filter to learn."""
     needs = "ratio: learnable needs method hidrop with at least one filter"
     if not isinstance(resolved.method, HiDrop):
         raise ValueError(f"{needs}, got method {resolved.method.name}")

@@ -1,7 +1,4 @@
-"""Rows of right-padded prompts, and the rows that a stage holds of them.
-
-Axes: B samples, T rows of the full prompts, T' rows left, C hidden size.
-"""
+"""Rows of right-padded prompts. Axes: B samples, T rows of the full prompts, T' rows left of them, C hidden size."""
 
 from dataclasses import dataclass
 
@@ -14,8 +11,8 @@ class Rows:
     """What the rows of right-padded prompts are; every tensor [B, T].
 
     Attributes:
-        positions: int64, ids of the full prompt.
-        images: int64, the row's image in its sample, -1 for text.
+        positions: int64, RoPE ids of the full prompt.
+        images: int64, index of the row's image in its sample, -1 for text.
         is_valid: bool, false on padding.
         is_query: bool, the last instruction token of every dialogue round: a target follows, none precedes.
     """
@@ -27,7 +24,7 @@ class Rows:
 
     @property
     def is_vision(self) -> Tensor:
-        """Rows of images, bool [B, T]."""
+        """Whether a row is an image's, bool [B, T]."""
         return (self.images >= 0) & self.is_valid
 
     def take(self, columns: Tensor, is_valid: Tensor) -> "Rows":
@@ -57,7 +54,7 @@ def left_aligned(kept: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gather(state: State, kept: Tensor) -> State:
-    """The valid rows that are kept."""
+    """The valid rows among those in ``kept``, bool [B, T']."""
     return take_columns(state, *left_aligned(kept & state.rows.is_valid))
 
 
@@ -74,18 +71,18 @@ def take_head_rows(heads: Tensor, order: Tensor) -> Tensor:
 
 
 def renumbered_positions(positions: Tensor) -> Tensor:
-    """0, 1, 2, ... for left-aligned rows, [B, T']."""
+    """Positions 0, 1, 2, ... for left-aligned rows, [B, T']."""
     return torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
 
 
 def grouped_positions(rows: Rows) -> Tensor:
-    """Text numbered without the images, vision as it is."""
+    """Positions [B, T] of text numbered without the images, of vision as they are."""
     is_text = rows.images < 0
     return torch.where(is_text, is_text.long().cumsum(1) - 1, rows.positions)
 
 
 def compacted_positions(rows: Rows) -> Tensor:
-    """Survivors of an image numbered on from where its text neighbour before it ends."""
+    """Positions [B, T'] with an image's survivors numbered on from the row before them."""
     positions = rows.positions.clone()
     for sample in range(len(positions)):
         for image in range(int(rows.images[sample].max()) + 1):

@@ -1,8 +1,7 @@
 """Seeded synthetic scenes: objects and a word on a noisy background.
 
-A scene is symbolic first (what stands where) and pixels second, so that questions have exact
-answers and a language model can be taught on symbols alone. Coordinates are pixels of the
-``IMAGE_SIDE`` square, x to the right, y down.
+A scene is symbols first (what stands where) and pixels second, so that questions have exact answers and a language
+model can be taught on symbols alone. Coordinates are pixels of the ``IMAGE_SIDE`` square, x to the right, y down.
 """
 
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ NUM_PATCHES = PATCHES_PER_SIDE**2
 LATTICE = 4
 SIZES = (20, 28)
 GAP = 8
-"""Pixels between two things: no patch then touches both."""
+"""Pixels between two things, enough that no patch touches both."""
 WORD_FRACTION = 0.7
 MIN_INK_PIXELS = 3
 
@@ -40,7 +39,7 @@ WORDS = (
 COLOUR_NAMES = tuple(COLOURS)
 
 FIRST_HELD_OUT_SEED = 1_000_000_000
-"""Training seeds lie below, held-out seeds at and above it."""
+"""Training seeds are below it, held-out seeds are not."""
 UNSEEN_PAIRS = frozenset((kind, COLOUR_NAMES[3 * index % len(COLOURS)]) for index, kind in enumerate(KINDS[::2]))
 """Kinds and colours that meet in held-out scenes only."""
 
@@ -49,7 +48,7 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Thing:
-    """An object or a word: what it is and its box (left, top, width, height in pixels)."""
+    """An object or a word: what it is and its box in pixels."""
 
     kind: str
     colour: str
@@ -94,7 +93,6 @@ def held_out_seed(index: int) -> int:
 
 
 def _colours_of(kind: str, seed: int) -> tuple[str, ...]:
-    """Colours a thing of ``kind`` may have in the scene of ``seed``."""
     if seed >= FIRST_HELD_OUT_SEED:
         return COLOUR_NAMES
     return tuple(colour for colour in COLOUR_NAMES if (kind, colour) not in UNSEEN_PAIRS)
@@ -113,7 +111,7 @@ def _is_free(taken: list[Thing], left: int, top: int, width: int, height: int) -
 def _find_place(
     rng: np.random.Generator, taken: list[Thing], width: int, height: int, num_tries: int = 30
 ) -> tuple[int, int] | None:
-    """A free (left, top) on the lattice, or ``None`` when the tries are used up."""
+    """A free (left, top) on the lattice, or None after ``num_tries``."""
     columns = (IMAGE_SIDE - width) // LATTICE + 1
     rows = (IMAGE_SIDE - height) // LATTICE + 1
     for draw_x, draw_y in rng.random((num_tries, 2)):
@@ -125,8 +123,6 @@ def _find_place(
 
 @dataclass
 class _Draft:
-    """A scene while its things are being placed."""
-
     seed: int
     rng: np.random.Generator
     things: list[Thing]
@@ -155,7 +151,7 @@ class _Draft:
 
 
 def make_scene(seed: int) -> Scene:
-    """3 to 7 objects of different kinds and, in 70 % of scenes, one word."""
+    """3 to 7 objects of different kinds, as far as there is room, and in 70 % of scenes a word."""
     draft = _Draft(seed, np.random.default_rng([seed, 0]), [])
     rng = draft.rng
     if rng.random() < WORD_FRACTION:
@@ -167,7 +163,7 @@ def make_scene(seed: int) -> Scene:
 
 
 def make_crowded_scene(seed: int) -> Scene:
-    """Up to 26 things, words among them: many labelled patches for teaching the tower."""
+    """Up to 27 things, words among them: many labelled patches for teaching the tower."""
     draft = _Draft(seed, np.random.default_rng([seed, 1]), [])
     rng = draft.rng
     for _ in range(int(rng.integers(0, 6))):
@@ -208,12 +204,10 @@ def render(scene: Scene) -> Pixels:
 
 
 def patch_owners(scene: Scene) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Which thing each patch shows.
+    """The thing each patch shows, an index into ``scene.things`` or -1 for background, and whether the patch is clear.
 
-    Returns:
-        ``owners`` [NUM_PATCHES]: index into ``scene.things``, or -1 for background.
-        ``is_clear`` [NUM_PATCHES]: false where a thing leaves fewer than ``MIN_INK_PIXELS``
-        pixels in a patch, too few to tell.
+    Both are [NUM_PATCHES]; a patch is not clear where it holds some, but too few (``MIN_INK_PIXELS``), pixels of a
+    thing.
     """
     owners = np.full((PATCHES_PER_SIDE, PATCHES_PER_SIDE), -1, np.int64)
     is_clear = np.ones_like(owners, dtype=np.bool_)

@@ -1,6 +1,6 @@
-"""The schedules the embedded checkpoints train with: the two that ship, and the rows of the ablation table.
+"""The schedules that embedded checkpoints train with: the two that ship, and the rows of the ablation table.
 
-Every number of HiDrop's follows its preset ``embedded``; a row names only what it changes.
+HiDrop's numbers are its preset ``embedded``'s; a row names only what it changes.
 """
 
 import dataclasses
@@ -26,24 +26,20 @@ PRESET = "embedded"
 DENSE = NoPruning()
 HIDROP = HiDrop.from_preset(PRESET)
 LATE_INJECTION = replace(HIDROP, filter_layers=(), keeps=(), exit_layer=None)
-"""Late injection only: what half of the base model's steps see."""
+"""Late injection only, in half of the base model's training steps."""
 FLAT_KEEP = 38
-"""One cut at HiDrop's first filter instead of two: 63.8 in the mean over the layers, the nearest to HiDrop's 64."""
+"""Keep of one cut at HiDrop's first filter: 63.8 in the mean over the layers, the nearest to HiDrop's 64."""
 EARLY_LAYER = 1
 EARLY_KEEP = 17
-"""All in layer 0 and 17 in the other 11: 63.6 in the mean, the nearest to HiDrop's 64."""
+"""All in layer 0 and 17 in the other 11: 63.6 in the mean over the layers, the nearest to HiDrop's 64."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a checkpoint's last stage trains with.
+    """What a checkpoint's last stage trains with; ``summary`` is a line for the tables.
 
-    Attributes:
-        method: its schedule and score; no signal of the layer before, which the shared image pass does not give.
-        summary: one line for the tables.
-        selection: what the backward pass knows of a cut.
-        position_scheme: RoPE ids of the survivors.
-        seed: order of the data in this stage; the stages before are the same for every seed.
+    ``method`` must not score by the layer before: the shared image pass does not give that signal. ``selection`` is the
+    backward pass's view of a cut, ``position_scheme`` the survivors' RoPE ids, ``seed`` this stage's order of the data.
     """
 
     method: Method

@@ -1,4 +1,4 @@
-"""Masks of the things a scene may hold: drawn shapes, icon glyphs, words."""
+"""Masks of what a scene shows: drawn shapes, icon glyphs, words."""
 
 import math
 from collections.abc import Callable
@@ -92,7 +92,7 @@ def _shape_mask(kind: str, size: int) -> Mask:
 
 
 def _ink(text: str, font_name: str, font_pixels: int) -> Image.Image:
-    """``text`` cropped to its ink."""
+    """A picture of ``text``, cropped to its ink."""
     font = ImageFont.truetype(font_path(font_name), font_pixels)
     canvas = Image.new("L", (font_pixels * (len(text) + 2), font_pixels * 2), 0)
     ImageDraw.Draw(canvas).text((font_pixels // 2, 0), text, font=font, fill=255)
@@ -113,7 +113,7 @@ def _glyph_mask(kind: str, size: int) -> Mask:
 
 @cache
 def object_mask(kind: str, size: int) -> Mask:
-    """Mask of one object kind, ``[size, size]``; raises ``KeyError`` for an unknown kind."""
+    """Mask [size, size] of one kind of object; ``KeyError`` for an unknown kind."""
     if kind in GLYPHS:
         return _glyph_mask(kind, size)
     if kind in SHAPES:
@@ -123,7 +123,7 @@ def object_mask(kind: str, size: int) -> Mask:
 
 @cache
 def word_mask(text: str) -> Mask:
-    """Mask of a word in capitals, ``[WORD_HEIGHT, width]`` with the width a multiple of 4."""
+    """Mask [WORD_HEIGHT, width] of a word in capitals; the width is a multiple of 4."""
     ink = _ink(text.upper(), "DejaVuSans-Bold.ttf", WORD_FONT_PIXELS)
     width = math.ceil(ink.width / 4) * 4
     image = Image.new("L", (width, WORD_HEIGHT), 0)

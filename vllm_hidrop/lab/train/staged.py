@@ -1,7 +1,7 @@
 """The staged forward in training: every stage on physically shorter sequences, with gradients.
 
 The arithmetic is the served one (``staged/loop.py``), on batches of right-padded sequences. Axes: B samples, T rows of
-the full prompts, T' rows left, C hidden size.
+the full prompts, T' rows left, C hidden size, H query heads, G key/value heads, D head size.
 """
 
 from dataclasses import dataclass, replace
@@ -37,8 +37,10 @@ class Selection(StrEnum):
     """What the backward pass knows of a cut."""
 
     DIFFERENTIABLE = "differentiable"
-    """Straight through a soft mask that all survivors learn from (``dtopk.SMOOTH``, log-scores), which stands for how
-    present a token is to the others: it multiplies the token's terms in the sums of every later softmax."""
+    """Straight through a soft mask that all survivors learn from (``dtopk.SMOOTH``, log-scores).
+
+    The mask stands for how present a token is: it multiplies the token's terms in the sums of every later softmax.
+    """
     AS_WRITTEN = "as_written"
     """Straight through the paper's soft mask, which multiplies the token's state and its values."""
     AS_RELEASED = "as_released"
@@ -55,15 +57,11 @@ class StagedOutput:
 
 
 SIGNALS = (Signal.NONE, Signal.NEXT_ATTENTION, Signal.PREVIOUS_ATTENTION)
-"""Those that training computes."""
+"""The signals that training computes."""
 
 
 def check_trainable(method: Method) -> None:
-    """Refuse a method that has no schedule to train with.
-
-    Raises:
-        ValueError: it decides while a prompt runs how many tokens stay, or scores by a signal that training has not.
-    """
+    """ValueError for a method that decides its counts while a prompt runs or scores by a signal not in ``SIGNALS``."""
     if isinstance(method, Adaptive):
         raise ValueError(
             f"{method.name} decides while a prompt runs how many tokens stay, and is made for models trained dense: "
@@ -82,20 +80,13 @@ class StagedTraining(nn.Module):
     own score, per image, and are gone after the exit. At a cut the survivors get the gate of ``dtopk.gates``, which is
     1 and has a gradient; :class:`Selection` says what it multiplies.
 
+    ``scorer`` reads ``signal`` and scores one image's survivors; ``ratio`` learns the keeps, None leaves the
+    schedule's; ``gradient_checkpointing`` recomputes layers in the backward pass.
+
     **Source** arXiv 2602.23699 sections 3.1 to 3.3.
 
     **Differs** the score is the mean over the last instruction tokens of all rounds, as released; a sample without one
     is not pruned. Serving scores with the last prompt row only, which is the same for one round.
-
-    Args:
-        llm: the decoder of a Hugging Face model.
-        schedule: the stages.
-        signal: what the scorer reads.
-        scorer: scores one image's survivors.
-        selection: a :class:`Selection`.
-        position_scheme: a :class:`PositionScheme`.
-        gradient_checkpointing: recompute layers in the backward pass.
-        ratio: learns the keeps; None for those of the schedule.
     """
 
     def __init__(
@@ -131,7 +122,7 @@ class StagedTraining(nn.Module):
         gradient_checkpointing: bool = False,
         ratio: Ratio | None = None,
     ) -> Self:
-        """The forward of a method on a model of this shape; ``ValueError`` when they do not fit."""
+        """The forward of a method on a model of this shape; ValueError when they do not fit."""
         schedule = method.schedule(shape)
         scoring = method.signal, method.score
         return cls(llm, schedule, *scoring, selection, position_scheme, gradient_checkpointing, ratio)
@@ -175,11 +166,11 @@ class StagedTraining(nn.Module):
         return not (keep.is_all or keep.is_none or before.is_none)
 
     def _keep_before(self, stage: int) -> Keep:
-        """What stands before a stage; every token before the first."""
+        """The keep of the stage before; before the first it is every token."""
         return self.schedule.stages[stage - 1].keep if stage else ALL
 
     def _inject(self, state: State, embeds: Tensor, rows: Rows) -> State:
-        """All rows: text as it is now, vision from the projector."""
+        """The state of all rows: text as it is now, vision from the projector."""
         everything = torch.arange(embeds.shape[1], device=embeds.device).expand(len(embeds), -1)
         # Padding of the shorter layout names columns of real rows; it goes to a spare column that is cut off again.
         places = torch.where(state.rows.is_valid, state.columns, embeds.shape[1])
@@ -189,7 +180,7 @@ class StagedTraining(nn.Module):
         return State(full, everything, rows)
 
     def run_layers(self, first: int, end: int, state: State, scores: bool = False) -> tuple[State, Tensor | None]:
-        """Layers ``first`` to ``end`` on unchanging rows, and the last one's attention when ``scores``."""
+        """Layers ``first`` to ``end`` (exclusive) on the same rows; with ``scores`` also the last one's attention."""
         rotary = self.decoder.rotary(state.hidden, state.rows.positions)
         hidden, attention = state.hidden, None
         for index in range(first, end):
@@ -211,7 +202,7 @@ class StagedTraining(nn.Module):
     def cut_projected(
         self, index: int, state: State, projected: tuple[Tensor, Tensor, Tensor], keep: Keep, full_rows: Rows
     ) -> State:
-        """The first layer of the new stage: choose under its Q and K of all rows, go on with the chosen rows.
+        """The first layer of a stage behind a cut: choose by its own Q and K of all rows, run it on the chosen rows.
 
         ``projected`` are query [B, H, T', D], key and value [B, G, T', D] before RoPE.
         """
@@ -230,7 +221,7 @@ class StagedTraining(nn.Module):
         )
 
     def _gated(self, state: State, gate: Tensor) -> State:
-        """The cut's gradient: on the residual as written, else on how present a row is to the others."""
+        """Put the cut's gradient on the residual as written, else on how present a row is to the others."""
         if self.selection is Selection.AS_WRITTEN:
             return replace(state, hidden=state.hidden * gate[..., None].to(state.hidden.dtype))
         if not gate.requires_grad:
@@ -240,7 +231,7 @@ class StagedTraining(nn.Module):
     def _choose(
         self, layer: int, state: State, keep: Keep, full_rows: Rows, attention: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Rows that stay, bool [B, T'], and the factor of each row, [B, T']."""
+        """Which rows stay, bool [B, T'], and the gate of each row, [B, T']."""
         kept = ~state.rows.is_vision
         gate = torch.ones(kept.shape, device=kept.device)
         for sample in range(len(kept)):

@@ -1,7 +1,4 @@
-"""Stages S, align and B of embedded training: the language model learns to answer, about symbols, then about images.
-
-Axes as in ``batches.py``.
-"""
+"""Stages S, align and B of embedded training: answers about symbols, then about images. Axes as in ``batches.py``."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -91,7 +88,7 @@ def answer_loss(
     text: TextBatch,
     rng: np.random.Generator,
 ) -> Tensor:
-    """Mean cross-entropy of the answers with late-read training, a scalar; at least 2 scenes."""
+    """Mean cross-entropy of the answers with late-read training, a scalar; it needs 2 scenes or more."""
     late = LateRead(FIRST_READING_LAYER, int(rng.integers(1, len(vision.patches))))
     logits = answer_logits(staged, model, vision, text, rng, late)
     return F.cross_entropy(logits.flatten(0, 1), text.targets.flatten(), ignore_index=IGNORED)
@@ -120,10 +117,7 @@ def trained_in_language(
 
 
 class SymbolEmbedding(nn.Module):
-    """Embeds a symbolic vision token: the sum of its words and its centre, or background.
-
-    The offset takes out of each word what marks it as text.
-    """
+    """Embeds a symbolic vision token: its words, less what marks them as text, plus its centre; or background."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +126,7 @@ class SymbolEmbedding(nn.Module):
         self.embed_offset = nn.Parameter(-shared_part(HIDDEN_SIZE))
 
     def forward(self, embed_tokens: nn.Module, words: Tensor, centres: Tensor, is_background: Tensor) -> Tensor:
-        """[..., V, D] from words [..., V, W], centres [..., V, 2], is_background [..., V]."""
+        """[..., V, D] from words [..., V, NUM_CODE_WORDS], centres [..., V, 2] and is_background [..., V]."""
         embedded: Tensor = embed_tokens(words)
         is_word = (words != TOKEN_IDS[PAD]).unsqueeze(-1)
         summed = ((embedded + self.embed_offset) * is_word).sum(-2)
@@ -163,7 +157,7 @@ def symbol_accuracy(
     phase: SymbolPhase,
     num_scenes: int = 128,
 ) -> Figures:
-    """Held-out exact match of the dense model by question type on symbolic scenes."""
+    """Exact match of the dense model by question type on held-out symbolic scenes."""
     rng = np.random.default_rng(held_out_seed(0))
     scenes = [make_scene(held_out_seed(index)) for index in range(num_scenes)]
     vision = _embed_symbols(model, symbols, make_symbols(scenes, phase.num_tokens, rng))
@@ -179,7 +173,7 @@ def train_on_symbols(
     scenes_per_step: int,
     seed: int,
 ) -> Figures:
-    """One phase of stage S, in place; returns the held-out figures.
+    """Train one phase of stage S in place; returns the held-out figures.
 
     Every other step injects late, so that the language model is a base for dense and HiDrop training alike.
     """
@@ -202,7 +196,7 @@ def train_on_symbols(
 
 
 class SceneFeatures:
-    """Tower features of training scenes, computed once and kept in half precision."""
+    """Tower features of scenes, computed once and kept in half precision."""
 
     def __init__(self, model: LlavaForConditionalGeneration, first_seed: int, num_scenes: int) -> None:
         self.scenes = [make_scene(first_seed + index) for index in range(num_scenes)]
@@ -227,7 +221,7 @@ class SceneFeatures:
 def _align_targets(
     model: LlavaForConditionalGeneration, symbols: SymbolEmbedding, scenes: list[Scene]
 ) -> tuple[Tensor, Tensor]:
-    """Symbol embedding of every patch [S, V, D], and which patches show a thing clearly [S, V]."""
+    """Symbol embedding of every patch [S, V, D], and its weight [S, V]: thing 1, background 0.1, unclear 0."""
     embed_tokens = model.model.language_model.embed_tokens
     targets, weights = [], []
     for scene in scenes:
@@ -246,7 +240,7 @@ def align_projector(
     num_steps: int,
     seed: int,
 ) -> Figures:
-    """Regress the projector on the symbol embeddings; returns the last relative error."""
+    """Regress the projector on the symbol embeddings; returns the relative squared error, mean of the last 20 steps."""
     projector = model.model.multi_modal_projector
     rng = np.random.default_rng([seed, 3])
 
@@ -269,7 +263,7 @@ def _see(model: LlavaForConditionalGeneration, features: Tensor) -> Vision:
 
 @torch.no_grad()
 def image_accuracy(staged: StagedTraining, model: LlavaForConditionalGeneration, held_out: SceneFeatures) -> Figures:
-    """Held-out exact match by question type on real patches, without late-read."""
+    """Exact match by question type on real patches of held-out scenes, without late-read."""
     rng = np.random.default_rng(held_out_seed(1))
     matches: dict[str, list[bool]] = {}
     for start in range(0, len(held_out), 16):
@@ -284,7 +278,7 @@ def image_accuracy(staged: StagedTraining, model: LlavaForConditionalGeneration,
 
 @dataclass(frozen=True)
 class ImagePhase:
-    """Stage B: how long and how fast to learn."""
+    """How long and how fast stage B learns."""
 
     num_steps: int
     scenes_per_step: int
@@ -299,7 +293,7 @@ def train_on_images(
     phase: ImagePhase,
     seed: int,
 ) -> Figures:
-    """Language model and projector on real patches, in place; returns the held-out figures."""
+    """Train language model and projector on real patches, in place; returns the held-out figures."""
     rng = np.random.default_rng([seed, 4])
 
     def loss_of(_: int) -> Tensor:

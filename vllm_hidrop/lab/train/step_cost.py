@@ -28,17 +28,11 @@ class StepCost:
 
     seconds: float
     activation_bytes: int
-    """Distinct storages that autograd holds when the loss is ready, parameters excluded."""
+    """Storages that autograd holds when the loss is ready, each once, parameters excluded."""
 
 
 class TrainingStep:
-    """A random LLaVA and one batch: each prompt one image, then text.
-
-    Args:
-        model: a Hugging Face LLaVA in float32.
-        batch: prompts.
-        num_text: text tokens per prompt, one of them before the image.
-    """
+    """A random LLaVA (float32) and ``batch`` prompts: one text token, an image, then ``num_text - 1`` text tokens."""
 
     def __init__(self, model: Any, batch: int, num_text: int) -> None:
         self.model = model
@@ -70,7 +64,7 @@ class TrainingStep:
         return LlavaTraining(self.model, staged, self.shape.tokens_per_image)
 
     def loss(self, module: LlavaTraining) -> Tensor:
-        """Cross-entropy of the last tokens, a scalar."""
+        """Mean cross-entropy of the last tokens, a scalar."""
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss: Tensor = module(self.batch)
         return loss / (len(self.batch.labels) * NUM_TARGETS)
@@ -84,7 +78,7 @@ class TrainingStep:
         return time.perf_counter() - started
 
     def activation_bytes(self, module: LlavaTraining) -> int:
-        """Bytes autograd holds for the backward pass, each storage once."""
+        """Bytes that autograd holds for the backward pass, each storage once."""
         held: dict[int, int] = {}
         owned = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
 
@@ -103,7 +97,7 @@ class TrainingStep:
 def measure(
     model: nn.Module, method: Method, batch: int, num_text: int, runs: int, on_run: Callable[[], None]
 ) -> tuple[StepCost, StepCost]:
-    """Dense and ``method``, in turn ``runs`` times after a warm-up; ``on_run`` is called after every pair."""
+    """Costs of dense and of ``method``, run in turn ``runs`` times after a warm-up; ``on_run`` follows every pair."""
     step = TrainingStep(model, batch, num_text)
     modules = step.module_of(NoPruning()), step.module_of(method)
     for module in modules:

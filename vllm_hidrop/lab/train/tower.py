@@ -37,16 +37,16 @@ LABEL_SIZES = {
     "column": 3,
 }
 NUM_READOUTS = sum(LABEL_SIZES.values()) + 2
-"""Labels and the two coordinates of the owner's centre."""
+"""Outputs per patch: a logit per value of every label, and the two coordinates of the owner's centre."""
 COORDINATE_LOSS_WEIGHT = 4.0
 
 
 @dataclass(frozen=True)
 class PatchLabels:
-    """What each patch belongs to.
+    """What each patch of S scenes belongs to.
 
-    ``labels[name]`` is [scenes, NUM_PATCHES] int64 with ``IGNORED`` where nothing is asked;
-    ``centres`` is [scenes, NUM_PATCHES, 2] in [-1, 1], meaningful where ``is_owned``.
+    ``labels[name]`` is int64 [S, NUM_PATCHES], ``IGNORED`` where nothing is asked; ``centres`` [S, NUM_PATCHES, 2] are
+    in [-1, 1] and mean something where ``is_owned``.
     """
 
     labels: dict[str, Tensor]
@@ -55,12 +55,12 @@ class PatchLabels:
 
 
 def normalised_centre(centre: tuple[float, float]) -> tuple[float, float]:
-    """Pixels to [-1, 1] on both axes."""
+    """From pixels to [-1, 1] on both axes."""
     return 2 * centre[0] / IMAGE_SIDE - 1, 2 * centre[1] / IMAGE_SIDE - 1
 
 
 def _thing_codes(scene: Scene) -> NDArray[np.int64]:
-    """One row per thing: kind, colour, word, row, column; a last row for background."""
+    """One row per thing: kind, colour, word, row, column; the last row is background."""
     rows: list[tuple[int, ...]] = []
     for thing in scene.things:
         word = IGNORED if thing.text is None else WORDS.index(thing.text)
@@ -87,7 +87,7 @@ def label_patches(scenes: list[Scene]) -> PatchLabels:
 
 
 def to_pixel_values(images: list[Pixels]) -> Tensor:
-    """[scenes, 3, side, side] in [-1, 1], as the checkpoint's image processor makes them."""
+    """Images as the checkpoint's image processor makes them: [scenes, 3, side, side] in [-1, 1]."""
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     return stacked.float() / 127.5 - 1.0
 
@@ -138,7 +138,7 @@ def patch_accuracy(
 def train_tower(
     model: LlavaForConditionalGeneration, num_steps: int, scenes_per_step: int, seed: int
 ) -> dict[str, float]:
-    """Teach ``model``'s tower in place; returns the held-out figures."""
+    """Teach the model's tower in place; returns the held-out figures."""
     readout = nn.Linear(HIDDEN_SIZE, NUM_READOUTS)
     tower = model.model.vision_tower
     named = [*tower.named_parameters(prefix="tower"), *readout.named_parameters(prefix="readout")]

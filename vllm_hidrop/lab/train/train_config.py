@@ -1,4 +1,4 @@
-"""What ``hidrop train`` is told: one YAML file, checked here."""
+"""The configuration of ``hidrop train``: one YAML file, checked here."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -16,7 +16,7 @@ DEFAULT_LR: dict[StageName, float] = {"align": 1e-3, "instruct": 2e-5}
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors."""
+    """A frozen model in which unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -90,7 +90,7 @@ def _as_list(value: object) -> object:
 
 
 class TrainConfig(StageValues):
-    """The whole file; the values of :class:`StageValues` given here hold for every stage that does not set its own."""
+    """The whole file; values of :class:`StageValues` given here hold for every stage without its own."""
 
     model: str = Field(description='a Hugging Face LLaVA directory, or "embedded"')
     output: Path = Field(description="checkpoints, log and the finished model go here")
@@ -142,7 +142,7 @@ _PARTS: dict[str, type[BaseModel]] = {"data": DataConfig, "stage": StageConfig, 
 
 
 def parse_train_config(values: object) -> TrainConfig:
-    """Check a mapping. Raises ValueError: one line that names the key and the known ones."""
+    """Check a mapping; ValueError is one line that names the key and the known ones."""
     if not isinstance(values, dict):
         raise ValueError("training configuration: not a mapping of keys to values")
     try:
@@ -155,11 +155,7 @@ def parse_train_config(values: object) -> TrainConfig:
 
 
 def read_train_config(path: Path) -> TrainConfig:
-    """Read a YAML file; paths in it are relative to the working directory.
-
-    Raises:
-        ValueError: no such file, not YAML, or not a training configuration.
-    """
+    """Read a YAML file, its paths relative to the working directory; ValueError: no file, no YAML, no configuration."""
     try:
         values = yaml.safe_load(read_short_text(path))
     except (yaml.YAMLError, RecursionError) as error:

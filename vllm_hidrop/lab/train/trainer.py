@@ -1,7 +1,7 @@
 """A whole training run: its stages in order, checkpoints to resume from, and the finished model.
 
-The files of a run, all in its output directory: ``checkpoints/`` (the newest and the one before), ``log.csv`` or
-``tensorboard/``, ``nan_batch.pt`` after a stop, and ``model/`` at the end.
+Files in the output directory: ``checkpoints/`` (the newest and the one before), ``log.csv`` or ``tensorboard/``,
+``nan_batch.pt`` after a stop, and ``model/`` at the end.
 """
 
 import math
@@ -31,7 +31,7 @@ from vllm_hidrop.plan.positions import PositionScheme
 
 MAX_GRAD_NORM = 1.0
 NUM_KEPT = 2
-"""Checkpoints: the newest and the one before."""
+"""Checkpoints to keep: the newest and the one before."""
 
 
 class TrainingStopped(RuntimeError):
@@ -41,10 +41,8 @@ class TrainingStopped(RuntimeError):
 def train(config: TrainConfig) -> Path:
     """Train, or go on where the same configuration was interrupted; returns the finished model's directory.
 
-    Raises:
-        ValueError: configuration, model or data are not what they should be, or the configuration has changed.
-        TrainingStopped: the loss is not finite.
-        OSError: the disk is full.
+    Raises ValueError: configuration, model or data do not fit, or the configuration has changed; TrainingStopped: the
+    loss or the gradient is not finite; OSError: the disk is full.
     """
     run = Run(config)
     for index in range(run.done.stage, len(run.stages)):
@@ -78,8 +76,7 @@ def _saved(directory: Path) -> list[Path]:
 class Run:
     """A run between two steps: the model, and how far it has come.
 
-    Every random choice of a step depends on the configuration and on the step's number alone, so the position in the
-    data is the number of steps done.
+    A step's random choices and its place in the data depend on the configuration and the step's number alone.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -172,7 +169,7 @@ class Run:
         return shown
 
     def _stopped(self, error: "_NotFinite", loop: "StageLoop") -> TrainingStopped:
-        """Leave the batches of a loss or gradient that is not finite."""
+        """The error of a loss or gradient that is not finite; its batches are written to the output directory."""
         process = f"-{self.accelerator.process_index}" if self.accelerator.num_processes > 1 else ""
         path, step = self.config.output / f"nan_batch{process}.pt", loop.num_done + 1
         content = {"stage": loop.index, "step": step, "batches": [asdict(batch) for batch in error.batches]}
@@ -236,7 +233,7 @@ def cosine_with_warm_up(step: int, num_warm_up: int, num_steps: int) -> float:
 
 @dataclass
 class _NotFinite(Exception):
-    """A loss or gradient that is no number; the weights are those before the step."""
+    """A loss or gradient that is not finite; the weights are those before the step."""
 
     what: str
     value: float
@@ -244,17 +241,10 @@ class _NotFinite(Exception):
 
 
 class StageLoop:
-    """Optimises what has gradients, one step at a time.
+    """Optimises what has gradients, one step at a time: the loss is the mean over the step's targets on all processes.
 
-    The loss of a step is the mean over all targets of its batches, on all processes.
-
-    Args:
-        accelerator: of ``accelerate``.
-        module: batch in, summed loss out.
-        stage: its values.
-        index: which stage, from 0.
-        num_steps: the stage's length.
-        own_rates: peak learning rates of parameters that have their own, by name; without weight decay.
+    ``module`` takes a batch and gives its summed loss; ``index`` counts stages from 0. ``own_rates`` are peak learning
+    rates by name of parameters that have their own, which get no weight decay.
     """
 
     def __init__(
@@ -279,7 +269,7 @@ class StageLoop:
         self.num_done = 0
 
     def state(self) -> dict[str, Any]:
-        """Optimiser, learning rate and loss scale, to go on from."""
+        """State of optimiser, learning rate and loss scale, to go on from."""
         scaler = self.accelerator.scaler
         return {
             "optimiser": self.optimiser.state_dict(),
@@ -288,7 +278,7 @@ class StageLoop:
         }
 
     def load(self, num_done: int, state: dict[str, Any]) -> None:
-        """Go on after ``num_done`` steps."""
+        """Go on after ``num_done`` steps from a :meth:`state`."""
         self.num_done = num_done
         self.optimiser.load_state_dict(state["optimiser"])
         self.scheduler.load_state_dict(state["scheduler"])

@@ -18,7 +18,7 @@ class Progress:
 class StepFigures(NamedTuple):
     """One line of the log; ``stage`` counts from 0 and ``step`` from 1, ``tokens`` are valid rows of full prompts.
 
-    ``mean_vision_tokens`` are those of an image that the schedule holds, mean over the layers.
+    ``mean_vision_tokens`` are those of an image that the schedule keeps, mean over the layers.
     """
 
     stage: int
@@ -36,7 +36,7 @@ Log = Callable[[StepFigures], None]
 
 
 def open_log(kind: str, output: Path, done: Progress) -> Log:
-    """The log of a run that goes on after ``done``: what was logged after it is forgotten."""
+    """The log of a run that goes on after ``done``; lines logged after that point are dropped."""
     output.mkdir(parents=True, exist_ok=True)
     return (
         _tensorboard_log(output / "tensorboard", done) if kind == "tensorboard" else _csv_log(output / "log.csv", done)

@@ -32,7 +32,7 @@ VOCABULARY: tuple[str, ...] = (
 TOKEN_IDS = {word: index for index, word in enumerate(VOCABULARY)}
 
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
-"""Images of a message come before its text, whatever the order of its parts."""
+"""Puts the images of a message before its text, whatever the order of its parts."""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

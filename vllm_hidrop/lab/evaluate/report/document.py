@@ -1,4 +1,4 @@
-"""docs/accuracy.md and docs/accuracy.png from the figures of docs/accuracy.json."""
+"""Writes docs/accuracy.md and docs/accuracy.png from the figures of docs/accuracy.json."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ Figures = Mapping[str, Any]
 TEMPLATE = Path(__file__).with_name("accuracy.md.jinja")
 SAME_GOAL = 0.99
 POINTS_GOAL = 0.3
-"""Served and training code should give this share of equal answers, and accuracies this near, in points."""
+"""Goals for served against training code: the least share of equal answers, the most points between accuracies."""
 PANELS = {
     "shipped checkpoints, and methods without training": (Group.SHIPPED, Group.EQUAL, Group.LATE, Group.WIDE),
     "ablations, trained": (Group.ABLATION,),
@@ -28,7 +28,7 @@ SUFFIX = {Group.EQUAL: " (no training)", Group.LATE: " (no training, late cut)",
 
 
 def document(result: Figures) -> str:
-    """The whole text; a table without rows is left out."""
+    """The whole Markdown text; a table without rows is left out."""
     groups = {str(group): [row for row in result["rows"] if row["group"] == group] for group in Group}
     values = {"selection": None, **result, "groups": groups, "same_goal": SAME_GOAL, "points_goal": POINTS_GOAL}
     filters: dict[str, Callable[..., Any]] = {
@@ -41,22 +41,22 @@ def document(result: Figures) -> str:
 
 
 def percent(share: float | None) -> str:
-    """``91.2``, of 100."""
+    """A share as ``91.2``, of 100."""
     return "-" if share is None else f"{100 * share:.1f}"
 
 
 def between(interval: Sequence[float] | None) -> str:
-    """``89.0 to 93.1``, of 100."""
+    """An interval as ``89.0 to 93.1``, of 100."""
     return "-" if interval is None else f"{percent(interval[0])} to {percent(interval[1])}"
 
 
 def signed(interval: Sequence[float]) -> str:
-    """Points with their sign: ``-1.2 to +0.4``."""
+    """An interval in points with their sign: ``-1.2 to +0.4``."""
     return f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
 
 
 def is_goal_met(one: Figures) -> bool:
-    """Whether served and training code agree as they should."""
+    """Whether served and training code meet both goals."""
     return bool(one["same"] >= SAME_GOAL and abs(100 * one["difference"]) <= POINTS_GOAL + 1e-9)
 
 

@@ -30,8 +30,7 @@ def run(
 ) -> None:
     """Ask every row, keep the answers in ``out``, and write the figures' JSON file.
 
-    Raises:
-        ValueError: an unknown row, a server that does not start, or answers of other settings in the directory.
+    Raises ValueError: an unknown row, a server that does not start, or answers of other settings in the directory.
     """
     rows, left_out = servable(choose(all_rows(ablations), only))
     outcomes = serve_rows(exam, rows, out)
@@ -57,11 +56,7 @@ def run(
 
 
 def measure_selection(exam: Exam, docs: Path) -> None:
-    """Measure how far bfloat16 moves the kept patches, and put that into the figures' JSON file.
-
-    Raises:
-        ValueError: no such file, or a server that does not start.
-    """
+    """Add how far bfloat16 moves the kept patches to the JSON file; ValueError: no such file, or no server starts."""
     result = read_json(docs / f"{NAME}.json", dict[str, Any])
     _keep(docs, result | {"selection": _selection(exam)})
 
@@ -76,7 +71,7 @@ def _keep(docs: Path, result: dict[str, Any]) -> None:
 
 
 def servable(rows: Sequence[Row]) -> tuple[list[Row], list[dict[str, str]]]:
-    """Rows that can be served, and names and reasons of the others."""
+    """Rows whose schedule can be served, then name and reason of each of the others."""
     good: list[Row] = []
     left_out = []
     for row in rows:
@@ -90,7 +85,7 @@ def servable(rows: Sequence[Row]) -> tuple[list[Row], list[dict[str, str]]]:
 
 
 def write(docs: Path) -> None:
-    """Text and figure from the JSON file. Raises ValueError: no such file."""
+    """Write text and figure from the JSON file; ValueError: no such file."""
     result = read_json(docs / f"{NAME}.json", dict[str, Any])
     (docs / f"{NAME}.md").write_text(document(result), encoding="utf-8")
     draw(result, docs / f"{NAME}.png")

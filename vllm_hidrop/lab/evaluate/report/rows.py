@@ -1,4 +1,4 @@
-"""What is asked: every row is a checkpoint, what it is served with, and the row it is compared with."""
+"""The rows of the accuracy document: a checkpoint, what it is served with, and the row it is compared with."""
 
 import hashlib
 import json
@@ -19,18 +19,18 @@ from vllm_hidrop.methods.pyramiddrop import PyramidDrop
 from vllm_hidrop.plan.schedule import Schedule
 
 FLAGS = ("--enforce-eager", "--max-model-len", "1024")
-"""Of every server: no compilation, and no more context than the questions need."""
+"""Flags of every server: no compilation, and no more context than the questions need."""
 FLOAT32 = ("--dtype", "float32")
 EARLY = (EARLY_LAYER, EARLY_KEEP)
 LATE = (HIDROP.filter_layers[-1], HIDROP.keeps[-1])
 WIDE = (HIDROP.filter_layers[-1], 57)
-"""First layer and keep of one cut: HiDrop's mean number of tokens; where the model reads; VisiPruner's tokens."""
+"""First layer and keep of one cut: HiDrop's mean tokens; a cut where the model reads; VisiPruner's tokens."""
 WIDE_PYRAMID = (200, 100, 44)
-"""With these or ``WIDE``, 230 tokens in the mean: what VisiPruner kept of the scenes that its preset was tried on."""
+"""Like ``WIDE`` a mean of 230 tokens: what VisiPruner kept of the scenes that its preset was tried on."""
 
 
 class Group(StrEnum):
-    """Which table a row belongs to."""
+    """The table a row belongs to."""
 
     SHIPPED = "shipped"
     FLOAT32 = "float32"
@@ -42,17 +42,13 @@ class Group(StrEnum):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table.
+    """One line of a table; ``label`` is unique in its group.
 
     Attributes:
-        group: its table.
-        label: its name there, unique in its group.
-        checkpoint: directory.
-        shown: the directory as the document names it.
+        shown: the checkpoint's directory as the document names it.
         reference: name of the row it is compared with, asked the same questions.
-        meaning: one line.
         choice: ``--hidrop-config``; None for the checkpoint's own schedule.
-        flags: more of ``hidrop serve``'s flags.
+        flags: further flags of ``hidrop serve``.
         xargs: ``vllm_xargs`` of every request.
     """
 
@@ -68,7 +64,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Unique among all rows."""
+        """The row's key, unique among all rows."""
         return f"{self.group}/{self.label}"
 
     @property
@@ -78,15 +74,11 @@ class Row:
         return (*choice, *self.flags, *FLAGS)
 
     def arm(self, directory: Path | None = None) -> Arm:
-        """How it is served and asked."""
+        """How the row is served and asked."""
         return Arm(self.name, (str(self.checkpoint), *self.arguments), self.xargs, directory)
 
     def resolved(self) -> Resolved:
-        """The schedule it is served with.
-
-        Raises:
-            ValueError: the checkpoint's ``hidrop`` entry or the choice cannot be served.
-        """
+        """The schedule the row is served with; ValueError where the ``hidrop`` entry or the choice cannot be served."""
         return resolve(HidropConfig.parse(self.choice or {}), SHAPE, trained_entry_of(self.checkpoint))
 
     def key(self) -> str:
@@ -116,7 +108,7 @@ def stages_text(schedule: Schedule) -> str:
 
 
 def shipped_rows() -> list[Row]:
-    """The two checkpoints as they are, and HiDrop's told to keep every token."""
+    """The two checkpoints as they are, and the HiDrop one told to keep every token."""
     texts = {
         "dense": "the dense checkpoint",
         "hidrop": "the HiDrop checkpoint with the schedule it was trained with",
@@ -138,7 +130,7 @@ def float32_rows() -> list[Row]:
 
 
 def training_free_rows() -> list[Row]:
-    """Schedules the dense checkpoint never saw. What an adaptive method keeps is what the server reported."""
+    """Schedules that the dense checkpoint was not trained with; an adaptive method keeps what its server reports."""
     before, any_tokens, even = (
         "FastV: scored by the attention of the layer before",
         "any tokens",
@@ -198,11 +190,7 @@ def all_rows(ablations: Path | None) -> list[Row]:
 
 
 def choose(rows: Sequence[Row], only: Sequence[str]) -> list[Row]:
-    """Rows of the groups or names in ``only``; all when it is empty.
-
-    Raises:
-        ValueError: a word names no row; a row's reference was not chosen.
-    """
+    """Rows of the groups or names in ``only`` (empty: all); ValueError: no such row, or a reference is left out."""
     for word in only:
         if not any(word in (row.group, row.name) for row in rows):
             raise ValueError(f"no row {word!r}; known: {', '.join(row.name for row in rows)}")
@@ -215,7 +203,7 @@ def choose(rows: Sequence[Row], only: Sequence[str]) -> list[Row]:
 
 
 def described(row: Row) -> dict[str, Any]:
-    """What the figures' file says of a row; no path of this machine."""
+    """A row in the figures' file, without paths of this machine."""
     resolved = row.resolved()
     stages = "as decided for each request" if isinstance(resolved.method, Adaptive) else stages_text(resolved.schedule)
     if row.xargs.get("hidrop") == "off":

@@ -1,4 +1,4 @@
-"""How far the kept patches of one checkpoint move between float32 and bfloat16: the same questions, served in both."""
+"""How far the kept patches of one checkpoint move between float32 and bfloat16, on the same questions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,19 +15,18 @@ from vllm_hidrop.lab.evaluate.samples import Sample
 
 EXPLAINS = {"hidrop_explain": 1}
 COMPARED = {"shipped/hidrop", "float32/hidrop"}
-"""Names of the two rows."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What one request kept at every cut, by the cut's first layer, and its answer."""
+    """The answer to one request, and the patches it kept at every cut, by the cut's first layer."""
 
     patches: Mapping[int, frozenset[int]]
     answer: str
 
 
 def kept_of(report: Mapping[str, Any], answer: str) -> Kept:
-    """The sets of a report whose request had one image and asked for them."""
+    """What a report says was kept; its request had one image and asked for ``patches``."""
     patches: dict[int, frozenset[int]] = {}
     before = None
     for stage in report["stages"]:
@@ -39,11 +38,7 @@ def kept_of(report: Mapping[str, Any], answer: str) -> Kept:
 
 
 def served_sets(exam: Exam, row: Row) -> list[Kept]:
-    """What a row's server keeps for every question, in their order.
-
-    Raises:
-        ValueError: the server does not start or gives no report, or a request failed.
-    """
+    """What a row's server keeps for each question; ValueError: no start, no report, or a failed request."""
     found: dict[str, Kept] = {}
     with server(row.arm()) as url, tqdm(total=len(exam.samples), desc=row.name, mininterval=5) as bar:
 
@@ -58,7 +53,7 @@ def served_sets(exam: Exam, row: Row) -> list[Kept]:
 
 
 def moved(exact: Sequence[Kept], rounded: Sequence[Kept]) -> dict[str, Any]:
-    """Shares of requests whose sets and answers are the same, and mean Jaccard indices, by cut and of all cuts."""
+    """Shares of requests with the same sets and answers, and mean Jaccard indices, by cut and over all cuts."""
 
     def jaccard(one: frozenset[int], other: frozenset[int]) -> float:
         return len(one & other) / len(one | other)
@@ -83,6 +78,6 @@ def moved(exact: Sequence[Kept], rounded: Sequence[Kept]) -> dict[str, Any]:
 
 
 def measure(exam: Exam) -> dict[str, Any]:
-    """The figures of the shipped HiDrop checkpoint; see :func:`served_sets` for errors."""
+    """The figures of the shipped HiDrop checkpoint; errors as of :func:`served_sets`."""
     exact, rounded = (row for row in (*float32_rows(), *shipped_rows()) if row.name in COMPARED)
     return {"row": rounded.name, "against": exact.name} | moved(served_sets(exam, exact), served_sets(exam, rounded))

@@ -1,4 +1,4 @@
-"""Serves the document's rows, asks them, and compares them with each other and with the training code's own forward."""
+"""Serves and asks the document's rows, and compares them with each other and with the training code's own forward."""
 
 import io
 import os
@@ -21,10 +21,10 @@ from vllm_hidrop.lab.evaluate.report.rows import Group, Row, described
 from vllm_hidrop.lab.evaluate.scoring import compare, difference, mean_score, summarise
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-"""What ``hidrop serve`` sets for the shipped checkpoints, for the others too."""
+"""What ``hidrop serve`` sets for the shipped checkpoints; here it is set for all."""
 MAIN_ABLATION = "ablation/hidrop"
 PRECISIONS = {Group.SHIPPED: "bfloat16", Group.FLOAT32: "float32"}
-"""What the rows of a group are served in; the first is the checkpoints' own."""
+"""Data types that groups are served in; the first is the checkpoints' own."""
 
 
 def server(arm: Arm) -> AbstractContextManager[str]:
@@ -33,11 +33,7 @@ def server(arm: Arm) -> AbstractContextManager[str]:
 
 
 def serve_rows(exam: Exam, rows: Sequence[Row], directory: Path) -> dict[str, Outcome]:
-    """The rows' outcomes by name; a row whose answers are all in the directory needs no server.
-
-    Raises:
-        ValueError: a server that does not start, or a directory with answers of other settings.
-    """
+    """The rows' outcomes by name; rows with all answers in ``directory`` need no server. Errors as of ``take_arms``."""
     arms = [row.arm(directory / row.name / row.key()) for row in rows]
     outcomes: dict[str, Outcome] = {}
     with progress_bars() as bars:
@@ -50,7 +46,7 @@ def serve_rows(exam: Exam, rows: Sequence[Row], directory: Path) -> dict[str, Ou
 
 
 def finished(exam: Exam, arm: Arm) -> Outcome | None:
-    """The outcome of answers that are all there, whatever server gave them; None when some are missing."""
+    """The outcome of an arm whose answers are all there, whatever server gave them; None when some are missing."""
     settings = read_settings(arm.directory) if arm.directory else None
     if settings is None:
         return None
@@ -62,7 +58,7 @@ def finished(exam: Exam, arm: Arm) -> Outcome | None:
 
 
 def figures_of(exam: Exam, row: Row, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-    """One row's figures: its own, against its reference, and an ablation's against HiDrop's row."""
+    """One row's figures: its own, against its reference, and an ablation's against HiDrop's row too."""
     seed, outcome = exam.source.seed, outcomes[row.name]
     result = described(row) | summarise(exam.task, outcome.scored, outcome.answers, seed)
     against = compare(outcomes[row.reference].scored, outcome.scored, seed)
@@ -91,7 +87,7 @@ def agreements(
 
 
 def training_answers(exam: Exam, row: Row, directory: Path) -> Outcome:
-    """What the training code answers in float32 under the checkpoint's own schedule, without vLLM; resumable."""
+    """Answers of the training code in float32 under the checkpoint's own schedule, without vLLM; resumable."""
     from vllm_hidrop.lab.train.evaluate import Checkpoint
 
     place = directory / "training_code" / row.label / row.key()
@@ -108,7 +104,7 @@ def training_answers(exam: Exam, row: Row, directory: Path) -> Outcome:
 
 
 def agreement(row: Row, served: Outcome, trained: Outcome, seed: int) -> dict[str, Any]:
-    """How many answers are the same, and what that does to the accuracy (served less training code)."""
+    """The share of equal answers, and the accuracy served less that of the training code."""
     same = [served.answers[one.sample.id].text == trained.answers[one.sample.id].text for one in trained.scored]
     return {
         "checkpoint": row.label,

@@ -9,7 +9,7 @@ TASKS = ("synthetic", "pope", "scienceqa", "gqa", "textvqa", "mme", "mmbench")
 
 
 def load_task(name: str) -> Task:
-    """A task by name. Raises ValueError: unknown; lists the known."""
+    """A task by name; ValueError for an unknown one lists the known."""
     if name not in TASKS:
         raise ValueError(f"unknown task {name}; known: {', '.join(TASKS)}")
     task: Task = import_module(f"{__name__}.{name}").TASK

@@ -1,7 +1,7 @@
 """GQA, compositional questions about scenes: exact match.
 
-**Source**: Hudson and Manning 2019, arXiv 1902.09506; answers as LLaVA's ``convert_gqa_for_eval.py`` hands them over:
-lower case, no full stop at the end.
+**Source**: Hudson and Manning 2019, arXiv 1902.09506; answers in the form of LLaVA's ``convert_gqa_for_eval.py``: lower
+case, no full stop at the end.
 **Format**: ``testdev_balanced_questions.json`` ``{"201307251": {"imageId": "n161313", "question": "..", "answer": "..",
 "types": {"structural": "query"}}}``; images ``IMAGEID.jpg`` in ``--images``.
 """
@@ -22,11 +22,7 @@ class _Question(BaseModel):
 
 
 def load(source: Source) -> list[Sample]:
-    """All questions of the file; types are the official structural ones.
-
-    Raises:
-        ValueError: wrong format or a missing file.
-    """
+    """All questions of the file; types are the official structural ones. ValueError: wrong format or a missing file."""
     rows = read_json(source.data_path(), dict[str, _Question])
     images = checked_images(source.image_path(f"{row.imageId}.jpg") for row in rows.values())
     samples = []
@@ -37,7 +33,7 @@ def load(source: Source) -> list[Sample]:
 
 
 def score(sample: Sample, text: str) -> float:
-    """Exact match after LLaVA's conversion."""
+    """Exact match in the form of LLaVA's conversion."""
     return float(text.strip().rstrip(".").lower() == sample.expected[0])
 
 

@@ -4,8 +4,8 @@
 **Format**: a tab-separated file with columns index, question, hint, A, B, C, D, answer, category, image; the image is
 base64, or the index of the row that holds it.
 **Differs**: CircularEval (all rotations of the options must be right) is not implemented, nor the language model that
-reads answers without a letter: a letter, or an option's whole text, is an answer, anything else is wrong. Both make
-these figures incomparable with a leaderboard's; they compare settings of one server.
+reads answers without a letter: any answer but a letter or an option's whole text is wrong. Figures compare settings of
+one server, but not with a leaderboard's.
 """
 
 import base64
@@ -38,7 +38,7 @@ class _Row(BaseModel):
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Those that are there."""
+        """The options that the row has, one to four."""
         return tuple(text for text in (self.A, self.B, self.C, self.D) if text.lower() not in ABSENT)
 
     @model_validator(mode="after")
@@ -58,7 +58,7 @@ class _Row(BaseModel):
 
 
 def load(source: Source) -> list[Sample]:
-    """All rows of the file. Raises ValueError: wrong format, an image that is not base64, or a missing file."""
+    """All rows of the file; ValueError: wrong format, an image that is not base64, or a missing file."""
     file = source.data_path()
     rows = list(read_table(file, _Row))
     images = {row.index: row.image for row in rows}

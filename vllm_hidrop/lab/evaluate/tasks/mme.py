@@ -24,7 +24,7 @@ NUM_FIELDS = 3
 
 
 def load(source: Source) -> list[Sample]:
-    """All subtasks that have a file. Raises ValueError: wrong format, an unknown subtask, or a missing file."""
+    """All subtasks that have a file; ValueError: wrong format, an unknown subtask, or a missing file."""
     folder = source.data_path()
     files = sorted(folder.glob("*.txt"))
     if not files:
@@ -66,7 +66,7 @@ def _image(source: Source, subtask: str, name: str) -> Path:
 
 
 def parse(text: str) -> str:
-    """Yes or no if it is within the first four characters, else other."""
+    """Yes or no if one is within the first four characters, else "other"."""
     start = text.strip().lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
@@ -77,7 +77,7 @@ def score(sample: Sample, text: str) -> float:
 
 
 def figures(scored: Sequence[Scored]) -> dict[str, float]:
-    """Per subtask 100 x (accuracy + share of images with both right), of 200; their sums for the two totals."""
+    """Per subtask 100 x (accuracy + share of images with both right), at most 200; two totals sum the subtasks."""
     pairs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for one in scored:
         pairs[one.sample.type][one.sample.group].append(one.score)

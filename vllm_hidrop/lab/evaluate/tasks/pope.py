@@ -26,11 +26,7 @@ class _Question(BaseModel):
 
 
 def load(source: Source) -> list[Sample]:
-    """All questions of the file or of the folder's files.
-
-    Raises:
-        ValueError: wrong format, a missing file, or a label other than yes and no.
-    """
+    """All questions of the file or folder; ValueError: wrong format, a missing file, or a label besides yes and no."""
     path = source.data_path()
     files = sorted(path.glob(f"{PREFIX}*.json*")) if path.is_dir() else [path]
     if not files:
@@ -48,7 +44,7 @@ def _read(file: Path, source: Source) -> Iterator[Sample]:
 
 
 def parse(text: str) -> str:
-    """No if the first sentence has the word no or not, else yes."""
+    """``no`` if the first sentence has the word no or not, else ``yes``."""
     words = text.partition(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 

@@ -42,7 +42,7 @@ class _Problem(BaseModel):
 
 
 def load(source: Source) -> list[Sample]:
-    """The image subset of the test split. Raises ValueError: wrong format or a missing file."""
+    """The image subset of the test split; ValueError: wrong format or a missing file."""
     folder = source.data_path()
     file = folder / "problems.json"
     problems = read_json(file, dict[str, _Problem])

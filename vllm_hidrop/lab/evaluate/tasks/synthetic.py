@@ -1,7 +1,7 @@
 """Held-out synthetic scenes, the embedded model's own domain: one question per scene, types in turn.
 
-One question per scene makes the samples independent, which the bootstrap assumes. ``--seed`` picks scenes nobody looked
-at: another seed, other scenes, none of which the checkpoint's training, evaluation or examples drew.
+One question per scene makes the samples independent, which the bootstrap assumes. Every ``--seed`` draws scenes of its
+own, which the checkpoint's training, evaluation and examples never drew.
 """
 
 import io
@@ -20,15 +20,11 @@ FIRST_SCENE = 1_000_000
 SCENES_PER_SEED = 1_000_000
 DEFAULT_LIMIT = 140
 MAX_LIMIT = SCENES_PER_SEED // 10
-"""Some scenes allow no question of the type in turn; ten per question are more than enough."""
+"""Some scenes allow no question of the type in turn; ten scenes per question are more than enough."""
 
 
 def load(source: Source) -> list[Sample]:
-    """``source.limit`` questions, equally many of each type.
-
-    Raises:
-        ValueError: more questions than a seed has, or a negative seed.
-    """
+    """``source.limit`` questions, the types in turn; ValueError: more than a seed's scenes give, or a negative seed."""
     limit = DEFAULT_LIMIT if source.limit is None else source.limit
     if limit > MAX_LIMIT:
         raise ValueError(f"--limit must be at most {MAX_LIMIT} for synthetic scenes, got {limit}")
@@ -59,7 +55,7 @@ def scene_png(scene_seed: int) -> bytes:
 
 
 def score(sample: Sample, text: str) -> float:
-    """Exact match, spaces aside."""
+    """1 where the words are exactly the expected ones."""
     return float(text.split() == sample.expected[0].split())
 
 

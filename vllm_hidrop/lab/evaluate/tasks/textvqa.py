@@ -27,7 +27,7 @@ class _File(BaseModel):
 
 
 def load(source: Source) -> list[Sample]:
-    """All questions of the file. Raises ValueError: wrong format or a missing file."""
+    """All questions of the file; ValueError: wrong format or a missing file."""
     rows = read_json(source.data_path(), _File).data
     images = checked_images(source.image_path(f"{row.image_id}.jpg") for row in rows)
     samples = [
@@ -38,7 +38,7 @@ def load(source: Source) -> list[Sample]:
 
 
 def score(sample: Sample, text: str) -> float:
-    """Mean over leaving one human out of min(1, others who said the same / 3)."""
+    """Leave one human out in turn: the mean of min(1, others who said the same / 3)."""
     said = normalised(text)
     agrees = [normalised(answer) == said for answer in sample.expected]
     same = sum(agrees)
