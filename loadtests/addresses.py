@@ -1,4 +1,4 @@
-"""A server's address as a person writes it, in one form or refused with the reason; nobody is asked."""
+"""Server addresses as people type them: brought into one form, or refused with the reason; no server is asked."""
 
 import ipaddress
 import re
@@ -10,13 +10,7 @@ _HOST = re.compile(r"[\w.:%-]+", re.ASCII)
 
 
 def parse_address(text: str) -> str:
-    """The base address: scheme and host in lower case, no slash at the end, and no ``/v1``, which clients add.
-
-    A path before that stays: a proxy may serve several servers under one name.
-
-    Raises:
-        ValueError: no address of a server; says why.
-    """
+    """Base address: host in lower case, no final slash or ``/v1``, which clients add. Raises ValueError: says why."""
     address = text.strip()
     try:
         parts = urlsplit(address)
@@ -24,7 +18,7 @@ def parse_address(text: str) -> str:
     except ValueError as error:
         raise _refusal(text, str(error)) from None
     host = (parts.hostname or "").rstrip(".")
-    path = re.sub("/+", "/", parts.path).rstrip("/").removesuffix("/v1")
+    path = re.sub("/+", "/", parts.path).rstrip("/").removesuffix("/v1")  # a proxy's path stays
     wrong = {
         "it has no http:// or https://": parts.scheme not in ("http", "https") or "://" not in address,
         "it has spaces or control characters": re.search(r"[\s\x00-\x1f\x7f]", address) is not None,
@@ -42,7 +36,7 @@ def parse_address(text: str) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether the host of an address of :func:`parse_address` is this machine."""
+    """Whether an address from :func:`parse_address` names this machine."""
     host = urlsplit(address).hostname or ""
     if host == "localhost":
         return True
@@ -53,7 +47,7 @@ def is_loopback(address: str) -> bool:
 
 
 def _ascii(host: str) -> str:
-    """A host's name as it goes over the wire; unchanged where it has no such form."""
+    """A host name as it goes over the wire (IDNA); unchanged where it has no such form."""
     try:
         return host.encode("idna").decode("ascii")
     except UnicodeError:

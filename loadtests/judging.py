@@ -9,7 +9,7 @@ from hidrop_loadtests.scenarios import Scenario
 
 @dataclass(frozen=True)
 class Verdict:
-    """One threshold at one arm, in words and as a yes or no."""
+    """One threshold at one arm: what was measured, wanted and found, as text, and whether the arm passed."""
 
     arm: str
     what: str
@@ -19,7 +19,7 @@ class Verdict:
 
 
 def judge(scenario: Scenario, result: Result) -> list[Verdict]:
-    """Every threshold that applies to this result."""
+    """Check every threshold of the scenario that applies to this result."""
     passes, verdicts = scenario.passes, []
 
     def verdict(what: str, wanted: str, found: str, passed: bool) -> None:

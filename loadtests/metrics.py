@@ -1,7 +1,4 @@
-"""What a server itself counted between two moments, from ``/metrics``.
-
-A server without our metrics has no savings to show.
-"""
+"""What a server counted between two moments, from ``/metrics``; a server without our metrics has no savings to show."""
 
 import math
 import time
@@ -16,13 +13,12 @@ from hidrop_loadtests.sending import Endpoint
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 OURS = "vllm_hidrop_"
-RUN_AND_DENSE = {
+RUN_AND_DENSE = {  # a saving's title -> counters of what was run or held, and of what a dense server would
     "layer tokens of prefills": ("vllm_hidrop_layer_tokens_run_total", "vllm_hidrop_layer_tokens_dense_total"),
     "KV blocks held": ("vllm_hidrop_kv_blocks_held_total", "vllm_hidrop_kv_blocks_dense_total"),
     "KV bytes held": ("vllm_hidrop_kv_bytes_held_total", "vllm_hidrop_kv_bytes_dense_total"),
     "prefill FLOPs": ("vllm_hidrop_prefill_flops_run_total", "vllm_hidrop_prefill_flops_dense_total"),
 }
-"""What is shown as a saving: counters of what was done and of what a dense server does; those a server has."""
 LATENCIES = {
     "ttft": "vllm:time_to_first_token_seconds",
     "itl": "vllm:inter_token_latency_seconds",
@@ -32,11 +28,7 @@ HELD = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 
 
 def read(endpoint: Endpoint) -> Samples:
-    """Every sample by name and labels.
-
-    Raises:
-        ValueError: no answer, or not 200.
-    """
+    """Every sample of ``/metrics`` by name and labels. Raises ValueError: no answer, or not a 2xx."""
     try:
         response = httpx.get(f"{endpoint.url}/metrics", headers=endpoint.metrics_headers, timeout=30)
         response.raise_for_status()
@@ -47,10 +39,7 @@ def read(endpoint: Endpoint) -> Samples:
 
 
 def idle_after(endpoint: Endpoint, most_seconds: float) -> float | None:
-    """Seconds until the server holds no request and is ready; None if that takes longer than ``most_seconds``.
-
-    Ready is ``/ready``, or ``/health`` of a server that has none.
-    """
+    """Seconds until no request is held and ``/ready``, or else ``/health``, is 200; None after ``most_seconds``."""
     started = time.monotonic()
     while True:
         if _holds_nothing(endpoint) and _is_ready(endpoint):
@@ -81,18 +70,18 @@ def _is_ready(endpoint: Endpoint) -> bool:
 
 @dataclass(frozen=True)
 class Growth:
-    """What grew between two readings."""
+    """How much each sample grew between two readings."""
 
     samples: Samples
 
     @classmethod
     def between(cls, before: Samples, after: Samples) -> "Growth":
-        """The later reading less the earlier one; gauges are left out of every question below."""
+        """The later reading less the earlier one, for counters and histograms; a gauge's difference says nothing."""
         return cls({key: value - before.get(key, 0.0) for key, value in after.items()})
 
     @classmethod
     def joined(cls, growths: Sequence["Growth"]) -> "Growth":
-        """What grew in several spans of time together."""
+        """The growth of several spans of time, added up."""
         samples: Samples = {}
         for growth in growths:
             for key, value in growth.samples.items():
@@ -100,13 +89,13 @@ class Growth:
         return cls(samples)
 
     def total(self, name: str, **labels: str) -> float | None:
-        """Sum over all series of a counter that have these labels; None if there is none."""
+        """Sum over all series of a counter that have these labels; None if there is no such series."""
         wanted = set(labels.items())
         found = [value for (own, have), value in self.samples.items() if own == name and wanted <= set(have)]
         return sum(found) if found else None
 
     def latency_ms(self, name: str) -> dict[str, float] | None:
-        """Mean, and percentiles interpolated within their buckets, of a histogram of seconds; None if it is empty."""
+        """Mean and percentiles in ms of a histogram of seconds, interpolated in its buckets; None if it is empty."""
         count, seconds = self.total(f"{name}_count"), self.total(f"{name}_sum")
         if not count or seconds is None:
             return None
@@ -118,7 +107,7 @@ class Growth:
         return {"mean": 1000 * seconds / count} | {f"p{p}": 1000 * _quantile(bounds, p / 100) for p in (50, 90, 95, 99)}
 
     def savings(self) -> dict[str, Any]:
-        """Per saving what was run, what a dense server runs, and their ratio; and every counter of ours that grew."""
+        """Per saving what was run, what a dense server runs, and dense/run; and every counter of ours that grew."""
         pairs = {title: tuple(map(self.total, names)) for title, names in RUN_AND_DENSE.items()}
         return {
             "pairs": {
@@ -143,7 +132,7 @@ def _shown(labels: Mapping[str, str]) -> str:
 
 
 def _quantile(bounds: Mapping[float, float], share: float) -> float:
-    """A quantile as Prometheus' ``histogram_quantile`` takes it: linear in a bucket, the last bound in the open one."""
+    """A quantile as by ``histogram_quantile``: linear in a bucket; in the open bucket, the last finite bound."""
     edges = sorted(bounds.items())
     rank = share * edges[-1][1]
     low, below = 0.0, 0.0

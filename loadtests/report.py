@@ -1,4 +1,4 @@
-"""A load test's results as JSON, and as one HTML file that needs nothing else."""
+"""A load test's results as JSON, and as one self-contained HTML file."""
 
 import datetime
 import math
@@ -24,14 +24,12 @@ NOTES = {
     "itl": "0: tokens that reached the client in one read.",
     "e2e": "",
 }
-MARKS = {"passed": "✓ ", "missed": "✗ "}
-"""Before a verdict's cell."""
-LEAST_MS = 1.0
-"""A shorter time is tokens that came in one read: its ratio to another says nothing."""
+MARKS = {"passed": "✓ ", "missed": "✗ "}  # before a verdict's cell
+LEAST_MS = 1.0  # shorter times are tokens that came in one read: a ratio of two says nothing
 
 
 def as_json(name: str, scenario: Scenario, results: Sequence[Result], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Everything that was measured, plain data."""
+    """Everything that was measured, as plain data."""
     return {
         "scenario": name,
         "definition": scenario.model_dump(mode="json"),
@@ -48,7 +46,7 @@ def as_json(name: str, scenario: Scenario, results: Sequence[Result], verdicts: 
 
 
 def speed_up(results: Sequence[Result]) -> dict[str, dict[str, float]]:
-    """Second arm's times by the first's, above 1 where the first is faster; none for a single arm or times near 0."""
+    """The second arm's times over the first's (above 1: first is faster); none for a single arm or times near 0."""
     if len(results) != 2:
         return {}
     first, second = (result.client_ms() for result in results)
@@ -64,7 +62,7 @@ def speed_up(results: Sequence[Result]) -> dict[str, dict[str, float]]:
 
 
 def as_html(found: Mapping[str, Any], times_ms: Sequence[Mapping[str, list[float]]]) -> str:
-    """The page for what :func:`as_json` gave, with the distribution of every time of every arm."""
+    """The HTML page for the data of :func:`as_json`; ``times_ms``: every time of every arm, for the distributions."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -111,7 +109,7 @@ def _arm(scenario: Scenario, result: Result) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Table:
-    """Texts in rows; ``kind`` is a class of the style sheet."""
+    """A table of texts; ``kind`` is a class of the style sheet."""
 
     title: str
     caption: str
@@ -127,7 +125,7 @@ def _origin(found: Mapping[str, Any]) -> str:
 
 
 def _tiles(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    """What to see first: the ratios to the other arm, and what the first one saved."""
+    """The figures at the top: ratios of the first arm to the other, and what the first one saved."""
     arms = found["arms"]
     for key in ("ttft", "e2e"):
         values = [f"{arm['client_ms'][key]['p50']:,.0f} ms" for arm in arms if key in arm["client_ms"]]
@@ -153,7 +151,7 @@ def _verdicts(found: Mapping[str, Any]) -> Table:
 
 
 def _troubles(found: Mapping[str, Any]) -> list[Table]:
-    """Whatever was not simply answered, counted: the first thing to read when a threshold was missed."""
+    """Requests that were not simply answered, counted by cause: the first thing to read when a threshold was missed."""
     counts = Counter(
         (arm["name"], outcome["bad"] or "a good request", outcome["kind"], outcome["error"])
         for arm in found["arms"]
@@ -185,7 +183,7 @@ def _counts(found: Mapping[str, Any]) -> Table:
 
 
 def _times(found: Mapping[str, Any], key: str, times: Sequence[Sequence[float]]) -> Iterator[dict[str, Any]]:
-    """One kind of time, if there is any: its distribution, and client's and server's figures side by side."""
+    """One kind of time, if measured: its distribution, and the client's and the server's figures side by side."""
     rows = [
         [f"{arm['name']}, {who}", *(_ms(values.get(figure)) for figure in FIGURES)]
         for arm in found["arms"]
@@ -218,13 +216,13 @@ def _savings(found: Mapping[str, Any]) -> Table:
 
 
 def _short(value: float) -> str:
-    """Three digits and a letter."""
+    """A number as three digits and a letter: 12.3M."""
     power = max(0, min(5, int(math.log10(value) // 3))) if value >= 1 else 0
     return f"{value / 1000**power:.3g}{('', 'k', 'M', 'G', 'T', 'P')[power]}"
 
 
 def _chart(title: str, names: Sequence[str], times: Sequence[Sequence[float]]) -> dict[str, Any] | None:
-    """Share of the requests (or gaps) that took at most so long, as numbers and texts of an SVG."""
+    """Share of the requests (or gaps) that took at most so many ms, as the numbers and texts of an SVG."""
     most = max((max(values) for values in times if values), default=0.0)
     if most <= 0:
         return None

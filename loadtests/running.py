@@ -1,4 +1,4 @@
-"""A scenario against one server or two, in turn, and what came of it."""
+"""Run a scenario against one server or two, in turn, and collect the results."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ WARM_UP_REQUESTS = 4
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the servers, or ways of asking one, that are compared."""
+    """One side of a comparison: a server, or one way of asking a server."""
 
     name: str
     endpoint: Endpoint
@@ -31,35 +31,27 @@ class Arm:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a scenario at one arm.
-
-    Attributes:
-        arm: which.
-        outcomes: one per request.
-        seconds: from the first request to the last answer, summed over rounds.
-        growth: what the server counted meanwhile.
-        idle_seconds: until the server held no request and was ready; None: longer than the scenario allows.
-    """
+    """What came of a scenario at one arm."""
 
     arm: Arm
-    outcomes: tuple[Outcome, ...]
-    seconds: float
-    growth: Growth
-    idle_seconds: float | None
+    outcomes: tuple[Outcome, ...]  # one per request
+    seconds: float  # from the first request to the last answer, summed over rounds
+    growth: Growth  # what the server counted meanwhile
+    idle_seconds: float | None  # until the server held no request and was ready; None: longer than the scenario allows
 
     def count(self, kind: str, bad: bool | None = None) -> int:
-        """Outcomes of a kind; of good or of bad requests only."""
+        """Number of outcomes of a kind; ``bad`` True: of broken requests only, False: of good ones only."""
         return sum(o.kind == kind and bad in (None, o.bad is not None) for o in self.outcomes)
 
     def within(self, goal: Goal) -> int:
-        """Answers whose first token and end came in time."""
+        """Number of good requests whose first token and end came within the goal."""
         return sum(
             o.kind == "answered" and o.bad is None and 1000 * o.ttft <= goal.ttft_ms and 1000 * o.latency <= goal.e2e_ms
             for o in self.outcomes
         )
 
     def drift(self) -> float | None:
-        """Median end-to-end time of the last third of the answers by that of the first third; None if there are few."""
+        """Median end-to-end time, last third of the answers over the first third; None with fewer than 3 answers."""
         answered = sorted((o.sent_at, o.latency) for o in self.outcomes if o.kind == "answered" and o.bad is None)
         third = len(answered) // 3
         if not third:
@@ -67,7 +59,7 @@ class Result:
         return median(latency for _, latency in answered[-third:]) / median(latency for _, latency in answered[:third])
 
     def times_ms(self) -> dict[str, list[float]]:
-        """Every time of the answered requests, by the client's clock."""
+        """Every time of the answered requests, in ms by the client's clock."""
         answered = [outcome for outcome in self.outcomes if outcome.kind == "answered"]
         return {
             "ttft": [1000 * outcome.ttft for outcome in answered],
@@ -76,7 +68,7 @@ class Result:
         }
 
     def client_ms(self) -> dict[str, dict[str, float]]:
-        """Mean and percentiles of those, where there are any."""
+        """Mean and percentiles of :meth:`times_ms`, of the kinds of time that were measured."""
         import numpy as np
 
         return {
@@ -86,17 +78,13 @@ class Result:
         }
 
     def server_ms(self) -> dict[str, dict[str, float]]:
-        """The same by the server's histograms, coarser."""
+        """Mean and percentiles in ms by the server's histograms, which are coarser."""
         found = {name: self.growth.latency_ms(metric) for name, metric in LATENCIES.items()}
         return {name: values for name, values in found.items() if values}
 
 
 def check_address(url: str, allow_remote: bool) -> str:
-    """The address as :func:`parse_address` gives it.
-
-    Raises:
-        ValueError: no address, or one of another machine without leave.
-    """
+    """An address in :func:`parse_address`'s form. Raises ValueError: it is none, or another machine's without leave."""
     address = parse_address(url)
     if not allow_remote and not is_loopback(address):
         raise ValueError(f"{url} is another machine: a load test of it needs --allow-remote, and its owner's consent")
@@ -105,18 +93,14 @@ def check_address(url: str, allow_remote: bool) -> str:
 
 @dataclass(frozen=True)
 class Keys:
-    """Of a server that wants them: its clients' key, and that of its metrics if it is another."""
+    """API keys of a server: its clients' key, and the key of ``/metrics`` if that is another."""
 
     api: str | None = None
     metrics: str | None = None
 
 
 def connect(url: str, keys: Keys = Keys(), body: dict[str, Any] | None = None) -> Endpoint:
-    """An endpoint for the first model that a server serves.
-
-    Raises:
-        ValueError: no server answers there, or it wants another key.
-    """
+    """An endpoint for the first model of a server. Raises ValueError: no server answers, or it wants another key."""
     unnamed = Endpoint(url, "", body or {}, keys.api, keys.metrics)
     try:
         answer = httpx.get(f"{url}/v1/models", headers=unnamed.headers, timeout=30)
@@ -130,22 +114,11 @@ def connect(url: str, keys: Keys = Keys(), body: dict[str, Any] | None = None) -
 def run(
     scenario: Scenario,
     arms: Sequence[Arm],
-    pairs: int = 1,
-    on_start: Callable[[str], None] = lambda _: None,
-    quiet: bool = False,
+    pairs: int = 1,  # runs of the scenario on every arm, with other pictures each time
+    on_start: Callable[[str], None] = lambda _: None,  # told the name of an arm before it is asked
+    quiet: bool = False,  # show no progress bar
 ) -> list[Result]:
-    """Warm every arm up, then run the scenario on each, so many times, in turn and in alternating order.
-
-    Args:
-        scenario: what to send.
-        arms: where to.
-        pairs: times the scenario is run on every arm, with other pictures each time.
-        on_start: told the name of an arm before it is asked.
-        quiet: whether to show no progress bar.
-
-    Raises:
-        ValueError: a server is gone.
-    """
+    """Warm every arm up, then run the scenario on each in alternating order. Raises ValueError: a server is gone."""
     for index, arm in enumerate(arms):
         _warm_up(scenario, arm, WARM_UP_SEED + index)
     found: dict[int, list[Result]] = {index: [] for index in range(len(arms))}
@@ -164,7 +137,7 @@ def _warm_up(scenario: Scenario, arm: Arm, picture_seed: int) -> None:
 
 
 def _joined(results: Sequence[Result]) -> Result:
-    """All runs of an arm as one; idle after the slowest."""
+    """All runs of an arm as one result; its idle time is the longest."""
     idle = [result.idle_seconds for result in results]
     return Result(
         results[0].arm,
@@ -186,7 +159,7 @@ def _run_arm(scenario: Scenario, arm: Arm, picture_seed: int, quiet: bool) -> Re
 
 
 def _rounds(scenario: Scenario, arm: Arm, picture_seed: int, quiet: bool) -> list[Sent]:
-    """One round per turn: a turn carries the answers before it."""
+    """One round of requests per turn: a turn's prompts carry the answers of the turns before."""
     deadline = time.monotonic() + scenario.seconds
     asks: list[Ask] = first_turns(scenario, picture_seed)
     rounds = [send(scenario, asks, arm.endpoint, deadline, quiet)]

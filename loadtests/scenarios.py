@@ -1,4 +1,4 @@
-"""What a load test is, read from TOML: traffic, bounds, a goal for each request, what the whole must reach to pass."""
+"""Load test scenarios, read from TOML: traffic, bounds, a goal for each request, thresholds for the whole run."""
 
 import tomllib
 from pathlib import Path
@@ -24,42 +24,42 @@ class Closed(_Data):
     at_once: int = Field(ge=1, le=4096)
 
     def seconds(self, requests: int) -> float:
-        """How long sending alone takes: a server decides, so nothing is known."""
+        """0: the server's answers decide when requests are sent, so nothing is known before."""
         return 0.0
 
 
 class Poisson(_Data):
-    """Independent clients: exponential gaps."""
+    """Independent clients: exponentially distributed gaps."""
 
     kind: Literal["poisson"]
     requests_per_second: Positive
 
     def seconds(self, requests: int) -> float:
-        """How long sending alone takes."""
+        """How long sending takes on average, without waiting for answers."""
         return requests / self.requests_per_second
 
 
 class Burst(_Data):
-    """Groups at once, at fixed times."""
+    """Groups of requests at once, at fixed times."""
 
     kind: Literal["burst"]
     at_once: int = Field(ge=1)
     every_seconds: Positive
 
     def seconds(self, requests: int) -> float:
-        """How long sending alone takes."""
+        """How long sending takes, without waiting for answers."""
         return (requests - 1) // self.at_once * self.every_seconds
 
 
 class Ramp(_Data):
-    """A rate that changes linearly from the first request to the last; whole numbers, as vLLM's client takes them."""
+    """A rate that changes linearly from the first request to the last; vLLM's client takes whole numbers only."""
 
     kind: Literal["ramp"]
     from_requests_per_second: int = Field(ge=1)
     to_requests_per_second: int = Field(ge=1)
 
     def seconds(self, requests: int) -> float:
-        """How long sending alone takes, at most."""
+        """How long sending takes at most, without waiting for answers."""
         return requests / min(self.from_requests_per_second, self.to_requests_per_second)
 
 
@@ -67,66 +67,39 @@ Arrivals = Annotated[Closed | Poisson | Burst | Ramp, Field(discriminator="kind"
 
 
 class Goal(_Data):
-    """What makes one answer a good one: goodput counts these."""
+    """How fast an answer must be to count for goodput."""
 
     ttft_ms: Positive
     e2e_ms: Positive
 
 
 class Thresholds(_Data):
-    """What a run must reach to pass.
+    """What a run must reach to pass."""
 
-    Attributes:
-        failed: most requests that should have been answered and were not.
-        good_share: least share of the answered requests within the goal.
-        layer_token_ratio: least ratio of a dense prefill's rows to those run, where the server was asked to prune.
-        refusal_seconds: longest time until a bad request had its 4xx.
-        idle_seconds: longest time until the server held no request any more and was ready.
-        drift: most that the median end-to-end time of the last third of the answers may be of the first third's.
-    """
-
-    failed: int = Field(default=0, ge=0)
-    good_share: Share = 0.0
-    layer_token_ratio: float | None = Field(default=None, ge=1)
-    refusal_seconds: Positive = 2.0
-    idle_seconds: Positive = 30.0
-    drift: Positive | None = None
+    failed: int = Field(default=0, ge=0)  # most requests that should have been answered and were not
+    good_share: Share = 0.0  # least share of the answered requests within the goal
+    layer_token_ratio: float | None = Field(default=None, ge=1)  # least dense/run rows of prefills, if asked to prune
+    refusal_seconds: Positive = 2.0  # longest time until a bad request had its 4xx
+    idle_seconds: Positive = 30.0  # longest time until the server held no request and was ready
+    drift: Positive | None = None  # most of Result.drift: end-to-end time of the last third over the first's
 
 
 class Scenario(_Data):
-    """One load test.
+    """One load test."""
 
-    Attributes:
-        summary: the question it answers.
-        seed: of arrivals, pictures, words, and who cancels or misbehaves.
-        requests: sent at most, all turns counted.
-        seconds: after this nothing is sent, and what still runs is given up.
-        arrivals: when requests are sent.
-        images: in every request, or in the first turn of every conversation.
-        image_side: width and height in pixels.
-        words: of every question.
-        output_tokens: of every answer, end-of-sequence ignored, so that every server does the same work.
-        turns: of a conversation.
-        cancel_share: share of the clients that go away, each at a random time of ``cancel_within_seconds``.
-        cancel_within_seconds: see above.
-        bad_share: share of the requests that are broken or hostile.
-        goal: what makes one answer a good one.
-        passes: what the whole must reach.
-    """
-
-    summary: str
-    seed: int = Field(ge=0)
-    requests: int = Field(ge=1, le=MOST_REQUESTS)
-    seconds: float = Field(gt=0, le=MOST_SECONDS)
+    summary: str  # the question it answers
+    seed: int = Field(ge=0)  # of arrivals, pictures, words, and who cancels or misbehaves
+    requests: int = Field(ge=1, le=MOST_REQUESTS)  # sent at most, all turns counted
+    seconds: float = Field(gt=0, le=MOST_SECONDS)  # then nothing more is sent, and what runs is given up
     arrivals: Arrivals
-    images: int = Field(ge=0, le=16)
-    image_side: int = Field(default=336, ge=1, le=4096)
-    words: int = Field(ge=1, le=100_000)
-    output_tokens: int = Field(ge=1, le=100_000)
-    turns: int = Field(default=1, ge=1)
-    cancel_share: Share = 0.0
+    images: int = Field(ge=0, le=16)  # of every request, or of a conversation's first turn
+    image_side: int = Field(default=336, ge=1, le=4096)  # width and height in pixels
+    words: int = Field(ge=1, le=100_000)  # of every question
+    output_tokens: int = Field(ge=1, le=100_000)  # of every answer, end-of-sequence ignored: servers do equal work
+    turns: int = Field(default=1, ge=1)  # of a conversation
+    cancel_share: Share = 0.0  # of the clients: these go away, each at a random time of cancel_within_seconds
     cancel_within_seconds: Positive = 1.0
-    bad_share: Share = 0.0
+    bad_share: Share = 0.0  # of the requests: these are broken or hostile
     goal: Goal
     passes: Thresholds = Thresholds()
 
@@ -145,11 +118,7 @@ class Scenario(_Data):
 
 
 def load(path: Path = SHIPPED) -> dict[str, Scenario]:
-    """Read a file of scenarios, by name.
-
-    Raises:
-        ValueError: not readable, not TOML, or a scenario with a mistake; names the file, the scenario and the key.
-    """
+    """Scenarios of a TOML file, by name. Raises ValueError: unreadable, or a mistake; names file, scenario and key."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, RecursionError, ValueError) as error:
@@ -158,11 +127,7 @@ def load(path: Path = SHIPPED) -> dict[str, Scenario]:
 
 
 def choose(name: str, path: Path = SHIPPED) -> Scenario:
-    """One scenario of a file.
-
-    Raises:
-        ValueError: as :func:`load`, or no such scenario.
-    """
+    """One scenario of a file. Raises ValueError: as :func:`load`, or no such scenario."""
     known = load(path)
     if name not in known:
         raise ValueError(f"unknown scenario {name!r}; known: {', '.join(known)}")
@@ -170,11 +135,7 @@ def choose(name: str, path: Path = SHIPPED) -> Scenario:
 
 
 def lengthened(scenario: Scenario, times: int) -> Scenario:
-    """The same for so many times as many requests and seconds.
-
-    Raises:
-        ValueError: over the bounds of any scenario.
-    """
+    """A scenario with ``times`` times the requests and seconds. Raises ValueError: over the bounds of any scenario."""
     longer = {"requests": times * scenario.requests, "seconds": times * scenario.seconds}
     try:
         return Scenario.model_validate(scenario.model_dump() | longer)

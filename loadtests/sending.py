@@ -1,7 +1,7 @@
-"""Requests through vLLM's own benchmark client, which sends, times and counts them.
+"""Send requests by vLLM's own benchmark client, which times and counts them.
 
-Added around its request function: clients that go away, an end of the time, the time a refusal took; and an answer that
-is shorter than asked for has failed.
+Its request function is wrapped to add clients that go away, a deadline and the time a refusal took; and an answer that
+is shorter than asked for counts as failed.
 """
 
 import asyncio
@@ -24,15 +24,14 @@ GRACE_SECONDS = 60.0
 CLIENT_ERRORS = {status.phrase for status in HTTPStatus if 400 <= status < 500} | {
     "Content Too Large",
     "Unprocessable Content",
-}
-"""What vLLM's client tells of a status, in the words of this Python and of newer ones."""
+}  # how vLLM's client reports a 4xx: its phrase in this Python, or in a newer one
 
 Kind = Literal["answered", "cancelled", "refused", "failed"]
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where requests go: a server, the name of its model, fields of every body, its key, and that of /metrics."""
+    """Where requests go: a server, its model's name, fields of every body, its key, and the key of ``/metrics``."""
 
     url: str
     model: str
@@ -42,12 +41,12 @@ class Endpoint:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What every request carries."""
+        """Headers of every request."""
         return _bearer(self.api_key)
 
     @property
     def metrics_headers(self) -> dict[str, str]:
-        """What a reader of the metrics carries."""
+        """Headers of a request for ``/metrics``."""
         return _bearer(self.metrics_key or self.api_key)
 
 
@@ -57,43 +56,29 @@ def _bearer(key: str | None) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one request; seconds, and the time a request was sent on the client's clock.
-
-    ``ttft`` and ``latency`` of an answer end with its first and its last token, ``latency`` of others with their end.
-    """
+    """What became of one request; times in seconds."""
 
     kind: Kind
-    sent_at: float
-    ttft: float = 0.0
-    latency: float = 0.0
-    itls: tuple[float, ...] = ()
+    sent_at: float  # on the client's clock
+    ttft: float = 0.0  # until the first token
+    latency: float = 0.0  # until the last token; without an answer, until the request's end
+    itls: tuple[float, ...] = ()  # between tokens
     output_tokens: int = 0
     text: str = ""
     error: str = ""
-    bad: str | None = None
+    bad: str | None = None  # as Ask.bad
 
 
 @dataclass(frozen=True)
 class Sent:
-    """The outcomes of a round in the order of its requests, and its length in seconds."""
+    """The outcomes of a round, in the order of its requests, and how many seconds the round took."""
 
     outcomes: tuple[Outcome, ...]
     seconds: float
 
 
 def send(scenario: Scenario, asks: Sequence[Ask], endpoint: Endpoint, deadline: float, quiet: bool = False) -> Sent:
-    """Send a round and wait for all of it.
-
-    Args:
-        scenario: says when to send.
-        asks: what to send.
-        endpoint: where to.
-        deadline: on ``time.monotonic``'s clock; what is not answered then is given up.
-        quiet: whether to show no progress bar.
-
-    Raises:
-        ValueError: vLLM's client failed as a whole; says what it said.
-    """
+    """Send a round, give up at ``deadline`` (``time.monotonic``). Raises ValueError: vLLM's client itself failed."""
     import numpy as np
     from vllm.benchmarks import serve
 
@@ -166,7 +151,6 @@ def _arguments(scenario: Scenario, requests: dict[str, Ask], endpoint: Endpoint,
 
 @contextlib.contextmanager
 def _registered(requests: dict[str, Ask], deadline: float) -> Iterator[None]:
-    """Our request function in vLLM's table of them, for one run."""
     from vllm.benchmarks.lib.endpoint_request_func import ASYNC_REQUEST_FUNCS
 
     ASYNC_REQUEST_FUNCS[ENDPOINT_TYPE] = _request_function(requests, deadline)

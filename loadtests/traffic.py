@@ -1,7 +1,6 @@
-"""What the clients of a scenario send: questions about pictures, when they go away, and what bad ones send instead.
+"""What a scenario's clients send, all drawn from its seed: questions about pictures, broken requests, departures.
 
-Everything follows from the seed. Two servers get the same arrivals, words and mistakes and different pictures, so that
-neither finds the other's in a cache when both are one server.
+Arms get the same arrivals, words and mistakes but different pictures: both may be one server, which caches pictures.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,21 +23,13 @@ Messages = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Ask:
-    """One request.
+    """One request."""
 
-    Attributes:
-        messages: of a chat.
-        send_at: seconds after the start, where the scenario fixes times itself.
-        cancel_after: seconds until the client goes away; None: it stays.
-        bad: name of what is wrong with it; None: nothing.
-        body: fields that replace those of a good request.
-    """
-
-    messages: Messages
-    send_at: float | None = None
-    cancel_after: float | None = None
-    bad: str | None = None
-    body: dict[str, Any] = field(default_factory=dict)
+    messages: Messages  # of a chat
+    send_at: float | None = None  # seconds after the start; None: the client spaces requests by the arrivals
+    cancel_after: float | None = None  # seconds until the client goes away; None: it stays
+    bad: str | None = None  # name of what is wrong with the request, a key of mistakes(); None: nothing
+    body: dict[str, Any] = field(default_factory=dict)  # fields that replace those of a good request
 
 
 def first_turns(scenario: Scenario, picture_seed: int) -> list[Ask]:
@@ -48,7 +39,7 @@ def first_turns(scenario: Scenario, picture_seed: int) -> list[Ask]:
 
 
 def next_turns(scenario: Scenario, asks: Sequence[Ask], answers: Sequence[str], turn: int) -> list[Ask]:
-    """The same conversations one turn further; an empty answer stays empty."""
+    """The same conversations one turn further, with the answers so far; an empty answer stays empty."""
     rng = Random(f"{scenario.seed} {turn}")
     return [
         Ask([*ask.messages, {"role": "assistant", "content": answer}, _user([_words(rng, scenario.words)])])
@@ -58,7 +49,7 @@ def next_turns(scenario: Scenario, asks: Sequence[Ask], answers: Sequence[str], 
 
 @cache
 def mistakes() -> dict[str, dict[str, Any]]:
-    """Name -> fields that make a request one that must be answered with a 4xx."""
+    """Name of a mistake -> fields of a body that a server must answer with a 4xx."""
     picture = picture_url((0,), 64)
     header, data = picture.split(",")
     return {

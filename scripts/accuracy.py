@@ -1,8 +1,6 @@
 """Serve the checkpoints, ask them, and write docs/accuracy.md, docs/accuracy.png and docs/accuracy.json.
 
-``python scripts/accuracy.py --ablations DIR --limit N --seed S --out ANSWERS`` does everything and goes on where an
-interrupted run ended; ``--selection`` only measures how far bfloat16 moves the kept patches, ``--write`` only writes
-text and figure again from the JSON file.
+``python scripts/accuracy.py --ablations DIR --limit N --seed S --out ANSWERS`` goes on where an interrupted run ended.
 """
 
 import argparse
@@ -15,7 +13,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def main() -> int:
-    """Command line; see the module's docstring."""
+    """Parse the options and do what they ask; returns 2 for what cannot be done."""
     parser = argparse.ArgumentParser(description="Accuracy of the embedded checkpoints, served.")
     parser.add_argument("--ablations", type=Path, help="directory of ablation checkpoints (default: none)")
     parser.add_argument("--limit", type=int, default=700, help="questions per row (default 700)")

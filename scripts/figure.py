@@ -1,8 +1,4 @@
-"""Draw docs/stages.png and docs/request.png from schedules and plan: ``python -m scripts.figure``.
-
-``stages.png`` compares methods by vision tokens per layer, ``request.png`` shows one request's rows and KV blocks. Each
-picture holds the numbers that it shows, so that a test can tell when it is stale.
-"""
+"""``python -m scripts.figure`` draws docs/stages.png and docs/request.png, with the numbers they show as metadata."""
 
 import json
 from collections.abc import Sequence
@@ -36,12 +32,12 @@ def kept_per_layer(name: str, preset: str | None = None) -> list[int]:
 
 
 def stages_data() -> dict[str, list[int]]:
-    """What stages.png shows."""
+    """Vision tokens per layer of each method in stages.png."""
     return {METHOD: kept_per_layer(METHOD, PRESET)} | {name: kept_per_layer(name) for name, _ in BESIDE}
 
 
 def request_data() -> list[dict[str, int]]:
-    """What request.png shows: the stages of one request, by the arithmetic of ``hidrop plan``."""
+    """The stages of one request, as request.png shows them, by the arithmetic of ``hidrop plan``."""
     _, _, _, costs = planned("7b", {"method": METHOD, "preset": PRESET}, Prompt(None, NUM_TEXT), BLOCK_SIZE)
     return [
         {
@@ -57,7 +53,7 @@ def request_data() -> list[dict[str, int]]:
 
 
 def shown_in(file: Path) -> Any:
-    """The numbers that a picture of ours was drawn from."""
+    """The numbers that one of these pictures was drawn from; a test compares them with today's."""
     with Image.open(file) as picture:
         return json.loads(picture.info["Description"])
 
@@ -74,7 +70,7 @@ def _steps(axis: Axes, heights: Sequence[float], edges: Sequence[int], colour: s
 
 
 def draw_stages(data: dict[str, list[int]]) -> Figure:
-    """HiDrop large, with the names of its four parts; two other methods small."""
+    """Draw HiDrop large, with the names of its four parts, and two other methods small."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.1), sharey=True, layout="constrained", width_ratios=(2.2, 1, 1))
     for axis, (name, shown) in zip(axes, ((METHOD, f"HiDrop {PRESET}"), *BESIDE), strict=True):
         edges = range(SHAPE.num_layers + 1)
@@ -100,7 +96,7 @@ def draw_stages(data: dict[str, list[int]]) -> Figure:
 
 
 def draw_request(data: list[dict[str, int]]) -> Figure:
-    """Above: rows that every layer runs. Below: the KV blocks that every stage holds."""
+    """Draw the rows that every layer runs, and below them the KV blocks that every stage holds."""
     figure, (rows, blocks) = plt.subplots(2, 1, figsize=(11, 5.2), sharex=True, layout="constrained")
     dense = SHAPE.tokens_per_image + NUM_TEXT
     edges = [*(stage["first_layer"] for stage in data), SHAPE.num_layers]
@@ -131,7 +127,6 @@ def draw_request(data: list[dict[str, int]]) -> Figure:
 
 
 def _mark_cuts(axis: Axes, data: list[dict[str, int]]) -> None:
-    """Say what happens where the image enters, is cut for the first time, and leaves."""
     inject, first_cut, leave = data[1], data[2], data[-1]
     for stage, words, place in (
         (inject, f"inject {inject['vision']}", (2.2, 560)),
@@ -143,7 +138,7 @@ def _mark_cuts(axis: Axes, data: list[dict[str, int]]) -> None:
 
 
 def main() -> None:
-    """Draw both."""
+    """Draw both pictures."""
     mpl.use("Agg")
     stages, request = stages_data(), request_data()
     for name, figure, data in (

@@ -17,7 +17,7 @@ GOAL_MS = 1.0
 
 
 def median_ms(function: Callable[[], object], runs: int) -> float:
-    """Milliseconds on the clock."""
+    """Median wall time of a call, milliseconds."""
     taken = []
     for _ in range(runs):
         start = time.perf_counter()

@@ -1,16 +1,14 @@
-"""Let PyPI's torchvision be imported beside a CPU build of PyTorch: mends the one installed in this environment.
+"""Mend the torchvision of this environment so that it can be imported beside a CPU build of PyTorch.
 
 **Why.** PyPI's torchvision is linked against CUDA. Beside ``torch+cpu`` its native library cannot be loaded, which it
 tolerates; but then it registers shape functions for two operators that this library would have declared, and
-``import torchvision`` ends in ``RuntimeError: operator torchvision::nms does not exist``. With it fails everything that
-imports transformers' image code: ``vllm.config`` and every multimodal model. Decoding and resizing need neither
-operator; calling one still raises torchvision's own explanation. The lock file cannot name torchvision's CPU build,
-which is on PyTorch's own index only.
+``import torchvision`` ends in ``RuntimeError: operator torchvision::nms does not exist``, and so does importing
+``vllm.config`` or a multimodal model. Decoding and resizing need neither operator; calling one still raises
+torchvision's own explanation. The lock file cannot name torchvision's CPU build: only PyTorch's own index has it.
 
-**How.** ``make install`` and the CPU image run this file once, after the lock file is installed. It appends
-:data:`MEND` to ``torchvision/extension.py``, the module that tries to load the native library. Where torch and
-torchvision match, the lines do nothing. The wheel has no part in it: beside such a torchvision ``hidrop serve`` says
-what to install.
+**How.** ``make install`` and the CPU image run this file after installing the lock file. It appends :data:`MEND` to
+``torchvision/extension.py``, which loads the native library. Where torch and torchvision match, the lines do nothing.
+Beside an unmended torchvision, ``hidrop serve`` says what to install.
 
 **When to delete.** When the lock file can name ``torchvision==...+cpu``, or ``import torchvision`` works without it:
 ``tests/test_mend_torchvision.py`` fails on that day.
@@ -43,11 +41,7 @@ def mend(extension: Path) -> bool:
 
 
 def installed() -> Path:
-    """``torchvision/extension.py`` of this environment, found without importing torchvision.
-
-    Raises:
-        SystemExit: there is none.
-    """
+    """``torchvision/extension.py`` of this environment, found without an import. Raises SystemExit: there is none."""
     spec = find_spec("torchvision")
     if spec is None or spec.origin is None:
         raise SystemExit("mend_torchvision: torchvision is not installed here")

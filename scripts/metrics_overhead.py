@@ -1,8 +1,7 @@
 """What reports and metrics cost: processor time in our accounting, per request and as a share of the engine's steps.
 
-``python scripts/metrics_overhead.py [MODEL] [--requests N]``: one engine in this process, answers handled as the server
-does, without HTTP. Every figure is processor time of the one thread that does it all, which a busy machine stretches
-less than a clock on the wall.
+``python scripts/metrics_overhead.py [MODEL] [--requests N]`` runs one engine in this process, without HTTP. Processor
+time of the one thread that does everything is stretched less by a busy machine than wall time.
 """
 
 import argparse
@@ -22,7 +21,7 @@ BUDGET = 0.005
 
 
 class Clock:
-    """Processor seconds by name of what was wrapped, less what looking at the clock takes itself."""
+    """Processor seconds by name of the wrapped method, less the cost of reading the clock."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -32,7 +31,7 @@ class Clock:
         self.look = (time.thread_time() - start) / LOOKS
 
     def wrap(self, owner: Any, method: str, name: str) -> None:
-        """Time a method of an object or a class from now on."""
+        """Time every later call of a method of an object or class."""
         inner: Callable[..., Any] = getattr(owner, method)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -81,7 +80,7 @@ def make_prompt(config: Any, index: int) -> dict[str, Any]:
 
 
 def run(engine: Any, numbers: range) -> dict[str, Any]:
-    """Answer so many requests, some at a time; returns the last report."""
+    """Answer the numbered requests, :data:`CONCURRENCY` at a time; returns the last report."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
@@ -97,7 +96,7 @@ def run(engine: Any, numbers: range) -> dict[str, Any]:
 
 
 def carrying(report: dict[str, Any]) -> float:
-    """Seconds to take one report from process to process: encoded, decoded."""
+    """Seconds to encode and decode one report, as between processes."""
     import msgspec
 
     encode, decode = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder().decode

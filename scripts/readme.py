@@ -1,7 +1,4 @@
-"""Fill the generated parts of README.md and docs/ from code and from measured figures.
-
-``python scripts/readme.py`` writes, ``--check`` only compares (exit code 1 when a part is out of date, and which).
-"""
+"""Fill the generated parts of README.md and docs/ from code and data; ``--check`` only compares (1: one is stale)."""
 
 import json
 import re
@@ -25,15 +22,13 @@ from vllm_hidrop.models.families import FAMILIES, Family
 from vllm_hidrop.plan.planner import REQUEST_KEYS
 
 ROOT = Path(__file__).parents[1]
-FIVE = (
+FIVE = (  # the README's rows of docs/bench.json; the fifth is accuracy, from docs/embedded_eval.json
     ("one image: time of the prefill", "prefill hidrop, 1 image + 64 text"),
     ("eight images: time of the prefill", "prefill hidrop, 8 images + 64 text"),
     ("one image: KV cache held", "kv hidrop, bytes held, 1 image + 64 text"),
     ("HTTP server, every request with an image", "serve hidrop, requests/s"),
 )
-"""The README's rows of docs/bench.json; the fifth is accuracy, from docs/embedded_eval.json."""
-TINY_MODELS = "LlavaForConditionalGeneration"
-"""The family of the checkpoints that `tests/tiny_models.py` makes."""
+TINY_MODELS = "LlavaForConditionalGeneration"  # the family of the checkpoints that tests/tiny_models.py makes
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -44,7 +39,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def five_numbers(rows: Iterable[Row], accuracy: Mapping[str, Any]) -> str:
-    """Four measured rows, accuracy, and below them with what each was measured."""
+    """Table of four measured rows and the accuracy, and below it with what each was measured."""
     found = {row["name"]: row for row in rows}
     chosen = [(what, found[name]) for what, name in FIVE]
     lines = [[what, *cells(row)[1:4], f"`{row['command']}`"] for what, row in chosen]
@@ -72,7 +67,7 @@ def five_numbers(rows: Iterable[Row], accuracy: Mapping[str, Any]) -> str:
 
 
 def paper_link(method: type[Method]) -> str:
-    """The paper's address, or what the method is."""
+    """Markdown link to the paper; for a method without one, what it is."""
     found = re.fullmatch(r"arXiv (\S+)", method.paper)
     return f"[{method.paper}](https://arxiv.org/abs/{found[1]})" if found else method.paper.replace("-", "")
 
@@ -128,7 +123,7 @@ def _family_row(family: Family) -> list[str]:
 
 
 def flags_as_code(text: str) -> str:
-    """The flags in a line, outside code, as code."""
+    """Put the flags of a line in backticks, unless the line has some."""
     return text if "`" in text else re.sub(r"--[\w.-]+", r"`\g<0>`", text)
 
 
@@ -178,7 +173,7 @@ def fill(text: str, part: str, content: str) -> str:
 
 
 def main() -> int:
-    """Write or check."""
+    """Write the files, or check them."""
     rows = read_rows(ROOT / "docs" / "bench.json")
     accuracy = json.loads((ROOT / "docs" / "embedded_eval.json").read_text(encoding="utf-8"))
     parts = {

@@ -1,7 +1,6 @@
-"""Serve multimodal models from vLLM with fewer vision tokens, layer stage by layer stage.
+"""Serve multimodal models from vLLM with fewer vision tokens, stage by stage of layers.
 
-Importing this package loads nothing else: `hidrop --help` and vLLM's search for plug-ins import it, so what is heavy is
-imported where it is used.
+Nothing is imported here: `hidrop --help` and vLLM's search for plug-ins import this package.
 """
 
 __version__ = "0.1.0"

@@ -1,6 +1,6 @@
 """The user's choice of method, checked and resolved for one model.
 
-The choice travels as ``additional_config={"hidrop": {...}}`` in vLLM's configuration; its keys are the fields of
+It travels as ``additional_config={"hidrop": {...}}`` in vLLM's configuration, keyed by the fields of
 :class:`HidropConfig`.
 """
 
@@ -15,8 +15,7 @@ from vllm_hidrop.plan.names import nearest, unknown
 from vllm_hidrop.plan.positions import PositionScheme
 from vllm_hidrop.plan.schedule import Schedule
 
-FORCE = 'force it with --force (in a configuration, "force": true)'
-"""How a person insists on a choice that the checkpoint was not trained for."""
+FORCE = 'force it with --force (in a configuration, "force": true)'  # to serve what a checkpoint was not trained for
 
 
 class HidropConfig(BaseModel):
@@ -35,11 +34,7 @@ class HidropConfig(BaseModel):
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Self:
-        """Check user data.
-
-        Raises:
-            ValueError: one line that names the key and the known ones.
-        """
+        """Check keys and types. Raises ValueError: one line that names the wrong key and the known ones."""
         try:
             return cls(**data)
         except ValidationError as error:
@@ -51,11 +46,7 @@ class HidropConfig(BaseModel):
 
     @classmethod
     def checked(cls, data: Mapping[str, Any]) -> Self:
-        """Check user data and everything about the method that does not depend on a model.
-
-        Raises:
-            ValueError: unknown key, method, preset or option, or a value that is none of theirs; one line.
-        """
+        """Do :meth:`parse`, then check the method as far as it goes without a model. Raises ValueError: one line."""
         config = cls.parse(data)
         if config.method is not None:
             make_method(config.method, config.preset, config.options)
@@ -63,7 +54,7 @@ class HidropConfig(BaseModel):
 
 
 def _meant(key: str, data: Mapping[str, Any]) -> str:
-    """What an unknown key was meant to be: a method's option in the wrong place, or a key that is written like it."""
+    """A hint what an unknown key was meant to be: a method's option in the wrong place, or a key spelt like it."""
     method = data.get("method")
     candidates = {method: METHODS[method]} if isinstance(method, str) and method in METHODS else METHODS
     owners = [name for name, cls in candidates.items() if key in cls.option_names()]
@@ -84,16 +75,11 @@ class Resolved:
 
 
 def resolve(config: HidropConfig, shape: ModelShape, trained: Mapping[str, Any] | None = None) -> Resolved:
-    """Choose method, preset and schedule for a model.
-
-    Args:
-        config: the user's choice.
-        shape: the model's layers and tokens per image.
-        trained: the ``hidrop`` entry of the checkpoint's ``config.json`` (same keys as :class:`HidropConfig`).
+    """Choose method, preset and schedule; ``trained`` is the ``hidrop`` entry of the checkpoint's ``config.json``.
 
     Raises:
         ValueError: unknown method, preset or option, a schedule that does not fit the model, or a schedule or
-            positions the checkpoint was not trained for.
+            positions the checkpoint was not trained for, without ``force``.
     """
     own = HidropConfig.parse(trained) if trained else HidropConfig.parse({})
     trained_positions = own.positions or PositionScheme.PERSISTENT
@@ -123,12 +109,7 @@ def resolve(config: HidropConfig, shape: ModelShape, trained: Mapping[str, Any] 
 
 
 def training_warning(resolved: Resolved, trained: Mapping[str, Any] | None) -> str | None:
-    """One line where a method is used that models must be trained with, and the checkpoint does not say it was.
-
-    Args:
-        resolved: what is served.
-        trained: the ``hidrop`` entry of the checkpoint's ``config.json``.
-    """
+    """A line to print if the method needs training that the checkpoint's ``hidrop`` entry, ``trained``, lacks."""
     name = resolved.method.name
     if not resolved.method.needs_training or (trained or {}).get("method") == name:
         return None
@@ -147,11 +128,7 @@ def _schedule(name: str, preset: str | None, options: Mapping[str, Any], shape: 
 
 
 def make_method(name: str, preset: str | None = None, options: Mapping[str, Any] | None = None) -> Method:
-    """Build a method from its name, a preset and options over it.
-
-    Raises:
-        ValueError: unknown name, preset or option; the message lists the known ones.
-    """
+    """Build a method; ``options`` go over the preset's. Raises ValueError: an unknown name, or a value not allowed."""
     cls = METHODS[_known(name)]
     method = cls() if preset is None else cls.from_preset(preset)
     known = cls.option_names()

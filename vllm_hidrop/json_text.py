@@ -1,23 +1,14 @@
-"""JSON that a person wrote, on the command line or in a file: read, or refused in one line whatever it is."""
+"""JSON that a person wrote, on the command line or in a file: read, or refused in one line."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-MOST_BYTES = 2**20
-"""Of a configuration; ours are a few hundred."""
+MOST_BYTES = 2**20  # of a configuration; ours are a few hundred
 
 
 def parse_object(text: str, name: str) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        text: the JSON.
-        name: what to call it in a refusal: an option, a file.
-
-    Raises:
-        ValueError: not JSON, nested too deeply to be read, or not an object.
-    """
+    """Read a JSON object; refusals call it ``name``. Raises ValueError: not JSON, too deeply nested, not an object."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -30,11 +21,7 @@ def parse_object(text: str, name: str) -> dict[str, Any]:
 
 
 def read_short_text(path: Path) -> str:
-    """A text file that a person wrote.
-
-    Raises:
-        ValueError: it cannot be read, is longer than :data:`MOST_BYTES`, or is not UTF-8.
-    """
+    """Read a text file. Raises ValueError: unreadable, longer than :data:`MOST_BYTES`, or not UTF-8."""
     try:
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)

@@ -1,7 +1,4 @@
-"""Files and folders that a command writes when its work is done, checked before the work starts.
-
-One rule for all: missing folders above them are made when they are written, not before; what is there is replaced.
-"""
+"""Files and folders a command writes at its end: checked at its start, made with missing parents, or replaced."""
 
 import errno
 import os
@@ -11,11 +8,7 @@ from pathlib import Path
 
 
 def check_file(path: Path) -> None:
-    """See that a file can be written there; nothing is made, and what is there stays.
-
-    Raises:
-        OSError: it cannot; names the path, or the folder above it that is the reason.
-    """
+    """Check, making nothing, that a file can be written. Raises OSError: names the path, or the folder at fault."""
     if not path.exists():
         _check_place(path)
     elif not stat.S_ISFIFO(path.stat().st_mode):  # opening a pipe waits for its reader
@@ -24,20 +17,12 @@ def check_file(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """See that files can be written in a folder of that name; nothing is made.
-
-    Raises:
-        OSError: they cannot; names the path, or the folder above it that is the reason.
-    """
+    """Check, making nothing, that files can be written into a folder. Raises OSError: names the folder at fault."""
     _check_place(path / "file")
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a whole file, and the folders above it.
-
-    Raises:
-        OSError: it cannot be written; names the path.
-    """
+    """Write a whole file, and missing folders above it. Raises OSError: names the path."""
     data = content.encode() if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +33,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def _check_place(path: Path) -> None:
-    """Try the nearest folder above the path that is there: only a file made in it tells whether one can be made."""
+    """Make a temporary file in the nearest existing folder above: nothing else tells whether one can be made."""
     above = next(folder for folder in path.parents if folder.exists())
     if not above.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))

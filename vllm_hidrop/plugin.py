@@ -4,11 +4,7 @@ from typing import Any
 
 
 def register() -> None:
-    """Register specs, families and their configuration hook; idempotent, called by vLLM's plug-in loader.
-
-    Raises:
-        RuntimeError: this is not the vLLM version the extension is written for.
-    """
+    """Register KV specs, families and the configuration hook; idempotent. Raises RuntimeError: other vLLM version."""
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 

@@ -1,12 +1,10 @@
-"""`hidrop serve`, so many times, behind Ray Serve: every replica is one server process and passes requests on to it.
+"""Ray Serve in front of several `hidrop serve` processes: each replica starts one server and passes requests on to it.
 
-    pip install -r deploy/ray/requirements.txt       # into an environment of its own
-    HIDROP=/opt/hidrop/bin/hidrop python deploy/ray/replicas.py -- --max-num-queued-reqs 64
+    pip install -r deploy/ray/requirements.txt       # an environment of its own: Ray needs none of our packages
+    HIDROP=/opt/hidrop/bin/hidrop python deploy/ray/replicas.py -- --max-num-queued-reqs 64  # flags of hidrop serve
 
-What follows `--` are flags of `hidrop serve`. Ray's environment needs nothing of ours, so neither pins the other's
-packages. The servers listen on ports 8101, 8102 and so on: there Prometheus scrapes them, because Ray does not pass
-their metrics on. A server that dies takes its replica along: requests that it was answering get a 500, later ones go
-to the other replicas, and Ray starts a new one.
+Prometheus scrapes the servers themselves, on ports 8101, 8102 and so on: Ray does not pass their metrics on. When a
+server dies, its replica ends: requests in flight get a 500, later ones another replica, and Ray starts a new replica.
 """
 
 import argparse
@@ -25,8 +23,7 @@ from starlette.responses import Response, StreamingResponse
 
 FIRST_PORT = 8101
 START_SECONDS = 1200.0
-DRAIN_SECONDS = 30.0
-"""More than --shutdown-timeout, 20 s."""
+DRAIN_SECONDS = 30.0  # more than --shutdown-timeout, 20 s
 OF_ONE_CONNECTION = {"connection", "content-length", "host", "keep-alive", "transfer-encoding", "date", "server"}
 
 
@@ -37,7 +34,7 @@ OF_ONE_CONNECTION = {"connection", "content-length", "host", "keep-alive", "tran
     max_queued_requests=256,
 )
 class Hidrop:
-    """One server and the way to it."""
+    """One `hidrop serve` process and the HTTP client that passes requests on to it."""
 
     def __init__(self, command: str, flags: Sequence[str]) -> None:
         port = FIRST_PORT + serve.get_replica_context().rank.rank
@@ -75,7 +72,7 @@ class Hidrop:
             answer.raise_for_status()
 
     async def __call__(self, request: Request) -> Response:
-        """Pass a request on, and its answer back as it comes."""
+        """Pass a request on to the server, and the server's answer back chunk by chunk."""
         target = f"{self.url}{request.url.path}?{request.url.query}"
         body, headers = await request.body(), _passed_on(request.headers)
         try:
@@ -85,7 +82,7 @@ class Hidrop:
         return StreamingResponse(_chunks(answer), answer.status, _passed_on(answer.headers))
 
     def _session(self) -> aiohttp.ClientSession:
-        """Made on first use: a session belongs to the event loop of the replica."""
+        """The HTTP client, made on first use: it belongs to the event loop of the replica."""
         if self.session is None:
             no_limit = aiohttp.ClientTimeout(total=None)  # the server has its own: --request-timeout
             connector = aiohttp.TCPConnector(limit=0)

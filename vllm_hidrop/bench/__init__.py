@@ -1,1 +1,1 @@
-"""Paired measurements against stock vLLM on the same weights, in one run."""
+"""Paired measurements against stock vLLM: the same weights, in one run."""

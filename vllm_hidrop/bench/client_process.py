@@ -1,7 +1,4 @@
-"""vLLM's own benchmark client in a process of its own: the same program for every server it is pointed at.
-
-The first line is answered once it is imported; every other has the arguments of one run.
-"""
+"""vLLM's benchmark client in a process of its own: the first line is answered once it is imported, others run it."""
 
 import argparse
 from typing import Any

@@ -1,16 +1,11 @@
-"""One in-process vLLM engine driven over pipes: the child side of a paired measurement.
-
-The first line has the engine's settings. Then ``start`` queues requests and prefills them, ``steps`` runs decode steps,
-``stop`` ends the requests.
-"""
+"""An in-process vLLM engine driven over pipes, one side of a paired measurement: settings, then a command per line."""
 
 import time
 from typing import Any
 
 from vllm_hidrop.bench.piped import serve_lines
 
-PATIENCE = 3
-"""Steps without a new first token after which the rest is taken to wait for blocks."""
+PATIENCE = 3  # steps without a new first token until the rest is taken to wait for blocks
 ENDLESS = 10_000
 
 
@@ -34,18 +29,11 @@ class MeasuredEngine:
     def start(self, images: int, text: int, count: int, off: bool, seed: int, picture_seed: int) -> dict[str, Any]:
         """Queue ``count`` requests at once and step until each has its first token, or no more fit.
 
-        Args:
-            images: of each prompt, noise, before the text.
-            text: text tokens of each prompt, the first one included.
-            count: requests.
-            off: ask ours to keep every token.
-            seed: of tokens.
-            picture_seed: of pixels.
+        A prompt is ``images`` noise images of ``picture_seed`` and ``text`` tokens of ``seed``, BOS included.
 
         Returns:
             ``step_seconds`` (of one request: the prefill, tower included), ``kv_blocks`` held at the end, ``num_held``
-            requests that have a first token and were not preempted since, the engine's ``report`` of the first request
-            (None for stock).
+            requests that have a first token and were not preempted since, and the first request's ``report`` (or None).
         """
         from vllm import SamplingParams
 
@@ -74,11 +62,11 @@ class MeasuredEngine:
         }
 
     def steps(self, count: int) -> dict[str, Any]:
-        """Time that many steps of the requests that were started."""
+        """Time so many steps of the requests that were started."""
         return {"step_seconds": [self._step()[0] for _ in range(count)]}
 
     def stop(self) -> dict[str, Any]:
-        """End all requests."""
+        """Abort all requests and step until the engine is idle."""
         self.engine.abort_request(list(self.running))
         self.running.clear()
         while self.engine.has_unfinished_requests():

@@ -1,4 +1,4 @@
-"""What was set out to be reached, as data; printed beside what was measured."""
+"""The goals that were set, as data; tables print them beside what was measured."""
 
 import re
 from dataclasses import dataclass
@@ -9,21 +9,13 @@ from vllm_hidrop.bench.rows import Row
 
 @dataclass(frozen=True)
 class Goal:
-    """A bound on one figure of the rows whose name matches.
+    """A bound on one figure of the rows whose name matches."""
 
-    Attributes:
-        rows: regular expression of whole names.
-        figure: a key of the row, or "share_of_ideal" (ratio over ideal ratio) or "more_than_stock" (ours - stock).
-        low: inclusive.
-        high: inclusive.
-        text: as people say it.
-    """
-
-    rows: str
-    figure: str
-    low: float
-    high: float
-    text: str
+    rows: str  # regular expression of whole names
+    figure: str  # a key of the row, "share_of_ideal" (ratio/ideal ratio) or "more_than_stock" (ours - stock)
+    low: float  # inclusive
+    high: float  # inclusive
+    text: str  # the bounds in words
 
 
 GOALS = (
@@ -34,8 +26,7 @@ GOALS = (
     Goal(r"kv hidrop, requests held", "ratio", 4.0, inf, ">= 4x"),
     Goal(r"(serve|prefill|decode) hidrop (off|text only), .*", "ratio", 0.98, 1.02, "0.98x..1.02x"),
     Goal(r"engine start", "more_than_stock", -inf, 2.0, "<= stock + 2 s"),
-)
-"""Of issue 5, for the shapes of :data:`SHAPES_WITH_GOALS`; names without a mode are vLLM's default, compiled."""
+)  # of issue 5, for SHAPES_WITH_GOALS; names without a mode are vLLM's default, compiled
 SHAPES_WITH_GOALS = ("bench", "7b")
 
 
@@ -47,7 +38,7 @@ def goal_of(row: Row) -> Goal | None:
 
 
 def figure(goal: Goal, row: Row) -> float:
-    """What the goal bounds."""
+    """The figure of a row that the goal bounds."""
     if goal.figure == "share_of_ideal":
         return float(row["ratio"] / row["ideal_ratio"])
     if goal.figure == "more_than_stock":
@@ -56,7 +47,7 @@ def figure(goal: Goal, row: Row) -> float:
 
 
 def verdict(row: Row) -> str:
-    """``reached``, ``missed`` or, above a range that should be met from both sides, ``above``; "" without a goal."""
+    """``reached``, ``missed`` (also: blocks not as planned), ``above`` a ratio's upper bound; empty without a goal."""
     goal = goal_of(row)
     if goal is None:
         return ""

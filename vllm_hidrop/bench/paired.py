@@ -20,29 +20,21 @@ ENVIRONMENT = {
 }
 NUM_WARM_UPS = 2
 STEPS_PER_TURN = 8
-SHORT = 4
-"""Images in a measurement so short that cold caches would count."""
+SHORT = 4  # images: a measurement with fewer is so short that cold caches would count
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests that arrive at once, each with its noise images first and its text after them.
+    """Requests that arrive at once, each with its noise images first and its text after them."""
 
-    Attributes:
-        images: of each prompt.
-        text: text tokens of each prompt.
-        count: requests.
-        off: whether ours is asked to keep every token.
-    """
-
-    images: int
-    text: int
-    count: int = 1
-    off: bool = False
+    images: int  # of each prompt
+    text: int  # tokens of each prompt, BOS included
+    count: int = 1  # number of requests
+    off: bool = False  # whether ours is asked to keep every token
 
 
 class EngineProcess(PipedProcess):
-    """The parent side of :mod:`vllm_hidrop.bench.engine_process`; it is starting once this is made."""
+    """The parent side of :mod:`vllm_hidrop.bench.engine_process`; constructing it starts the process."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.is_ours = "additional_config" in settings
@@ -53,25 +45,18 @@ class EngineProcess(PipedProcess):
         self.send(settings)
 
     def wait_until_ready(self) -> None:
-        """Until it takes requests, ``start_seconds`` after its process was started.
-
-        Raises:
-            ValueError: it ended; says why and where its log is.
-        """
+        """Wait until requests are taken; sets ``start_seconds``. Raises ValueError: the process ended; names a log."""
         self.kv_bytes_per_block = int(self.receive()["kv_bytes_per_block"])
         self.start_seconds = time.perf_counter() - self.begin
 
     def start(self, workload: Workload, picture_seed: int | None = None) -> dict[str, Any]:
-        """Queue requests and prefill them; see ``MeasuredEngine.start``.
-
-        Text is new every time, and so are pictures without a seed: vLLM would find known ones in its encoder's cache.
-        """
+        """``MeasuredEngine.start`` with new text and, unless seeded, new pictures: vLLM caches what it encoded."""
         self.num_started += 1
         seeds = {"seed": self.num_started, "picture_seed": self.num_started if picture_seed is None else picture_seed}
         return self.ask({"do": "start"} | vars(workload) | {"off": workload.off and self.is_ours} | seeds)
 
     def steps(self, count: int) -> list[float]:
-        """Seconds of each of the next decode steps."""
+        """Seconds of each of the next ``count`` decode steps."""
         seconds: list[float] = self.ask({"do": "steps", "count": count})["step_seconds"]
         return seconds
 
@@ -80,7 +65,7 @@ class EngineProcess(PipedProcess):
         self.ask({"do": "stop"})
 
     def run(self, workload: Workload, picture_seed: int | None = None) -> dict[str, Any]:
-        """Start and stop."""
+        """Start, then stop; returns the reply of :meth:`start`."""
         reply = self.start(workload, picture_seed)
         self.stop()
         return reply
@@ -88,20 +73,20 @@ class EngineProcess(PipedProcess):
 
 @dataclass(frozen=True)
 class Pair:
-    """Stock vLLM and ours, running."""
+    """Stock vLLM and ours, both running."""
 
     stock: EngineProcess
     ours: EngineProcess
 
     def in_turn(self, turn: int) -> tuple[EngineProcess, EngineProcess]:
-        """Both, the other one first in every second turn."""
+        """Both engines; stock first in odd turns, ours in even ones."""
         return (self.stock, self.ours) if turn % 2 else (self.ours, self.stock)
 
     def measure(self, workload: Workload, num_runs: int, progress: Progress, title: str) -> "Measured":
         """Prefill in both in turn ``num_runs`` times, after two warm-up turns.
 
-        In its turn an engine runs twice, if that is short, and the second counts: the first brings its weights back
-        into the caches that the other engine has just used, as they are in a server that is not sharing its cores.
+        A short prefill runs twice in a turn and the second counts: the first brings the engine's weights back into the
+        caches that the other engine has just used, as they are in a server that is not sharing its cores.
         """
         runs: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for turn in progress.track(range(num_runs + NUM_WARM_UPS), description=title):
@@ -114,10 +99,7 @@ class Pair:
         return Measured(runs[NUM_WARM_UPS:])
 
     def decode_seconds(self, workload: Workload, num_runs: int, progress: Progress, title: str) -> tuple[float, float]:
-        """Median seconds of a decode step of (stock, ours), all requests of the workload in it.
-
-        Both keep their requests and run :data:`STEPS_PER_TURN` steps in turn, of which the first warms the caches.
-        """
+        """Median seconds of a decode step of (stock, ours), all requests in it; a turn's first step warms up only."""
         seconds: dict[bool, list[float]] = {False: [], True: []}
         bar = progress.add_task(title, total=num_runs + NUM_WARM_UPS + 2)
         for engine in (self.stock, self.ours):
@@ -135,7 +117,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Measured:
-    """The paired prefills of one workload: (stock, ours) replies."""
+    """The replies to the paired prefills of one workload, (stock, ours) per run."""
 
     runs: Sequence[tuple[dict[str, Any], dict[str, Any]]]
 
@@ -144,17 +126,17 @@ class Measured:
         return median(sum(run[engine]["step_seconds"]) for run in self.runs)
 
     def num_steps(self, engine: int) -> int:
-        """Median of the steps that took."""
+        """Median number of steps until every request had its first token."""
         return int(median_low(len(run[engine]["step_seconds"]) for run in self.runs))
 
     @property
     def kept(self) -> list[int]:
-        """Vision tokens that every stage of ours ran with; the median over the runs."""
+        """Vision tokens that every stage of ours ran with; medians over the runs."""
         return self._of_stages("kept")
 
     @property
     def cached(self) -> list[int]:
-        """Vision tokens in the cache of every stage of ours after prefill; the median over the runs."""
+        """Vision tokens in every stage's cache of ours after prefill; medians over the runs."""
         return self._of_stages("cached")
 
     def _of_stages(self, what: str) -> list[int]:
@@ -169,12 +151,12 @@ class Measured:
 
     @property
     def selection_share(self) -> float:
-        """Time on signals and selections, as a share of our prefill; the median over the runs."""
+        """Time on signals and selections as a share of our prefill; median over the runs."""
         return median(run[1]["report"]["selection_ms"] / 1000 / run[1]["step_seconds"][0] for run in self.runs)
 
     @property
     def kv_blocks(self) -> int:
-        """Blocks ours held after prefill."""
+        """Blocks that ours held after prefill, in the first run."""
         return int(self.runs[0][1]["kv_blocks"])
 
 

@@ -1,7 +1,4 @@
-"""A child process that answers one JSON line with one: the parent's side, and the child's loop.
-
-A child's own output goes to a log, which stays where the child failed.
-"""
+"""A child process that answers one JSON line with one; its other output goes to a log, which stays if it failed."""
 
 import json
 import os
@@ -12,12 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-NO_PLUGINS = {"VLLM_PLUGINS": ""}
-"""For stock vLLM: ours is installed beside it and would be loaded."""
-
-
-OVERRIDES = ("VLLM_CPU_KVCACHE_SPACE",)
-"""Variables that vLLM puts over the settings that are given; both engines must have those."""
+NO_PLUGINS = {"VLLM_PLUGINS": ""}  # for stock vLLM: ours is installed beside it and would be loaded
+OVERRIDES = ("VLLM_CPU_KVCACHE_SPACE",)  # vLLM puts these over given settings, which both engines must have
 
 
 def child_environment(more: Mapping[str, str]) -> dict[str, str]:
@@ -26,7 +19,7 @@ def child_environment(more: Mapping[str, str]) -> dict[str, str]:
 
 
 def serve_lines(first: Callable[[dict[str, Any]], dict[str, Any]], rest: Callable[[dict[str, Any]], Any]) -> None:
-    """The child: answer the first line by ``first``, every other by ``rest``, until standard input ends."""
+    """The child's loop: answer the first line by ``first``, every other by ``rest``, until standard input ends."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     answer = first
@@ -53,16 +46,12 @@ class PipedProcess:
         os.close(handle)
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Send and receive.
-
-        Raises:
-            ValueError: the child ended; says why and where its log is.
-        """
+        """Send a line and receive one. Raises ValueError: the child ended; names its last words and its log."""
         self.send(message)
         return self.receive()
 
     def send(self, message: dict[str, Any]) -> None:
-        """One line to the child."""
+        """Send one line to the child; raises as :meth:`ask`."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps(message) + "\n")
@@ -71,7 +60,7 @@ class PipedProcess:
             raise ValueError(self._why_it_ended()) from None
 
     def receive(self) -> dict[str, Any]:
-        """One line from the child."""
+        """Receive one line from the child; raises as :meth:`ask`."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:

@@ -1,9 +1,4 @@
-"""One measured figure as plain data: what ``--json`` writes and every table reads.
-
-A row has ``name``, ``ours``, ``stock``, ``ratio``, ``ideal_ratio``, ``unit``, ``command`` (measures that row alone) and
-``versions``; ``section``, ``shape``, ``mode``, ``cpu`` and ``date`` beside them; and what only some sections have
-(``kept``, ``kv_blocks``, ``pair_ratios``, ...).
-"""
+"""Rows: measured figures as plain data, keyed as in :func:`make_row` and :func:`provenance`; ``--json`` writes them."""
 
 import json
 import os
@@ -18,9 +13,8 @@ from vllm_hidrop.bench.shapes import SHAPES
 from vllm_hidrop.outputs import write_file
 
 Row = dict[str, Any]
-HIGHER_IS_BETTER = ("requests/s", "requests")
-"""Units of which more is better; of all others (ms, s, MiB) less is."""
-SECTIONS = {
+HIGHER_IS_BETTER = ("requests/s", "requests")  # units of which more is better; of all others (ms, s, MiB) less is
+SECTIONS = {  # in the order they are printed
     "prefill": "Prefill of one prompt: time of its step, vision tower included",
     "burst": "Requests that arrive at once, until each has its first token",
     "prefix": "One image, two questions, prefix caching on: time of the step that answers each",
@@ -29,7 +23,6 @@ SECTIONS = {
     "serve": "HTTP: vLLM's own benchmark against both servers",
     "start": "Start of the engine",
 }
-"""In the order they are printed."""
 
 
 def ratio(ours: float, stock: float, unit: str) -> float:
@@ -38,7 +31,7 @@ def ratio(ours: float, stock: float, unit: str) -> float:
 
 
 def make_row(section: str, name: str, figures: tuple[float, float], unit: str, ideal: float | None, **more: Any) -> Row:
-    """A row without its provenance; ``figures`` are (stock, ours), ``ideal`` the ratio where all else costs nothing."""
+    """A row of (stock, ours) figures; ``ideal``: the ratio if all else cost nothing, ``more``: keys of its section."""
     stock, ours = figures
     better = ratio(ours, stock, unit)
     return {"section": section, "name": name, "ours": ours, "stock": stock, "ratio": better} | {
@@ -61,7 +54,7 @@ def provenance(shape: str, mode: str) -> Row:
 
 
 def versions() -> dict[str, Any]:
-    """Of everything that matters to speed."""
+    """Versions of everything that matters to speed, and the machine."""
     import torch
 
     from vllm_hidrop import __version__
@@ -81,7 +74,7 @@ def versions() -> dict[str, Any]:
 
 
 def hardware(row: Row) -> str:
-    """Model, machine and versions of a row, one line."""
+    """Model, machine and versions of a row, in one line."""
     about = row["versions"]
     machine = f"{row['cpu']}, {about['cpus']} cores, {about.get('gpu', 'no GPU')}"
     return (
@@ -92,11 +85,11 @@ def hardware(row: Row) -> str:
 
 
 def read_rows(file: Path) -> list[Row]:
-    """What :func:`write_rows` wrote."""
+    """Read rows written by :func:`write_rows`."""
     rows: list[Row] = json.loads(file.read_text(encoding="utf-8"))
     return rows
 
 
 def write_rows(file: Path, rows: Sequence[Row]) -> None:
-    """A JSON list."""
+    """Write rows as a JSON list."""
     write_file(file, json.dumps(rows, indent=2) + "\n")

@@ -14,46 +14,32 @@ STOCK_SERVER = (sys.executable, "-m", "vllm.entrypoints.launchers.api_server.ent
 CHAT_TEMPLATE = (
     "{% for message in messages %}t1 {% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
-)
-"""Parts in the order they were sent; the bench model's tokenizer has one word per token."""
+)  # parts in the order they were sent; the bench model's tokenizer has one word per token
 OFF = {"vllm_xargs": {"hidrop": "off"}}
 IMAGE_SIZE = 336
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a client sends.
+    """The requests that a client sends."""
 
-    Attributes:
-        requests: all at once, or at most ``concurrency`` of them.
-        concurrency: None for no limit.
-        images: of each request; each is another picture.
-        text: text tokens of each prompt.
-        output_tokens: of each answer.
-        seed: of the pictures; another one for every load, or the server finds them in its encoder's cache.
-        off: whether ours is asked to keep every token.
-    """
-
-    requests: int
-    concurrency: int | None
-    images: int
-    text: int
-    output_tokens: int
-    seed: int
-    off: bool = False
+    requests: int  # all at once, or at most ``concurrency`` of them
+    concurrency: int | None  # None: no limit
+    images: int  # of each request, all different
+    text: int  # tokens of each prompt
+    output_tokens: int  # of each answer
+    seed: int  # of the pictures: a new one for every load, or the server finds them in its encoder's cache
+    off: bool = False  # whether ours is asked to keep every token
 
 
 @dataclass(frozen=True)
 class Latencies:
-    """vLLM's figures of a load, medians: to the first token, per further token of a request, between two tokens.
-
-    The last one is near 0 where several tokens arrive in one read; the mean of a request (tpot) is not fooled by that.
-    """
+    """vLLM's figures of a load; times are medians."""
 
     requests_per_second: float
-    ttft_ms: float
-    tpot_ms: float
-    itl_ms: float
+    ttft_ms: float  # to the first token
+    tpot_ms: float  # per further token, mean of a request
+    itl_ms: float  # between two tokens; near 0 where several arrive in one read, unlike tpot
 
 
 class Client(PipedProcess):
@@ -65,11 +51,7 @@ class Client(PipedProcess):
         self.ask({})
 
     def run(self, url: str, load: Load) -> Latencies:
-        """Send a load by ``vllm.benchmarks.serve``.
-
-        Raises:
-            ValueError: the client failed, or not every request was answered.
-        """
+        """Send a load by ``vllm.benchmarks.serve``. Raises ValueError: the client or any of the requests failed."""
         with tempfile.NamedTemporaryFile("w", prefix="hidrop-bench-", suffix=".jsonl") as requests:
             requests.writelines(json.dumps({"content": content}) + "\n" for content in contents(load))
             requests.flush()
@@ -92,19 +74,18 @@ class Client(PipedProcess):
 
 
 def contents(load: Load) -> list[list[dict[str, Any]]]:
-    """Per request the parts of its message: pictures, then text."""
+    """Per request, the parts of its message: pictures, then text."""
     return [[*(_picture(load.seed, n, i) for i in range(load.images)), _words(load, n)] for n in range(load.requests)]
 
 
 def _picture(seed: int, request: int, index: int) -> dict[str, Any]:
-    """Another one for every load, request and place."""
     from hidrop_loadtests.pictures import picture_url
 
     return {"type": "image_url", "image_url": {"url": picture_url((seed, request, index), IMAGE_SIZE)}}
 
 
 def _words(load: Load, request: int) -> dict[str, Any]:
-    """One token each: the special tokens t0 to t3 would be found inside longer words that start like them."""
+    """Words of one token each; t0 to t3 are special and would be found inside longer words that start like them."""
     import numpy as np
 
     numbers = np.random.default_rng((load.seed, request)).integers(4000, 10_000, load.text - 1)
@@ -112,7 +93,7 @@ def _words(load: Load, request: int) -> dict[str, Any]:
 
 
 def ask_once(url: str, model: Path, load: Load) -> dict[str, Any]:
-    """The first request of a load, answered with the tokens its prompt was rendered to (``prompt_token_ids``)."""
+    """The answer to a load's first request, with the tokens of its rendered prompt (``prompt_token_ids``)."""
     messages = [{"role": "user", "content": contents(load)[0]}]
     body: dict[str, Any] = {"model": str(model), "messages": messages, "max_tokens": 2, "return_token_ids": True}
     body |= OFF if load.off else {}

@@ -1,16 +1,11 @@
-"""Random-weight LLaVA checkpoints of a given shape, written once and loaded by both engines.
-
-Weights are seeded noise of the initialiser's usual width: speed does not depend on them, and both engines read one
-file.
-"""
+"""Random-weight LLaVA checkpoints of given sizes, written once for both engines; speed does not depend on weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 IMAGE_TOKEN = 32000
-PEAK = 6
-"""How much wider than at initialisation the queries of a peaked layer are."""
+PEAK = 6  # how much wider than at initialisation the queries of a peaked layer are
 HUB_NAMES = {
     "model.vision_tower.": "vision_tower.vision_model.",
     "model.multi_modal_projector.": "multi_modal_projector.",
@@ -30,8 +25,7 @@ class BenchShape:
     vision_layers: int
     vision_hidden_size: int
     vision_heads: int
-    peaked_layer: int | None = None
-    """A text layer whose attention is far from flat, as one is in a trained model and none in random weights."""
+    peaked_layer: int | None = None  # a text layer whose attention is far from flat, as one is in trained models
 
     def __str__(self) -> str:
         tower = f"tower of {self.vision_layers} x {self.vision_hidden_size} at 336/14"
@@ -49,11 +43,7 @@ SHAPES = {
 
 
 def make_checkpoint(shape: BenchShape, directory: Path, dtype: str = "bfloat16") -> Path:
-    """Write configuration, tokenizer, processor and random weights; reuse them when they are there.
-
-    Returns:
-        ``directory``, loadable by vLLM and by Hugging Face.
-    """
+    """Write a checkpoint that vLLM and Hugging Face load, unless it is there; returns ``directory``."""
     if (directory / "complete").exists():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -97,7 +87,7 @@ def _config(shape: BenchShape, dtype: str) -> Any:
 
 
 def save_word_tokenizer(directory: Path, image_token: int) -> Any:
-    """A tokenizer whose word ``t17`` is token 17, up to the image token."""
+    """Save a tokenizer whose word ``t17`` is token 17, up to the image token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -113,7 +103,7 @@ def save_word_tokenizer(directory: Path, image_token: int) -> Any:
 
 
 def save_hub_weights(model: Any, directory: Path) -> None:
-    """Weights of a Hugging Face LLaVA under the names vLLM and the hub use."""
+    """Save the weights of a Hugging Face LLaVA under the names that vLLM and the hub use."""
     from safetensors.torch import save_file
 
     weights = {_hub_name(name): value.contiguous() for name, value in model.state_dict().items()}

@@ -12,7 +12,7 @@ HEADINGS = ("what", "stock", "ours", "ratio", "ideal", "of ideal", "goal", "more
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """One row under :data:`HEADINGS`; a time's ratio is stock/ours, a rate's ours/stock."""
+    """One row under :data:`HEADINGS`, as texts."""
     ideal = row["ideal_ratio"]
     goal = goal_of(row)
     return (
@@ -57,7 +57,7 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """One table."""
+    """One Markdown table; columns that are empty throughout are left out."""
     used = [i for i, heading in enumerate(HEADINGS) if heading in HEADINGS[:4] or any(cells(row)[i] for row in rows)]
     lines = [f"| {' | '.join(HEADINGS[i] for i in used)} |", "|" + "---|" * len(used)]
     lines += [f"| {' | '.join(cells(row)[i] for i in used)} |" for row in rows]
@@ -70,7 +70,7 @@ def measured_with(rows: Sequence[Row]) -> str:
 
 
 def markdown_sections(rows: Sequence[Row]) -> str:
-    """Every section with its rows and the commands that measure one of them alone."""
+    """Every section's table and commands, then what it was measured with."""
     parts = []
     for section, title in SECTIONS.items():
         own = [row for row in rows if row["section"] == section]

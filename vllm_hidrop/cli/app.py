@@ -1,7 +1,6 @@
-"""The ``hidrop`` command line: names, options and help; the work is in this folder's other files.
+"""The ``hidrop`` command line: names, options and help; `vllm_hidrop.cli.errors` says how commands end when they fail.
 
-A command imports its file when it runs, so help needs neither PyTorch nor vLLM. How commands end when something is
-wrong: `vllm_hidrop.cli.errors`.
+A command imports the file that does its work when it runs, so help needs neither PyTorch nor vLLM.
 """
 
 from pathlib import Path
@@ -42,8 +41,7 @@ app.add_typer(bench_app, name="bench")
 
 MOST_QUESTIONS = 10_000_000
 MOST_SEED = 2**32 - 1
-MOST = 1e9
-"""Of what a machine does in a second or holds, and of a load: no machine does as much, and no product overflows."""
+MOST = 1e9  # bound of speeds, sizes and loads: no machine reaches it, and no product overflows
 
 
 @app.callback()

@@ -1,4 +1,4 @@
-"""``hidrop bench``: what all measurements of ours against stock vLLM share, and how their rows are shown."""
+"""``hidrop bench``: the settings that every measurement against stock vLLM shares, and how its rows are reported."""
 
 import json
 import os
@@ -24,15 +24,13 @@ from vllm_hidrop.terminal import Terminal
 
 BLOCK_SIZE = 32
 TOKENS_PER_IMAGE = 576
-TRAFFIC = {"image": "", "off": " off", "text": " text only"}
-"""What is asked of ours, and how rows call it: pruned requests, the same with everything kept, no image at all."""
+TRAFFIC = {"image": "", "off": " off", "text": " text only"}  # suffixes of row names: pruned, all kept, no image
 DEFAULT_PRESETS = {"hidrop": "tok48", "mustdrop": "tok64"}
-SCALED = ("hidrop", "visipruner", "mustdrop")
-"""Their presets are for other depths than the bench shapes have."""
+SCALED = ("hidrop", "visipruner", "mustdrop")  # their presets are for other depths than the bench shapes have
 
 
 def complete_choice(method: str, preset: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """A pruning choice with what the bench takes for granted."""
+    """A pruning choice completed by the bench's default preset and scaling."""
     preset = preset or DEFAULT_PRESETS.get(method)
     scale = {"scale": True} if method in SCALED else {}
     return {"method": method, "options": scale | options} | ({"preset": preset} if preset else {})
@@ -43,21 +41,13 @@ TOK48 = complete_choice("hidrop", None, {})
 
 @dataclass(frozen=True)
 class Bench:
-    """What all measurements of a run share.
+    """The settings that all measurements of a run share."""
 
-    Attributes:
-        shape: a name of ``bench.shapes.SHAPES``.
-        runs: paired runs per figure; long ones get fewer.
-        pairs: fresh pairs of processes, of whose medians the median counts.
-        compiled: vLLM's default; otherwise ``enforce_eager`` for both engines.
-        hidrop: the pruning choice, as :class:`HidropConfig` takes it.
-    """
-
-    shape: str
-    runs: int
-    pairs: int
-    compiled: bool
-    hidrop: dict[str, Any]
+    shape: str  # a name in ``bench.shapes.SHAPES``
+    runs: int  # paired runs per figure; long measurements get fewer
+    pairs: int  # fresh pairs of processes; the median of their medians counts
+    compiled: bool  # vLLM's default; otherwise ``enforce_eager`` for both engines
+    hidrop: dict[str, Any]  # the pruning choice, as HidropConfig takes it
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
@@ -65,40 +55,36 @@ class Bench:
 
     @cached_property
     def model(self) -> Path:
-        """The checkpoint, made when it is missing."""
+        """Directory of the checkpoint, written when it is missing."""
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vllm_hidrop"
         return make_checkpoint(SHAPES[self.shape], cache / f"bench-{self.shape}")
 
     @cached_property
     def known(self) -> costing.Model:
-        """Sizes of the model."""
+        """Layer sizes and tokens per image of the model."""
         return costing.read_model(str(self.model))
 
     @cached_property
     def resolved(self) -> Resolved:
-        """The method and its schedule.
-
-        Raises:
-            ValueError: a choice that does not exist or does not fit.
-        """
+        """The method and its schedule. Raises ValueError: a choice that does not exist or does not fit."""
         return resolve(HidropConfig.parse(self.hidrop), ModelShape(SHAPES[self.shape].num_layers, TOKENS_PER_IMAGE))
 
     @property
     def method(self) -> str:
-        """Its name."""
+        """Name of the pruning method."""
         return str(self.hidrop["method"])
 
     def name(self, section: str, traffic: str, what: str) -> str:
-        """Of a row; vLLM's default mode is not mentioned."""
+        """Name of a row; compiled, vLLM's default mode, is not mentioned."""
         return f"{section} {self.method}{TRAFFIC[traffic]}, {what}{'' if self.compiled else ', eager'}"
 
     def costs(self, images: int, text: int, decided: Sequence[int] | None = None) -> RequestCosts:
-        """What a pruned request costs on paper."""
+        """Calculated costs of a pruned request; ``decided``: vision tokens per stage, where the method decides them."""
         workload = costing.Workload((TOKENS_PER_IMAGE,) * images, text, BLOCK_SIZE)
         return costing.request_costs(self.known, self.resolved, workload, decided)
 
     def command(self, section: str, **flags: Any) -> str:
-        """The command line that measures one row."""
+        """The command line that measures one row alone."""
         words = ["hidrop", "bench", section]
         given: dict[str, Any] = {**flags, "shape": self.shape}
         if section != "kv":  # counted, not timed
@@ -125,7 +111,7 @@ class Bench:
         max_num_seqs: int = 64,
         prefix_caching: bool = False,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Engine settings of (stock, ours), the same but for the model class and the choice."""
+        """Engine settings of (stock, ours), which differ in model class and pruning choice only."""
         stock = {
             "model": str(self.model),
             "dtype": "bfloat16",
@@ -146,7 +132,7 @@ class Bench:
         return stock, ours
 
     def kv_bytes(self, num_tokens: int) -> int:
-        """A pool with ample room for so many tokens in every layer, padding of groups included."""
+        """Bytes of a pool with ample room for so many tokens in every layer, padding of groups included."""
         text = self.known.text
         return (1 << 27) + 5 * num_tokens * text.num_layers * text.kv_bytes_per_row // 4
 
@@ -154,11 +140,7 @@ class Bench:
 def report(
     bench: Bench, rows: Callable[[Progress], Iterable[Row]], json_file: Path | None, png_file: Path | None
 ) -> None:
-    """Measure, print, and write the files that were asked for.
-
-    Raises:
-        ValueError: what was asked cannot be measured; nothing was started then.
-    """
+    """Measure, print, write the files asked for. Raises ValueError before anything starts: it cannot be measured."""
     if png_file is not None:
         check_drawable()
     assert bench.resolved  # refuses a bad choice before any engine starts
@@ -175,7 +157,7 @@ def report(
 
 
 def _report(found: Sequence[Row], json_file: Path | None) -> None:
-    """Print, then write, each though the other fails."""
+    """Print the rows, then write them even if printing fails."""
     if not found:
         return
     try:
@@ -186,7 +168,7 @@ def _report(found: Sequence[Row], json_file: Path | None) -> None:
 
 
 def finished(bench: Bench, rows_of_pairs: Iterable[Sequence[Row]]) -> list[Row]:
-    """One row for the same figure of every pair: medians of their medians, and when and how it was measured."""
+    """One row per figure: the median over the pairs, and when and with what it was measured."""
     return [_merged(rows) | provenance(bench.shape, _mode(bench)) for rows in zip(*rows_of_pairs, strict=True)]
 
 

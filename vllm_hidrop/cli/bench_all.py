@@ -1,4 +1,4 @@
-"""``hidrop bench all``: every row the documentation quotes, in an order that fails early."""
+"""``hidrop bench all``: every row that the documentation quotes, in an order that fails early."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,13 +18,12 @@ ADAPTIVE: tuple[tuple[str, dict[str, Any]], ...] = (
     ("bench", VISIPRUNER),
     ("bench-peaked", VISIPRUNER),
     ("bench", MUSTDROP),
-)
-"""Flat attention never makes VisiPruner cut; one peaked layer half way does."""
+)  # flat attention never makes VisiPruner cut; one peaked layer half way does
 ALL_TRAFFIC = ("image", "off", "text")
 
 
 def parts(bench: Bench) -> list[Callable[[Progress], list[Row]]]:
-    """What to measure, one part after the other; long parts run less often than ``bench.runs``."""
+    """The measurements, in order; those that take long run less often than ``bench.runs``."""
     few, once, none = (replace(bench, runs=min(bench.runs, 3)), replace(bench, runs=1), replace(bench, hidrop=NONE))
     modes = (False, True) if bench.compiled else (False,)
     one_image = [replace(bench, compiled=False)] if bench.compiled else []

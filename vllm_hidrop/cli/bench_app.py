@@ -38,7 +38,7 @@ JsonFile = Annotated[
 
 @dataclass(frozen=True)
 class Pruning:
-    """What ours prunes by; random weights were trained for nothing."""
+    """What ours prunes by; the random weights were trained for no schedule."""
 
     method: Method = "hidrop"
     preset: Annotated[
@@ -49,7 +49,7 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Setup:
-    """What both engines share, and where rows go."""
+    """The settings that both engines share, and the files that rows are written to."""
 
     shape: Shape = "bench"
     compiled: Annotated[
@@ -68,7 +68,6 @@ def _report(
     runs: int = 1,
     pairs: int = 1,
 ) -> None:
-    """Measure, print, and write what was asked for."""
     from vllm_hidrop.cli.bench import Bench, complete_choice, report
 
     choice = complete_choice(pruning.method, pruning.preset, parse_object(pruning.options, "--options"))

@@ -1,4 +1,4 @@
-"""The sections of ``hidrop bench`` that drive both engines, each in a process of its own, on the same weights."""
+"""The sections of ``hidrop bench`` that drive two engines on the same weights, each in a process of its own."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,8 +13,7 @@ from vllm_hidrop.cli.bench import BLOCK_SIZE, TOKENS_PER_IMAGE, Bench, finished
 from vllm_hidrop.methods import Adaptive
 from vllm_hidrop.plan.costs import ideal_decode_ratio
 
-NEW_PICTURES = 1_000_000
-"""More than the pictures that are not chosen by a seed."""
+NEW_PICTURES = 1_000_000  # a first seed above those that ``EngineProcess.start`` counts up from 1
 
 
 def _over_pairs(
@@ -31,14 +30,14 @@ def _over_pairs(
 
 
 def _model_len(images: int, text: int, generated: int = 8) -> int:
-    """Room for a prompt and so many tokens, in whole blocks; vLLM's profile wants some text with every image."""
+    """Tokens of a prompt and its answer in whole blocks; vLLM's profile wants some text with every image."""
     return -(-(images * TOKENS_PER_IMAGE + text + generated) // BLOCK_SIZE) * BLOCK_SIZE
 
 
 def prefill(
     bench: Bench, images: Sequence[int], texts: Sequence[int], traffic: Sequence[str], progress: Progress
 ) -> list[Row]:
-    """Every number of images with every length of text, in every kind of traffic (text alone: the lengths only)."""
+    """Prefill times of every number of images with every length of text (traffic "text": lengths only)."""
     length = _model_len(max(images), max(texts))
     cells = [(kind, count, text) for kind in traffic for count in ([0] if kind == "text" else images) for text in texts]
 
@@ -77,7 +76,7 @@ def _milliseconds(measured: Measured) -> tuple[float, float]:
 
 
 def decode(bench: Bench, batches: Sequence[int], text: int, traffic: Sequence[str], progress: Progress) -> list[Row]:
-    """A decode step with every batch of requests that have one image, or none; the ideal is in bytes read."""
+    """Times of a decode step at every batch size, one image per request or none; the ideal is in bytes read."""
     length = _model_len(1, text, generated=200 + 10 * bench.runs)
     is_adaptive = isinstance(bench.resolved.method, Adaptive)
 
@@ -100,11 +99,7 @@ def decode(bench: Bench, batches: Sequence[int], text: int, traffic: Sequence[st
 
 
 def kv(bench: Bench, images: Sequence[int], text: int, pool: int, progress: Progress) -> list[Row]:
-    """Bytes that a prompt holds, and how many one-image requests a pool of ``pool`` of stock's holds at once.
-
-    Raises:
-        ValueError: a prompt that does not fit the pool.
-    """
+    """Bytes a prompt holds; requests a pool for ``pool`` of stock's holds. Raises ValueError: a prompt exceeds it."""
     if max(images) > pool:
         raise ValueError(f"--images {max(images)} does not fit a pool for {pool} requests: raise --pool")
     length = _model_len(max(images), text)
@@ -132,7 +127,7 @@ def kv(bench: Bench, images: Sequence[int], text: int, pool: int, progress: Prog
 
 
 def _held_row(bench: Bench, pair: Pair, images: int, text: int) -> Row:
-    """Bytes of the blocks held after prefill; the ideal holds exactly the tokens of the plan."""
+    """MiB of the blocks held after prefill; the ideal holds exactly the tokens of the plan."""
     stock, ours = (engine.run(Workload(images, text)) for engine in (pair.stock, pair.ours))
     decided = [stage["kept"] for stage in ours["report"]["stages"]]
     costs = bench.costs(images, text, decided)
@@ -152,11 +147,7 @@ def _held_row(bench: Bench, pair: Pair, images: int, text: int) -> Row:
 
 
 def burst(bench: Bench, requests: int, text: int, budget: int, progress: Progress) -> list[Row]:
-    """One-image requests that arrive at once, under a step budget: until all have their first token.
-
-    Raises:
-        ValueError: a budget that a prompt does not fit.
-    """
+    """Time until requests sent at once have first tokens. Raises ValueError: a prompt exceeds the step ``budget``."""
     length = _model_len(1, text, generated=256)
     if budget < length:
         raise ValueError(f"--budget {budget} is less than the {length} tokens of a prompt and its answer")
@@ -174,7 +165,7 @@ def burst(bench: Bench, requests: int, text: int, budget: int, progress: Progres
 
 
 def prefix(bench: Bench, text: int, progress: Progress) -> list[Row]:
-    """A question about a new image, then another about the same one; both engines may cache prefixes."""
+    """Times of a question about a new image and of a second one about it; both engines may cache prefixes."""
     length = _model_len(1, text)
     workload = Workload(1, text)
 
@@ -201,7 +192,7 @@ def prefix(bench: Bench, text: int, progress: Progress) -> list[Row]:
 
 
 def start(bench: Bench, progress: Progress) -> list[Row]:
-    """Seconds from a new process to an engine that takes requests; one start of each is thrown away."""
+    """Seconds from a new process to an engine that takes requests; the first start of each engine is discarded."""
     length = _model_len(1, 64)
     settings = bench.settings(length, 2048, bench.kv_bytes(8 * length))
     seconds: tuple[list[float], list[float]] = ([], [])

@@ -1,4 +1,4 @@
-"""``hidrop bench serve``: stock vLLM's server and ours under the same load, by vLLM's own benchmark."""
+"""``hidrop bench serve``: stock vLLM's server and ours under the same load from vLLM's benchmark client."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -20,15 +20,10 @@ MODES = {"image": "pruned", "off": "off", "text": "text"}
 
 
 def serve(bench: Bench, traffic: Sequence[str], sizes: tuple[int, int, int], progress: Progress) -> list[Row]:
-    """Requests/s with all requests at once; TTFT and inter-token latency with some of them at a time.
+    """Requests/s with all requests at once; TTFT and inter-token latency with some at a time.
 
-    Args:
-        bench: what is measured.
-        traffic: kinds of requests.
-        sizes: requests of a load, tokens of an answer, and requests at a time where latency counts.
-        progress: shows how far it is.
-
-    Both servers run for the whole measurement and are asked in turn, after one turn that is thrown away.
+    Both servers run throughout and are asked in turn; the first turn is discarded. ``sizes``: requests of a load,
+    tokens of an answer, requests at a time for latencies.
 
     Raises:
         ValueError: a server did not start, rendered the text before the image, or did not do what was asked.
@@ -101,7 +96,7 @@ def _rows(
 
 @contextmanager
 def _servers(bench: Bench, requests: int, progress: Progress) -> Iterator[tuple[str, str]]:
-    """Addresses of (stock, ours), with the same flags."""
+    """Start stock vLLM and ours with the same flags; yields their addresses."""
     flags = [
         *("--dtype", "bfloat16", "--block-size", str(BLOCK_SIZE), "--no-enable-prefix-caching"),
         *("--max-model-len", "1024", "--max-num-batched-tokens", str(STEP_TOKENS)),
@@ -120,7 +115,7 @@ def _servers(bench: Bench, requests: int, progress: Progress) -> Iterator[tuple[
 
 
 def _check_rendering(bench: Bench, urls: tuple[str, str], load: Load, mode: str) -> None:
-    """Refuse to measure what was not meant: another order, or another mode of ours."""
+    """Raise ValueError unless prompts were rendered as images, then text, and ours ran in ``mode``."""
     answers = [ask_once(url, bench.model, load) for url in urls]
     for answer in answers:
         tokens = answer["prompt_token_ids"]

@@ -1,4 +1,4 @@
-"""``hidrop bench train``: one training step with a schedule against the dense one."""
+"""``hidrop bench train``: one training step with a schedule against the dense step."""
 
 import json
 from pathlib import Path
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from vllm_hidrop.lab.train.step_cost import StepCost
 
 MIB = 2**20
-BACKWARD_AND_FORWARD = 3
-"""A backward pass costs two forward passes; the frozen tower has none."""
+BACKWARD_AND_FORWARD = 3  # in forward passes: a backward pass costs two; the frozen tower has none
 
 
 def run(
@@ -33,11 +32,7 @@ def run(
     runs: int,
     json_file: Path | None,
 ) -> None:
-    """Measure, print, and write ``json_file``.
-
-    Raises:
-        ValueError: no such shape, method, preset or option, or a schedule that does not fit.
-    """
+    """Measure, print, write ``json_file``. Raises ValueError: unknown shape, method, preset or option, or no fit."""
     from vllm_hidrop.lab.train.staged import check_trainable
     from vllm_hidrop.lab.train.step_cost import measure
 
@@ -62,7 +57,7 @@ def run(
 
 
 def ideal_ratio(config: Any, method: Method, num_vision: int, text: int) -> float:
-    """Dense over staged FLOPs of a step; optimiser and loss left out."""
+    """Dense FLOPs of a step over staged ones; optimiser and loss are left out."""
     shape = text_shape(config.text_config)
     schedule = method.schedule(ModelShape(shape.num_layers, num_vision))
     plan = make_plan(schedule, num_vision + text, [Span(1, num_vision)])
@@ -72,7 +67,7 @@ def ideal_ratio(config: Any, method: Method, num_vision: int, text: int) -> floa
 
 
 def figures(method: str, dense: "StepCost", pruned: "StepCost", ideal: float) -> dict[str, Any]:
-    """Plain data."""
+    """The measurement as plain data; ``speedup`` is dense/pruned."""
     return {
         "method": method,
         "dense_seconds": dense.seconds,

@@ -27,7 +27,7 @@ EMBEDDED = "embedded"
 
 @dataclass(frozen=True)
 class Data:
-    """Where samples come from: "synthetic" or a file, its image folder, how many, and which scenes."""
+    """The samples: "synthetic" or a file, its image folder, how many, and the seed of the scenes."""
 
     source: str
     images: Path | None
@@ -37,7 +37,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Wish:
-    """What the schedule should be: mean vision tokens, number of filters, and agreement an exit may lose."""
+    """The schedule wanted: mean vision tokens per layer, number of filters, agreement that an exit may lose."""
 
     budget: float
     num_filters: int
@@ -52,12 +52,7 @@ class Output:
     png_file: Path | None
 
     def check(self) -> None:
-        """See before anything is measured that all can be written; the options' own files have been seen to.
-
-        Raises:
-            OSError: one cannot be.
-            ValueError: no picture can be drawn.
-        """
+        """Check early that all can be written. Raises OSError: a file cannot; ValueError: matplotlib is missing."""
         if self.curves_file is not None:
             check_file(self.curves_file)
         if self.png_file is not None and importlib.util.find_spec("matplotlib") is None:
@@ -65,16 +60,12 @@ class Output:
 
     @property
     def curves_file(self) -> Path | None:
-        """Beside the configuration, which holds only what the server accepts."""
+        """The curves, beside the configuration file, which holds only what the server accepts."""
         return self.json_file.with_suffix(".curves.json") if self.json_file else None
 
 
 def run(model: str, data: Data, wish: Wish, output: Output, settings: "Settings", device: str) -> None:
-    """Measure, propose, print and write. The curves are written even when no schedule meets the budget.
-
-    Raises:
-        ValueError: the model or data cannot be read or used, or no schedule meets the budget.
-    """
+    """Measure, propose, print, write; curves even without a schedule. Raises ValueError: bad input, or none fits."""
     output.check()
     from vllm_hidrop.lab.calibrate.checkpoint import Checkpoint
     from vllm_hidrop.lab.calibrate.curves import check_settings, measure
@@ -102,7 +93,6 @@ def _embedded_directory() -> str:
 
 
 def _with_progress(samples: "Iterator[Sample]", count: int) -> "Iterator[Sample]":
-    """The same samples, counted on standard error as they are asked for."""
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Terminal(stderr=True), transient=True) as progress:
         yield from progress.track(samples, total=count, description="samples")
@@ -130,7 +120,7 @@ def _write_curves(curves: "Curves", proposal: "Proposal | None", output: Output,
 
 
 def _config(proposal: "Proposal", trained: dict[str, Any] | None) -> tuple[dict[str, Any], list[str]]:
-    """The server's configuration, and a note where the checkpoint has a schedule of its own."""
+    """The server's configuration, and a note where the checkpoint was trained for another schedule."""
     config: dict[str, Any] = {"method": "hidrop", "options": proposal.options()}
     shape = ModelShape(*proposal.shape)
     if not trained or trained.get("method") != "hidrop":

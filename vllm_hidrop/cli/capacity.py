@@ -14,13 +14,12 @@ from vllm_hidrop.cli.options import Prompt
 from vllm_hidrop.plan.capacity import Capacity, Machine, Request, capacity
 from vllm_hidrop.terminal import Terminal
 
-BLOCK_SIZE = 16
-"""Tokens of a KV block on a GPU, vLLM's default."""
+BLOCK_SIZE = 16  # tokens of a KV block on a GPU, vLLM's default
 
 
 @dataclass(frozen=True)
 class Target:
-    """The load to be held: its rate, the share of each machine left free, and the length of an answer."""
+    """The load to be held: its rate, the share of each machine left free, and tokens of an answer."""
 
     requests_per_second: float
     headroom: float
@@ -35,11 +34,7 @@ def run(
     target: Target,
     as_json: bool,
 ) -> None:
-    """Print both capacities and the machines that the load needs.
-
-    Raises:
-        ValueError: the model cannot be read or run, the choice does not fit it, or no request fits.
-    """
+    """Print capacities and machines needed. Raises ValueError: bad model or choice, or no request fits the pool."""
     known, resolved, _, costs = planned(model, choice, prompt, BLOCK_SIZE)
     assert costs.encoder_flops is not None and costs.dense_encoder_flops is not None  # noqa: PT018 (a family's tower)
     requests = {

@@ -1,4 +1,4 @@
-"""``hidrop convert``: prints what `vllm_hidrop.lab.convert` does, with a progress bar."""
+"""``hidrop convert``: runs `vllm_hidrop.lab.convert` with a progress bar."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,18 +12,7 @@ if TYPE_CHECKING:
 
 
 def run(source: Path, destination: Path, preset: str | None, vision_tower: Path | None) -> None:
-    """Convert a checkpoint directory.
-
-    Args:
-        source: original-format LLaVA-1.5 or HiDrop checkpoint.
-        destination: new or empty directory, or one of an interrupted run.
-        preset: HiDrop's preset, "none", or None.
-        vision_tower: directory of the CLIP tower; None for the one that the source names.
-
-    Raises:
-        ValueError: it cannot be converted, or a package is missing.
-        OSError: files cannot be read or written.
-    """
+    """Convert a checkpoint. Raises ValueError: not convertible, or no PyTorch; OSError: reading or writing failed."""
     try:
         from vllm_hidrop.lab.convert.conversion import prepare
     except ImportError as error:

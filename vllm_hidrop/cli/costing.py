@@ -1,4 +1,4 @@
-"""What a request costs on paper; the model is read and refused as ``hidrop serve`` does."""
+"""Costs of one request by arithmetic; models are read, and refused, as by ``hidrop serve``."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,7 @@ from vllm_hidrop.plan.plan import make_plan
 from vllm_hidrop.plan.shapes import TextShape, VisionShape, text_shape, vision_shape
 
 EMBEDDED = "embedded"
-HUB_SECONDS = 5.0
-"""The hub is asked once; what downloads files would try six times, for half a minute."""
+HUB_SECONDS = 5.0  # for one request to the hub; a download would try six times, for half a minute
 
 
 @dataclass(frozen=True)
@@ -32,15 +31,14 @@ class Model:
 
     @property
     def shape(self) -> ModelShape:
-        """Layers and tokens per image."""
+        """Number of layers and tokens per image."""
         return ModelShape(self.text.num_layers, self.tokens_per_image)
 
 
 SHAPES = {
     "7b": Model(shapes.LLAVA_7B, shapes.LLAVA_7B_VISION, 576),
     "13b": Model(shapes.LLAVA_13B, shapes.LLAVA_13B_VISION, 576),
-}
-"""LLaVA-1.5, known without any file."""
+}  # LLaVA-1.5, known without any file
 
 
 @dataclass(frozen=True)
@@ -57,14 +55,8 @@ def planned(
 ) -> tuple[Model, Resolved, Workload, RequestCosts]:
     """The model, its method, one request of it and that request's costs; warns on standard error as a server does.
 
-    Args:
-        model: "embedded", "7b", "13b", a directory or a hub name.
-        choice: fields of :class:`HidropConfig`.
-        prompt: without images, one of the model's own size.
-        block_size: tokens of a KV block.
-
-    Raises:
-        ValueError: the model cannot be read or cannot run staged, or the choice does not fit it.
+    ``model``: "embedded", "7b", "13b", a directory or a hub name; a prompt without images gets one. Raises ValueError:
+    the model cannot be read or cannot run staged, or the choice does not fit it.
     """
     config = HidropConfig.checked(choice)  # before a hub is asked
     known = SHAPES.get(model) or read_model(model)
@@ -78,11 +70,7 @@ def planned(
 def request_costs(
     model: Model, resolved: Resolved, workload: Workload, decided: Sequence[int] | None = None
 ) -> RequestCosts:
-    """Costs of one request whose images come before its text.
-
-    A method that decides how many tokens stay costs what its schedule bounds, or what it ``decided``: vision tokens of
-    every stage, all images together.
-    """
+    """Costs of a request, images first; ``decided``: vision tokens per stage of an adaptive method, else its bounds."""
     spans, offset = [], 0
     for num_tokens in workload.images:
         spans.append(Span(offset, num_tokens))
@@ -96,16 +84,12 @@ def request_costs(
 
 
 def _split(count: int, parts: int) -> tuple[int, ...]:
-    """A count over images as evenly as it goes; the towers' costs are per image."""
+    """Split a count over images as evenly as it goes: the costs of towers are per image."""
     return tuple(count // parts + (part < count % parts) for part in range(parts))
 
 
 def read_model(model: str) -> Model:
-    """Read the shapes of a local directory or hub name.
-
-    Raises:
-        ValueError: there is no such model, or ``hidrop serve`` would refuse it.
-    """
+    """Shapes of a directory or hub model. Raises ValueError: it does not exist, or ``hidrop serve`` would refuse it."""
     from vllm_hidrop.embedded import MODEL_DIR
     from vllm_hidrop.models.families import family_of
 
@@ -137,7 +121,7 @@ def _read_config(source: str) -> Any:
 
 
 def _ask_hub_once(name: str) -> None:
-    """See that a model that is not in the cache can be had, without the many tries of a download."""
+    """Raise unless a model's configuration is cached or on the hub, without the many tries of a download."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 

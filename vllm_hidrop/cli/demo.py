@@ -1,7 +1,7 @@
 """``hidrop demo``: the same questions with and without pruning, side by side.
 
-Times are from sending a request to its first token; every request sends its image
-under a new name, so that no cache of vLLM's spares the second asking the vision tower.
+Times run from sending a request to its first token. Every request names its image anew, so that no cache of vLLM's
+spares the second request the vision tower.
 """
 
 import base64
@@ -33,7 +33,7 @@ REQUEST_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Question:
-    """One line of ``questions.jsonl``, with its image read."""
+    """One line of ``questions.jsonl``; ``image`` is the file's content."""
 
     image: bytes
     question: str
@@ -50,7 +50,7 @@ class Answer:
     error: str | None = None
 
     def is_right(self, expected: str) -> bool:
-        """Whether the answer is the expected one, letter case and spaces aside."""
+        """Whether the answer is the expected one, spaces aside."""
         return self.error is None and self.text.split() == expected.split()
 
 
@@ -64,11 +64,7 @@ class Row:
 
 
 def run(examples: Path | None, url: str | None, json_file: Path | None) -> int:
-    """Ask, show, and write the results; returns the exit code, 1 if a request failed.
-
-    Raises:
-        ValueError: no questions, or no server.
-    """
+    """Ask, show, write; returns 1 if a request failed, else 0. Raises ValueError: no questions, or no server."""
     questions = read_questions(examples or find_examples())
     console = Terminal()
     columns = (
@@ -92,11 +88,7 @@ def run(examples: Path | None, url: str | None, json_file: Path | None) -> int:
 
 
 def find_examples() -> Path:
-    """The folder of questions: of the repository this file is in, else of the working directory.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Folder of the questions: this repository's, else the working directory's. Raises ValueError: there is none."""
     places = (Path(__file__).parents[2] / "examples", Path.cwd() / "examples", Path.cwd())
     for place in places:
         if (place / QUESTIONS).is_file():
@@ -105,12 +97,7 @@ def find_examples() -> Path:
 
 
 def read_questions(folder: Path) -> list[Question]:
-    """Read the questions and their images.
-
-    Raises:
-        ValueError: no such file, no question, or a line that is not an object with image, question and answer.
-        OSError: an image cannot be read.
-    """
+    """Read questions and images. Raises ValueError: no file, no question, or a bad line; OSError: no image."""
     file = folder / QUESTIONS
     try:
         lines = read_short_text(file).split("\n")
@@ -130,7 +117,7 @@ def _question(folder: Path, entry: Any) -> Question:
 
 
 def ask(url: str, model: str, question: Question, pruned: bool) -> Answer:
-    """Send one streamed request."""
+    """Send one streamed request and read its answer."""
     request = urllib.request.Request(
         f"{url}/v1/chat/completions",
         data=json.dumps(body(model, question, pruned)).encode(),
@@ -165,7 +152,7 @@ def _read_stream(request: urllib.request.Request) -> Answer:
 
 
 def body(model: str, question: Question, pruned: bool) -> dict[str, Any]:
-    """One streamed chat request: the image, then the question."""
+    """The body of a streamed chat request: the image, then the question."""
     image = {
         "type": "image_url",
         "image_url": {"url": "data:image/png;base64," + base64.b64encode(question.image).decode()},
@@ -196,11 +183,7 @@ def _ask_all(url: str, questions: list[Question], progress: Progress) -> Iterato
 
 
 def model_name(url: str) -> str:
-    """The model that a server serves.
-
-    Raises:
-        ValueError: none, or the server is not one of ours.
-    """
+    """Name of the model that a server serves. Raises ValueError: none, or the server is not one of ours."""
     try:
         with urllib.request.urlopen(f"{url}/v1/models", timeout=REQUEST_SECONDS) as response:
             card = json.load(response)["data"][0]

@@ -1,6 +1,6 @@
-"""Every command's end: a mistake of the user or of the system is one line on standard error, never a traceback.
+"""How every command ends: a mistake of user or system is one line on standard error, never a traceback.
 
-Exit codes: 2 for such a line, 130 after Ctrl-C, 141 where the reader of a pipe left; others are the commands' own.
+Exit codes: 2 with such a line, 130 after Ctrl-C, 141 where the reader of a pipe left; others are the commands' own.
 """
 
 import os
@@ -14,17 +14,12 @@ from typing import Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-MOST_CHARACTERS = 500
-"""Of the line; some errors repeat all they were given."""
-INTERRUPTED, READER_LEFT = 130, 141
-"""128 and the number of the signal, as shells have it."""
+MOST_CHARACTERS = 500  # of the line; some errors repeat all they were given
+INTERRUPTED, READER_LEFT = 130, 141  # 128 and the number of the signal, as shells have it
 
 
 class OneLineErrors(TyperGroup):
-    """The group of all commands: reading their options, help, and the commands end in :func:`one_line_errors`.
-
-    A command that is added later is in it too.
-    """
+    """The group of all commands, those added later too: parsing, help and commands end in :func:`one_line_errors`."""
 
     def main(self, args: Any = None, *more: Any, **named: Any) -> Any:
         """Run the process's own command line, or the given one."""
@@ -39,7 +34,7 @@ class OneLineErrors(TyperGroup):
             raise
 
     def make_context(self, *args: Any, **more: Any) -> Any:
-        """Read our own options; help is printed here."""
+        """Read the options of ``hidrop`` itself; help is printed here."""
         with one_line_errors():
             return super().make_context(*args, **more)
 
@@ -74,7 +69,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _reason(error: OSError) -> str:
-    """Where and why, without the number."""
+    """Where and why an OSError happened, without its number."""
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror}" if error.strerror else str(error) or type(error).__name__
 
@@ -87,7 +82,7 @@ def _say(text: str) -> None:
 
 
 def _give_up(stream: TextIO) -> None:
-    """Let the interpreter's last flush of what cannot be written go nowhere."""
+    """Point a stream that cannot be written at /dev/null, for the interpreter's last flush of it."""
     with suppress(OSError, ValueError):
         stream.flush()
         return

@@ -27,7 +27,7 @@ OFF = {"hidrop": "off"}
 
 @dataclass(frozen=True)
 class Choice:
-    """What the command line says about the questions and the files, the same for both ways to run."""
+    """The questions and files, the same for both ways to run."""
 
     task: str
     source: Source
@@ -48,11 +48,7 @@ def xargs(off: bool, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_url(choice: Choice, endpoint: Endpoint) -> int:
-    """Evaluate one endpoint; returns the exit code, 1 if a request failed.
-
-    Raises:
-        ValueError: data, settings or endpoint that cannot be used.
-    """
+    """Evaluate a server; returns 1 if a request failed, else 0. Raises ValueError: bad data, settings or endpoint."""
     exam, console = choice.exam(), Terminal()
     with progress_bars() as bars:
         outcome = take(exam, endpoint, choice.out, show_progress(bars, exam, Arm(exam.name)))
@@ -67,11 +63,7 @@ def run_url(choice: Choice, endpoint: Endpoint) -> int:
 
 
 def run_embedded(choice: Choice) -> int:
-    """Serve the arms' checkpoints and compare them on the same questions; returns the exit code.
-
-    Raises:
-        ValueError: data or settings that cannot be used, or a server that does not start.
-    """
+    """Serve and ask both checkpoints; returns as :func:`run_url`. Raises ValueError: bad data, or a server fails."""
     exam, console, arms = choice.exam(), Terminal(), embedded_arms(choice.out)
     for arm in arms:
         if arm.directory is not None:

@@ -23,27 +23,16 @@ ALONE, OFF = SAME_SERVER = ("none", "off")
 
 @dataclass(frozen=True)
 class Target:
-    """What is tested and with what it is compared.
+    """What is tested, and with what it is compared."""
 
-    Attributes:
-        url: a running server; None: the embedded model is served for the test.
-        compare: "off": the same server asked to keep every token; "none"; or the address of another server.
-        keys: of both servers.
-        allow_remote: whether an address may be another machine's.
-    """
-
-    url: str | None
-    compare: str
-    keys: "Keys"
-    allow_remote: bool
+    url: str | None  # a running server; None: the embedded model is served for the test
+    compare: str  # "off": the same server keeping every token; "none"; or another server's address
+    keys: "Keys"  # of both servers
+    allow_remote: bool  # whether an address may be another machine's
 
 
 def show_scenarios(file: Path | None) -> None:
-    """Print every scenario with its question.
-
-    Raises:
-        ValueError: the file has a mistake.
-    """
+    """Print every scenario with its question. Raises ValueError: the file has a mistake."""
     from hidrop_loadtests import scenarios
 
     table = Table("scenario", "requests", "seconds", "arrivals", "question")
@@ -53,11 +42,7 @@ def show_scenarios(file: Path | None) -> None:
 
 
 def run(name: str, scenario: "Scenario", target: Target, out: Path, pairs: int = 1) -> int:
-    """Run, show, and write ``NAME.json`` and ``NAME.html`` into ``out``; returns the exit code, 1 if not passed.
-
-    Raises:
-        ValueError: an address that is none of ours, or a server that is not there.
-    """
+    """Run, show, write ``NAME.json`` and ``.html``; 1 if a threshold was missed. Raises ValueError: no such server."""
     from hidrop_loadtests import report
     from hidrop_loadtests.judging import judge
     from hidrop_loadtests.running import check_address

@@ -28,10 +28,7 @@ def local_server(
     command: Sequence[str] = COMMAND,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
-    """Start ``hidrop serve``, or another server with its flags and ``/health``, on a free loopback port; its address.
-
-    Arguments and errors as :func:`answering`.
-    """
+    """Run ``hidrop serve`` (or ``command``) on a free loopback port, yield its address; raises as :func:`answering`."""
     url = f"http://{LOOPBACK}:{free_port()}"
     place = ["--host", LOOPBACK, "--port", url.rpartition(":")[2]]
     with answering("the server", [*command, *arguments, *place], f"{url}/health", on_wait, environment):
@@ -40,7 +37,7 @@ def local_server(
 
 @contextmanager
 def asked_server(url: str | None, progress: Progress) -> Iterator[str]:
-    """The server at an address; without one, ours with the embedded model, and a bar that moves until it answers."""
+    """The server at ``url``; without one, ours with the embedded model, and a bar that moves until it answers."""
     if url is not None:
         yield url
         return
@@ -52,26 +49,14 @@ def asked_server(url: str | None, progress: Progress) -> Iterator[str]:
 
 @contextmanager
 def answering(
-    name: str,
+    name: str,  # for messages
     command: Sequence[str],
-    url: str,
-    on_wait: Callable[[], None],
-    environment: Mapping[str, str] | None = None,
-    seconds: float = START_SECONDS,
+    url: str,  # answers 200 once the program is ready
+    on_wait: Callable[[], None],  # called a few times a second until then
+    environment: Mapping[str, str] | None = None,  # default: this process's
+    seconds: float = START_SECONDS,  # until the program must be ready
 ) -> Iterator[None]:
-    """Start a program, wait until an address answers, end its whole process group; its log stays if that fails.
-
-    Args:
-        name: what to call it.
-        command: with its arguments.
-        url: answered by 200 once it is ready.
-        on_wait: called a few times a second until then.
-        environment: its variables (default: those of this process).
-        seconds: until it must be ready.
-
-    Raises:
-        ValueError: it ended, or did not answer in time; says why and where its log is.
-    """
+    """Run a program around a block, then end its process group. Raises ValueError: it is not ready; names its log."""
     with tempfile.NamedTemporaryFile("w+b", prefix="hidrop-server-", suffix=".log", delete=False) as log:
         process = subprocess.Popen(
             command,
@@ -101,7 +86,7 @@ def answering(
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """A second Ctrl-C does not stop what the first one began: it would leave the server behind."""
+    """Ignore a second Ctrl-C: it would interrupt the clean-up that the first began, and leave the server behind."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     old_handlers = [signal.signal(number, signal.SIG_IGN) for number in numbers]
     try:
@@ -120,7 +105,7 @@ def free_port() -> int:
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End the server and the engine processes it started: politely, then not."""
+    """End a process and the processes it started, by SIGTERM, then by SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -146,5 +131,5 @@ def _last_line(log: IO[bytes]) -> str:
 
 
 def _end(number: int, frame: object) -> None:
-    """A SIGTERM unwinds the stack, so that the server is ended too."""
+    """Unwind the stack at a SIGTERM, so that the server is ended too."""
     raise SystemExit(128 + number)

@@ -1,4 +1,4 @@
-"""``hidrop methods``: the catalogue of pruning methods, read from METHODS and their docstrings."""
+"""``hidrop methods``: the catalogue of pruning methods, read from METHODS and the methods' docstrings."""
 
 import dataclasses
 import inspect
@@ -17,11 +17,7 @@ from vllm_hidrop.terminal import Terminal
 
 
 def run(name: str | None, as_json: bool) -> None:
-    """Print every method as a table, or one with its idea, source, deviations and options; or the same as JSON.
-
-    Raises:
-        BadParameter: no such method.
-    """
+    """Print all methods as a table, or all about one; or JSON. Raises BadParameter: no such method."""
     if name is not None and name not in METHODS:
         raise BadParameter(unknown("unknown pruning method", name, METHODS))
     catalogue = [_describe(method) for method in METHODS.values() if name in (None, method.name)]

@@ -1,7 +1,4 @@
-"""``hidrop monitor``: a server and a real Prometheus under traffic, and a picture of what its dashboards show.
-
-The traffic is the demo's questions: pruned, `off`, text only, and some that are refused.
-"""
+"""``hidrop monitor``: send traffic to a server that a real Prometheus scrapes, and draw what its dashboards show."""
 
 import json
 import threading
@@ -24,8 +21,7 @@ from vllm_hidrop.cli.local_server import asked_server
 from vllm_hidrop.terminal import Terminal
 
 SCRAPE_SECONDS = 1.0
-INTERVAL = "15s"
-"""Of every rate: Prometheus wants four scrapes in it."""
+INTERVAL = "15s"  # of every rate: Prometheus wants four scrapes in it
 FIRST_SAMPLE_SECONDS = 60.0
 REQUEST_SECONDS = 120.0
 
@@ -39,11 +35,7 @@ class Traffic:
 
 
 def run(url: str | None, traffic: Traffic, png: Path) -> int:
-    """Drive traffic, draw the dashboards; returns the exit code, 1 if no request was answered.
-
-    Raises:
-        ValueError: no Prometheus, no server, or matplotlib is missing.
-    """
+    """Send traffic, draw; returns 1 if nothing was answered. Raises ValueError: no Prometheus, server or matplotlib."""
     try:
         import matplotlib  # noqa: F401 (draws at the end; missing it is better said now)
     except ImportError:
@@ -73,11 +65,7 @@ def run(url: str | None, traffic: Traffic, png: Path) -> int:
 
 
 def wait_for_scrape(prometheus: Any) -> None:
-    """Until Prometheus has the server's first numbers, so that rates see the first request.
-
-    Raises:
-        ValueError: it does not get any.
-    """
+    """Wait for Prometheus' first scrape, so that rates see the first request. Raises ValueError: none comes."""
     deadline = time.monotonic() + FIRST_SAMPLE_SECONDS
     while not any(series.points[-1][1] == 1 for series in prometheus.query('up{job="hidrop"}')):
         if time.monotonic() > deadline:
@@ -87,7 +75,7 @@ def wait_for_scrape(prometheus: Any) -> None:
 
 
 def ask_panels(prometheus: Any, dashboards: Any, start: float, end: float) -> dict[str, Any]:
-    """What every expression of the dashboards gives between two times; stats are asked at the end, over all of it."""
+    """Every expression of the dashboards over [start, end] (seconds since 1970); of stats, one value over all of it."""
     from vllm_hidrop.monitoring.panels import fill
 
     lines = {}
@@ -104,7 +92,7 @@ def ask_panels(prometheus: Any, dashboards: Any, start: float, end: float) -> di
 def drive(
     url: str, model: str, questions: Sequence[demo.Question], traffic: Traffic, progress: Progress
 ) -> tuple[int, int]:
-    """Ask until the time is up; returns how many requests were answered and how many refused."""
+    """Ask the demo's questions until the time is up; returns how many were answered, and how many refused."""
     task = progress.add_task("traffic", total=traffic.seconds)
     deadline = time.monotonic() + traffic.seconds
     statuses: list[int] = []
@@ -126,10 +114,7 @@ def drive(
 
 
 def _body(model: str, question: demo.Question, number: int) -> dict[str, Any]:
-    """Of ten requests six are pruned, two off, one is text, one is refused.
-
-    Every image is new to the server, so that pruned and off compare like with like, but one in ten: it may be reused.
-    """
+    """Of ten requests six are pruned, two off, one text, one refused; one image in ten is reusable, all others new."""
     body = demo.body(model, question, pruned=number % 10 not in (2, 6))
     parts = body["messages"][0]["content"]
     parts[0]["uuid"] = uuid.uuid4().hex if number % 10 else f"monitor-{zlib.crc32(question.image)}"
@@ -141,7 +126,7 @@ def _body(model: str, question: demo.Question, number: int) -> dict[str, Any]:
 
 
 def _send(url: str, body: dict[str, Any]) -> int:
-    """The status of one request; 0 when there is no answer."""
+    """The HTTP status of one request; 0 when there is no answer."""
     request = urllib.request.Request(
         f"{url}/v1/chat/completions", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
     )

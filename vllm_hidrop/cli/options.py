@@ -1,7 +1,6 @@
-"""What a user may write on the command line: options that several commands share, and how each is read or refused.
+"""Options that several commands share, and how each is read or refused; a command takes them as one dataclass.
 
-A command takes shared options as one dataclass (see :func:`grouped`). Callbacks of options are called before any
-command runs, so that no work is lost to a file that cannot be written or an address that is none.
+Callbacks run before any command, so that no work is lost to a file that cannot be written or a bad address.
 """
 
 import dataclasses
@@ -18,8 +17,7 @@ from vllm_hidrop.json_text import parse_object, read_short_text
 from vllm_hidrop.outputs import check_file, check_folder
 from vllm_hidrop.plan.names import unknown
 
-MOST_TOKENS = 1_000_000
-"""Of an image, a prompt, an answer or a block."""
+MOST_TOKENS = 1_000_000  # of an image, a prompt, an answer or a block
 Result = TypeVar("Result")
 
 
@@ -49,20 +47,12 @@ def grouped(command: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def output_file(param: typer.CallbackParam, path: Path | None) -> Path | None:
-    """An option's file that is written at the end.
-
-    Raises:
-        ValueError: it cannot be written; names the option.
-    """
+    """Check a file to be written at the end. Raises ValueError: it cannot be; names the option."""
     return _checked(check_file, param, path)
 
 
 def output_folder(param: typer.CallbackParam, path: Path | None) -> Path | None:
-    """An option's folder that files are written into.
-
-    Raises:
-        ValueError: they cannot be; names the option.
-    """
+    """Check a folder to be written into. Raises ValueError: it cannot be; names the option."""
     return _checked(check_folder, param, path)
 
 
@@ -77,20 +67,12 @@ def _checked(check: Callable[[Path], None], param: typer.CallbackParam, path: Pa
 
 
 def server_address(param: typer.CallbackParam, value: str | None) -> str | None:
-    """The address of a server that is asked.
-
-    Raises:
-        ValueError: it is none; names the option.
-    """
+    """Check the address of a server to ask. Raises ValueError: it is none; names the option."""
     return None if value is None else parse_address(value, param.opts[-1])
 
 
 def parse_address(text: str, option: str) -> str:
-    """An address as :func:`hidrop_loadtests.addresses.parse_address` gives it.
-
-    Raises:
-        ValueError: it is none; names the option.
-    """
+    """As :func:`hidrop_loadtests.addresses.parse_address`. Raises ValueError: no address; names the option."""
     from hidrop_loadtests import addresses
 
     try:
@@ -100,11 +82,7 @@ def parse_address(text: str, option: str) -> str:
 
 
 def parse_counts(text: str, option: str, low: int, high: int) -> tuple[int, ...]:
-    """Read comma-separated whole numbers, in order, each once.
-
-    Raises:
-        ValueError: something else, or a number out of range; the message names the option.
-    """
+    """Whole numbers by comma, in order, each once. Raises ValueError: others, or out of range; names the option."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and len(part) < 10 and low <= int(part) <= high for part in parts):
         raise ValueError(f"{option} must be whole numbers from {low} to {high} like 1,2,4, got {text!r}")
@@ -112,11 +90,7 @@ def parse_counts(text: str, option: str, low: int, high: int) -> tuple[int, ...]
 
 
 def parse_names(text: str, option: str, known: Sequence[str]) -> tuple[str, ...]:
-    """Read comma-separated names, in order, each once.
-
-    Raises:
-        ValueError: an unknown name; the message names the option and the known ones.
-    """
+    """Known names by comma, in order, each once. Raises ValueError: an unknown one; names option and known names."""
     parts = [part.strip() for part in text.split(",")]
     for part in parts:
         if part not in known:
@@ -149,7 +123,7 @@ PngFile = Annotated[Path, typer.Option(callback=output_file, help="The picture t
 
 @dataclass(frozen=True)
 class Choice:
-    """What to prune by: the same options for every command that asks a checkpoint."""
+    """The pruning options, the same for every command that asks a checkpoint."""
 
     method: Method = None
     preset: Preset = None
@@ -158,11 +132,7 @@ class Choice:
     hidrop_config: WholeChoice = None
 
     def read(self) -> dict[str, Any]:
-        """As keys of ``vllm_hidrop.config.HidropConfig``, unchecked.
-
-        Raises:
-            ValueError: JSON or a file that cannot be read; names the option.
-        """
+        """Keys of ``HidropConfig``, unchecked. Raises ValueError: JSON or file is unreadable; names the option."""
         data = {} if self.hidrop_config is None else _read_config(self.hidrop_config)
         options, own = parse_object(self.options, "--options"), data.get("options", {})
         if options and isinstance(own, dict):
@@ -188,7 +158,7 @@ class Prompt:
 
 
 def _read_config(config: str) -> dict[str, Any]:
-    """A JSON object, or the file that holds one."""
+    """The JSON object in the text, or in the file that the text names."""
     if config.lstrip().startswith(("{", "[")):
         return parse_object(config, "--hidrop-config")
     try:

@@ -1,7 +1,4 @@
-"""``hidrop plan``: what a schedule would cost one request, before anything is served.
-
-Reads a model's configuration, never its weights. All numbers are arithmetic; none is measured.
-"""
+"""``hidrop plan``: what a schedule would cost one request, calculated from the model's configuration alone."""
 
 import dataclasses
 import json
@@ -21,12 +18,11 @@ from vllm_hidrop.plan.paper_flops import PaperFlops, paper_flops
 from vllm_hidrop.plan.shapes import TextShape
 from vllm_hidrop.terminal import Terminal
 
-FIXED_LAYERS = '{"filter_layer": 14, "keep": 10, "exit_layer": 23}'
-"""Of VisiPruner on LLaVA-1.5-7B: what its 1.76 TFLOPs amount to, 10 tokens from the 16th to the 23rd layer."""
+FIXED_LAYERS = '{"filter_layer": 14, "keep": 10, "exit_layer": 23}'  # VisiPruner's 1.76 TFLOPs on LLaVA-1.5-7B
 
 
 def run(model: str, choice: Mapping[str, Any], prompt: Prompt, block_size: int, as_json: bool) -> None:
-    """Print the stages' costs: as a table, or as JSON with the same content; arguments and errors as `planned`."""
+    """Print the stages' costs as a table or as JSON with the same content; arguments and errors as :func:`planned`."""
     known, resolved, workload, found = planned(model, choice, prompt, block_size)
     paper = paper_flops(known.text, found, resolved.method.name)
     if as_json:
@@ -91,7 +87,7 @@ def _print_table(model: str, resolved: Resolved, workload: Workload, found: Requ
 
 
 def _paper_note(shape: TextShape, resolved: Resolved, paper: PaperFlops) -> str:
-    """The paper's own count, what it counts, and how to have it where layers are not fixed."""
+    """The FLOPs by the paper's own formula, the formula, and options that make VisiPruner's layers fixed."""
     scale, unit = (1e12, "TFLOPs") if paper.dense_flops >= 1e12 else (1e9, "GFLOPs")
     note = (
         f"By the papers' formula for vision alone: {paper.flops / scale:.2f} of {paper.dense_flops / scale:.2f} {unit} "

@@ -8,12 +8,7 @@ from vllm_hidrop.outputs import check_folder
 
 
 def run(config_path: Path) -> int:
-    """Train as a YAML file says; returns the exit code, 1 when training had to stop.
-
-    Raises:
-        ValueError: the configuration, the model or the data are not what they should be.
-        OSError: the output cannot be written, or the disk is full.
-    """
+    """Train; returns 1 when it had to stop. Raises ValueError: bad configuration, model or data; OSError: no output."""
     from vllm_hidrop.lab.train.train_config import read_train_config
 
     config = read_train_config(config_path)

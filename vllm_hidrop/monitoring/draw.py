@@ -14,8 +14,7 @@ from vllm_hidrop.outputs import write_file
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Lines = Mapping[str, Sequence[Series]]
-"""What each expression gave."""
+Lines = Mapping[str, Sequence[Series]]  # the series that each expression gave
 WIDTH_INCHES = 17.0
 PANEL_INCHES, STAT_INCHES = 2.5, 1.2
 SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -23,13 +22,7 @@ LONGEST_LEGEND = 8
 
 
 def draw(dashboards: Sequence[Dashboard], lines: Lines, file: Path) -> None:
-    """Write the picture: a heading per dashboard, a row of panels per row.
-
-    Args:
-        dashboards: what to show.
-        lines: by expression of the panels, with its variables as they are in the panel.
-        file: a PNG.
-    """
+    """Write a PNG: per row of a dashboard a heading and its panels; ``lines`` is keyed by the panels' expressions."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -50,7 +43,7 @@ def draw(dashboards: Sequence[Dashboard], lines: Lines, file: Path) -> None:
 
 
 def height_inches(row: Row) -> float:
-    """Of the row in the picture: numbers alone need less than lines."""
+    """Height of a row in the picture; a row of single numbers is lower."""
     return STAT_INCHES if all(panel.is_stat for panel in row.panels) else PANEL_INCHES
 
 
@@ -100,7 +93,6 @@ def _legend(template: str, labels: Mapping[str, str]) -> str:
 
 
 def _number(value: float, unit: Unit) -> str:
-    """A value as a person reads it."""
     if unit is Unit.SHARE:
         return f"{100 * value:.3g} %"
     if unit is Unit.SECONDS:

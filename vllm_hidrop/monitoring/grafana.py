@@ -1,7 +1,4 @@
-"""The dashboards as Grafana's JSON.
-
-``python -m vllm_hidrop.monitoring.grafana`` writes deploy/grafana; needs grafana-foundation-sdk.
-"""
+"""``python -m vllm_hidrop.monitoring.grafana`` writes deploy/grafana, the dashboards as Grafana's JSON."""
 
 import sys
 from pathlib import Path
@@ -17,12 +14,11 @@ from vllm_hidrop.monitoring.panels import Dashboard, Panel
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "grafana"
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
-WIDTH = 24
-"""Columns of Grafana's grid."""
+WIDTH = 24  # columns of Grafana's grid
 
 
 def to_json(dashboard: Dashboard) -> str:
-    """The text of the dashboard's file."""
+    """The text of a dashboard's file."""
     builder = (
         builders.Dashboard(dashboard.title)
         .uid(dashboard.uid)
@@ -64,7 +60,7 @@ def _panel(panel: Panel, width: int) -> stat.Panel | timeseries.Panel:
 
 
 def main() -> int:
-    """Write the files."""
+    """Write one file per dashboard."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     for dashboard in DASHBOARDS:
         (FOLDER / f"{dashboard.uid}.json").write_text(to_json(dashboard), encoding="utf-8")

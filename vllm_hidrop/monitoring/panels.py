@@ -1,7 +1,4 @@
-"""What a dashboard is made of, and the PromQL of its panels.
-
-In a query, ``$model_name``, ``$__rate_interval`` and ``$__range`` are Grafana's variables.
-"""
+"""What a dashboard is made of, and the PromQL of its panels; ``$...`` in a query are Grafana's variables."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,7 +8,7 @@ INTERVAL = "$__rate_interval"
 
 
 class Unit(StrEnum):
-    """Grafana's names."""
+    """Units by Grafana's names."""
 
     COUNT = "short"
     RATE = "cps"
@@ -34,7 +31,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture; ``is_stat`` shows one number over the whole range instead of lines."""
+    """One chart: lines over time or, with ``is_stat``, numbers over the whole range."""
 
     title: str
     description: str
@@ -52,13 +49,13 @@ class Row:
 
     @classmethod
     def of(cls, title: str, *panels: Panel) -> "Row":
-        """A row as it reads."""
+        """A row of these panels, in order."""
         return cls(title, panels)
 
 
 @dataclass(frozen=True)
 class Dashboard:
-    """One dashboard; ``uid`` is its file's name, too."""
+    """One dashboard; ``uid`` is also the name of its file."""
 
     uid: str
     title: str
@@ -67,12 +64,12 @@ class Dashboard:
 
     @property
     def panels(self) -> tuple[Panel, ...]:
-        """All of them, in order."""
+        """All panels, in order."""
         return tuple(panel for row in self.rows for panel in row.panels)
 
 
 def fill(expr: str, interval: str, model_name: str = ".*") -> str:
-    """The expression as Prometheus takes it: Grafana's variables replaced, both ranges by ``interval``."""
+    """Replace Grafana's variables as Prometheus needs it, both ranges by ``interval``."""
     values = {"$model_name": model_name, INTERVAL: interval, "$__range": interval}
     for name, value in values.items():
         expr = expr.replace(name, value)
@@ -91,18 +88,18 @@ def increase(metric: str) -> str:
 
 
 def saved(what: str) -> str:
-    """Share of a dense amount that was not needed, over the whole range."""
+    """Share of a dense server's amount that was not needed, over the whole range."""
     held = "held" if what.startswith("kv") else "run"
     return f"1 - {increase(f'vllm_hidrop_{what}_{held}_total')} / {increase(f'vllm_hidrop_{what}_dense_total')}"
 
 
 def mean(histogram: str, by: str = "", where: str = "") -> str:
-    """Of what a histogram has seen of late."""
+    """Mean of a histogram's observations over the rate interval."""
     return f"{rate(histogram + '_sum', by, where)} / {rate(histogram + '_count', by, where)}"
 
 
 def by(metric: str, label: str) -> tuple[Query, ...]:
-    """Growth per second, a line for each value of a label."""
+    """Growth per second, one line for each value of a label."""
     return (Query(rate(metric, label), f"{{{{{label}}}}}"),)
 
 
@@ -113,12 +110,12 @@ def quantiles(histogram: str) -> tuple[Query, ...]:
 
 
 def median_by_mode(histogram: str) -> tuple[Query, ...]:
-    """The median for each thing that pruning did."""
+    """The median, one line for each mode (pruned, off, ...)."""
     return (Query(f"histogram_quantile(0.5, {rate(histogram + '_bucket', 'le, mode')})", "{{mode}}"),)
 
 
 def run_and_dense(what: str, verb: str) -> tuple[Query, ...]:
-    """What was done per second, and what a dense server does; ``verb`` is the counter's: held, run."""
+    """What was done per second, and what a dense server would do; ``verb`` is the counter's: held, run."""
     return tuple(Query(rate(f"vllm_hidrop_{what}_{name}_total"), name) for name in (verb, "dense"))
 
 
@@ -135,6 +132,6 @@ def by_stage(what: str) -> tuple[Query, ...]:
 
 
 def speed_up(histogram: str) -> str:
-    """Mean of off requests over that of pruned ones."""
+    """Mean over off requests divided by the mean over pruned ones."""
     off, pruned = (mean(histogram, where=f'mode="{mode}"') for mode in ("off", "pruned"))
     return f"({off}) / ({pruned})"

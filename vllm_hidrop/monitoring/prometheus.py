@@ -1,7 +1,4 @@
-"""A real Prometheus on loopback: found or fetched, started, asked, stopped.
-
-Fetching needs apt, no root, and once: Debian's package is unpacked into a cache folder.
-"""
+"""A real Prometheus on loopback: on PATH or unpacked from Debian's package (needs apt, no root), started, asked."""
 
 import fcntl
 import json
@@ -33,21 +30,12 @@ class Tools:
 
 
 def find_tools(cache: Path | None = None) -> Tools:
-    """Prometheus and its tool, as :func:`find_programs` finds them."""
+    """Prometheus and promtool, by :func:`find_programs`."""
     return Tools(*find_programs("prometheus", ("prometheus", "promtool"), cache))
 
 
 def find_programs(package: str, names: Sequence[str], cache: Path | None = None) -> list[Path]:
-    """Take programs from PATH, else from their Debian package, fetched once.
-
-    Args:
-        package: Debian's name of it.
-        names: of the programs in it.
-        cache: folder to fetch into (default: vllm_hidrop/PACKAGE in the user's cache folder).
-
-    Raises:
-        ValueError: neither is possible; says what was tried.
-    """
+    """Programs on PATH, else of a Debian package fetched once into ``cache``. Raises ValueError: neither, with why."""
     installed = [shutil.which(name) for name in names]
     if all(installed):
         return [Path(path) for path in installed if path]
@@ -59,7 +47,7 @@ def find_programs(package: str, names: Sequence[str], cache: Path | None = None)
 
 
 def _fetch(package: str, folder: Path, programs: Sequence[Path]) -> None:
-    """Unpack a Debian package into ``folder``; whole or not at all, and once where several processes want it."""
+    """Unpack a package into ``folder``, whole or not at all; of several processes that want it, one does."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder.parent, os.O_RDONLY)  # the folder itself: a file of locks would stay
     try:
@@ -104,27 +92,19 @@ class Series:
 
 @dataclass(frozen=True)
 class Prometheus:
-    """A running one, by its address."""
+    """A running Prometheus, by its address."""
 
     url: str
 
     def query(self, expr: str) -> list[Series]:
-        """The value of an expression now.
-
-        Raises:
-            ValueError: Prometheus does not understand it.
-        """
+        """The value of an expression now. Raises ValueError: Prometheus does not understand it."""
         found = self._ask("query", {"query": expr})
         if found["resultType"] == "scalar":
             return [Series({}, (_point(found["result"]),))]
         return [Series(each["metric"], (_point(each["value"]),)) for each in found["result"]]
 
     def query_range(self, expr: str, start: float, end: float, step: float) -> list[Series]:
-        """Its values over time, seconds.
-
-        Raises:
-            ValueError: Prometheus does not understand it.
-        """
+        """Values every ``step`` seconds. Raises ValueError: Prometheus does not understand the expression."""
         found = self._ask("query_range", {"query": expr, "start": start, "end": end, "step": step})
         return [Series(each["metric"], tuple(map(_point, each["values"]))) for each in found["result"]]
 
@@ -148,23 +128,12 @@ def _point(pair: Sequence[Any]) -> tuple[float, float]:
 @contextmanager
 def running(
     targets: Sequence[str],
-    rules: Path | None = None,
-    scrape_seconds: float = 1.0,
-    on_wait: Callable[[], None] = lambda: None,
-    tools: Tools | None = None,
+    rules: Path | None = None,  # a rule file
+    scrape_seconds: float = 1.0,  # between scrapes, and between evaluations of the rules
+    on_wait: Callable[[], None] = lambda: None,  # called a few times a second until it is ready
+    tools: Tools | None = None,  # default: those of find_tools()
 ) -> Iterator[Prometheus]:
-    """Start one that scrapes ``targets`` as job "hidrop", and end it; what it stored is deleted.
-
-    Args:
-        targets: addresses of servers, as `hidrop_loadtests.addresses` gives them.
-        rules: a rule file.
-        scrape_seconds: between two scrapes, and between two evaluations of the rules.
-        on_wait: called a few times a second until it is ready.
-        tools: the programs (default: :func:`find_tools`).
-
-    Raises:
-        ValueError: there is none, or it does not start; says why.
-    """
+    """Run one that scrapes ``targets`` as job "hidrop", then delete its data. Raises ValueError: it cannot start."""
     tools = tools or find_tools()
     with tempfile.TemporaryDirectory(prefix="hidrop-prometheus-") as name:
         folder = Path(name)
@@ -192,7 +161,7 @@ def _config(targets: Sequence[str], rules: Path | None, scrape_seconds: float) -
 
 
 def _target(address: str) -> dict[str, Any]:
-    """A server behind a path is scraped below it."""
+    """The scrape target of a server; one behind a path is scraped below it."""
     parts = urllib.parse.urlsplit(address)
     labels = {"__scheme__": parts.scheme, "__metrics_path__": f"{parts.path}/metrics"}
     return {"targets": [parts.netloc], "labels": labels}

@@ -1,7 +1,4 @@
-"""Recording and alert rules as data, as the rule file that Prometheus reads, and as the Prometheus operator's manifest.
-
-``python -m vllm_hidrop.monitoring.rules`` writes both below deploy/.
-"""
+"""Alert and recording rules; ``python -m vllm_hidrop.monitoring.rules`` writes rule file and operator manifest."""
 
 import sys
 from dataclasses import dataclass
@@ -27,21 +24,18 @@ class Recording:
 
 @dataclass(frozen=True)
 class Alert:
-    """Fires when ``value`` ``is_bad`` for so long.
-
-    ``value`` is a number that exists whenever the server runs; ``severity`` page: someone is needed now, ticket: today.
-    """
+    """Fires when ``value`` ``is_bad`` for as long as ``lasting``."""
 
     name: str
-    value: str
+    value: str  # exists whenever the server runs
     is_bad: str
     lasting: str
-    severity: str
+    severity: str  # page: someone is needed now; ticket: today
     summary: str
 
     @property
     def expr(self) -> str:
-        """What Prometheus evaluates."""
+        """The expression that Prometheus evaluates."""
         return f"{self.value} {self.is_bad}"
 
 
@@ -151,7 +145,7 @@ ALERTS = (
 
 
 def groups() -> dict[str, Any]:
-    """What a rule file holds."""
+    """The content of a rule file."""
     recorded = [{"record": each.name, "expr": each.expr} for each in RECORDINGS]
     alerts: list[dict[str, Any]] = [
         {
@@ -167,7 +161,7 @@ def groups() -> dict[str, Any]:
 
 
 def manifest() -> dict[str, Any]:
-    """The same rules for the Prometheus operator."""
+    """The same rules as a manifest for the Prometheus operator."""
     return {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",
@@ -183,7 +177,7 @@ def files() -> dict[Path, str]:
 
 
 def main() -> int:
-    """Write the files."""
+    """Write both files."""
     for file, text in files().items():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
