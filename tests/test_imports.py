@@ -53,6 +53,7 @@ RULES = {
     "vllm_hidrop.staged": Rule((*CONTRACT, "torch", "vllm")),
     "vllm_hidrop.engine": Rule((*STAGED, "torch", "vllm")),
     "vllm_hidrop.engine.configure": Rule((*CONFIG, *ENGINE, "vllm_hidrop.runners.tower_attention", "vllm")),
+    "vllm_hidrop.engine.model_checks": Rule(CONFIG),
     "vllm_hidrop.runners": Rule((*ENGINE, "torch", "vllm")),
     "vllm_hidrop.models": Rule((*CONFIG, *RUNNERS, "torch", "vllm")),
     "vllm_hidrop.plugin": Rule(lazily=(*MODELS, "torch", "vllm")),

@@ -209,6 +209,30 @@ def test_plan_and_capacity_refuse_in_the_words_of_serve(tmp_path: Path, name: st
         assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"hidrop: {refused.value}\n")
 
 
+CANNOT_CHOOSE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "a tower without a class token": (
+        {"vision_config": CONFIG["vision_config"] | {"model_type": "siglip_vision_model"}},
+        {"method": "mustdrop", "options": {"scale": True}},
+        "method 'mustdrop': it needs a vision tower whose class token ranks the patches",
+    ),
+    "RoPE that depends on the length": (
+        {"text_config": CONFIG["text_config"] | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}},
+        {"method": "fastv", "positions": "compacted"},
+        "compacted positions need plain RoPE in every layer, this text model has rope type 'dynamic'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CANNOT_CHOOSE)
+def test_plan_and_capacity_refuse_what_the_engine_would(tmp_path: Path, name: str) -> None:
+    changed, choice, reason = CANNOT_CHOOSE[name]
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | changed), encoding="utf-8")
+    for command in (("plan", str(tmp_path)), ("capacity", str(tmp_path), *CAPACITY)):
+        result = CliRunner().invoke(app, [*command, "--hidrop-config", json.dumps(choice)])
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.startswith(f"hidrop: {reason}")
+
+
 class _Hub(BaseHTTPRequestHandler):
     """Has one file, the configuration of a text model, of whatever name it is asked for."""
 

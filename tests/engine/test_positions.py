@@ -17,7 +17,7 @@ from tests.engine.test_start import configure
 from tests.lab.train.llava_data import make_talking_llava, write_data
 from tests.tiny_models import make_llava
 from vllm_hidrop.cli.app import app
-from vllm_hidrop.engine.configure import check_rope
+from vllm_hidrop.engine.model_checks import check_rope
 from vllm_hidrop.plan.positions import PositionScheme
 
 pytestmark = pytest.mark.engine

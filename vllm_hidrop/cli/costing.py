@@ -28,6 +28,7 @@ class Model:
     vision: VisionShape
     tokens_per_image: int
     trained: Mapping[str, Any] | None = None
+    hf_config: Any = None  # None where no file was read
 
     @property
     def shape(self) -> ModelShape:
@@ -62,6 +63,10 @@ def planned(
     known = SHAPES.get(model) or read_model(model)
     workload = Workload(tuple(prompt.images or [known.tokens_per_image]), prompt.text, block_size)
     resolved = resolve(config, known.shape, known.trained)
+    if known.hf_config is not None:
+        from vllm_hidrop.engine.model_checks import check_model
+
+        check_model(resolved, known.hf_config)
     if warning := training_warning(resolved, known.trained):
         print(f"hidrop: warning: {warning}", file=sys.stderr)
     return known, resolved, workload, request_costs(known, resolved, workload)
@@ -99,7 +104,7 @@ def read_model(model: str) -> Model:
     text = text_shape(config.get_text_config())
     vision = vision_shape(config, text)
     assert vision is not None, "every tower of a family is known"
-    return Model(text, vision, family.shape(config).tokens_per_image, getattr(config, "hidrop", None))
+    return Model(text, vision, family.shape(config).tokens_per_image, getattr(config, "hidrop", None), config)
 
 
 def _read_config(source: str) -> Any:

@@ -1,25 +1,21 @@
 """The configuration hook of our architectures: resolves the user's choice for one model and sets vLLM up for it."""
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any, Protocol
 
 from vllm.logger import init_logger
 
 from vllm_hidrop.config import HidropConfig, Resolved, make_method, resolve, training_warning
 from vllm_hidrop.engine.gate import check_gate
+from vllm_hidrop.engine.model_checks import check_model, reduction_of
 from vllm_hidrop.engine.step_budget import most_tokens
 from vllm_hidrop.methods import METHODS, Adaptive, Method, ModelShape
-from vllm_hidrop.methods.adaptive import EncoderReduction
 from vllm_hidrop.plan.planner import Alternative, Planner
-from vllm_hidrop.plan.positions import PositionScheme
 from vllm_hidrop.plan.schedule import Cached, Schedule
 from vllm_hidrop.plan.shapes import text_shape, vision_shape
 from vllm_hidrop.runners.tower_attention import KERNEL, has_tower_kernel
 
 logger = init_logger(__name__)
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""RoPE types that rotate a row by its one id and nothing else."""
 
 
 class Family(Protocol):
@@ -42,9 +38,7 @@ def configure(vllm_config: Any, family: Family) -> None:
     family.check(hf_config)
     config = HidropConfig.parse({k: v for k, v in chosen.items() if k != "resolved"})
     resolved = resolve(config, family.shape(hf_config), getattr(hf_config, "hidrop", None))
-    if resolved.positions is not PositionScheme.PERSISTENT:
-        check_rope(hf_config.text_config, resolved.positions)
-    check_adaptive(resolved, hf_config)
+    check_model(resolved, hf_config)
     _warn_of_trained_positions(config, resolved, getattr(hf_config, "hidrop", None))
     if warning := training_warning(resolved, getattr(hf_config, "hidrop", None)):
         logger.warning_once("%s.", warning)
@@ -89,38 +83,6 @@ def _shapes(hf_config: Any) -> dict[str, Any]:
     text = text_shape(hf_config.text_config)
     vision = vision_shape(hf_config, text)
     return {"text": dataclasses.asdict(text), "vision": vision and dataclasses.asdict(vision)}
-
-
-def check_adaptive(resolved: Resolved, hf_config: Any) -> None:
-    """Raise ValueError, which names the obstacle, where an adaptive method cannot run with this model or scheme."""
-    if isinstance(resolved.method, Adaptive) and resolved.positions is PositionScheme.COMPACTED:
-        raise ValueError(f"method {resolved.method.name!r} needs persistent positions, not compacted ones")
-    reduction = reduction_of([resolved.method])
-    if reduction is not None:
-        vision = hf_config.vision_config
-        has_class_token = vision.model_type == "clip_vision_model"
-        if has_class_token and not _features_are_patches(hf_config):
-            raise ValueError(f"method {resolved.method.name!r} needs one feature layer, its patches alone")
-        try:
-            reduction.check((vision.image_size // vision.patch_size) ** 2, has_class_token)
-        except ValueError as error:
-            raise ValueError(f"method {resolved.method.name!r}: {error}") from None
-
-
-def _features_are_patches(hf_config: Any) -> bool:
-    return isinstance(hf_config.vision_feature_layer, int) and hf_config.vision_feature_select_strategy == "default"
-
-
-def check_rope(text_config: Any, positions: PositionScheme) -> None:
-    """Raise ValueError, which names the obstacle, where Q and K depend on more than RoPE by a row's one id."""
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    rope_type = rope.get("rope_type", "default")
-    obstacles = [] if rope_type in ROPE_TYPES else [f"rope type {rope_type!r}"]
-    obstacles += ["partial rotary"] if rope.get("partial_rotary_factor", 1) != 1 else []
-    obstacles += [key for key in ("mrope_section", "xdrope_section", "use_fope", "full_attention") if rope.get(key)]
-    obstacles += [key for key in ("dual_chunk_attention_config", "llama_4_scaling") if getattr(text_config, key, None)]
-    if obstacles:
-        raise ValueError(f"{positions} positions need plain RoPE in every layer, this text model has {obstacles[0]}")
 
 
 def _step_tokens(scheduler_config: Any) -> int:
@@ -197,12 +159,6 @@ def staged_decoder(vllm_config: Any, layers: Any, norm: Any) -> Any:
 
     planner = Planner.from_vllm_config(vllm_config)
     return Decoder(layers, norm, planner.schedule, ids_of(planner.positions))
-
-
-def reduction_of(methods: Iterable[Method]) -> EncoderReduction | None:
-    """The reduction in the vision tower; at most one of a server's methods, its own one, has any."""
-    reductions = (method.reduction for method in methods if isinstance(method, Adaptive))
-    return next((reduction for reduction in reductions if reduction is not None), None)
 
 
 def _alternative(method: Method, schedule: Schedule, has_kernel: bool) -> Alternative:

@@ -9,7 +9,8 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration, LlavaImagePixelInputs
 from vllm.model_executor.models.utils import StageMissingLayer
 
-from vllm_hidrop.engine.configure import methods_of, reduction_of, staged_decoder
+from vllm_hidrop.engine.configure import methods_of, staged_decoder
+from vllm_hidrop.engine.model_checks import reduction_of
 from vllm_hidrop.methods.adaptive import KeyLayer
 from vllm_hidrop.plan.plan import DENSE
 from vllm_hidrop.runners.tower_attention import TowerKernel, has_tower_kernel

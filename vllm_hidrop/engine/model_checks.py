@@ -1,0 +1,57 @@
+"""What a choice of method and positions asks of a model, read from its Hugging Face configuration; imports no vLLM."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from vllm_hidrop.config import Resolved
+from vllm_hidrop.methods import Adaptive, Method
+from vllm_hidrop.methods.adaptive import EncoderReduction
+from vllm_hidrop.plan.positions import PositionScheme
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""RoPE types that rotate a row by its one id and nothing else."""
+
+
+def check_model(resolved: Resolved, hf_config: Any) -> None:
+    """Raise ValueError, which names the obstacle, where a model cannot run by a choice that fits its shape."""
+    if resolved.positions is not PositionScheme.PERSISTENT:
+        check_rope(hf_config.text_config, resolved.positions)
+    check_adaptive(resolved, hf_config)
+
+
+def check_adaptive(resolved: Resolved, hf_config: Any) -> None:
+    """Raise ValueError, which names the obstacle, where an adaptive method cannot run with this model or scheme."""
+    if isinstance(resolved.method, Adaptive) and resolved.positions is PositionScheme.COMPACTED:
+        raise ValueError(f"method {resolved.method.name!r} needs persistent positions, not compacted ones")
+    reduction = reduction_of([resolved.method])
+    if reduction is not None:
+        vision = hf_config.vision_config
+        has_class_token = vision.model_type == "clip_vision_model"
+        if has_class_token and not _features_are_patches(hf_config):
+            raise ValueError(f"method {resolved.method.name!r} needs one feature layer, its patches alone")
+        try:
+            reduction.check((vision.image_size // vision.patch_size) ** 2, has_class_token)
+        except ValueError as error:
+            raise ValueError(f"method {resolved.method.name!r}: {error}") from None
+
+
+def _features_are_patches(hf_config: Any) -> bool:
+    return isinstance(hf_config.vision_feature_layer, int) and hf_config.vision_feature_select_strategy == "default"
+
+
+def check_rope(text_config: Any, positions: PositionScheme) -> None:
+    """Raise ValueError, which names the obstacle, where Q and K depend on more than RoPE by a row's one id."""
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    rope_type = rope.get("rope_type", "default")
+    obstacles = [] if rope_type in ROPE_TYPES else [f"rope type {rope_type!r}"]
+    obstacles += ["partial rotary"] if rope.get("partial_rotary_factor", 1) != 1 else []
+    obstacles += [key for key in ("mrope_section", "xdrope_section", "use_fope", "full_attention") if rope.get(key)]
+    obstacles += [key for key in ("dual_chunk_attention_config", "llama_4_scaling") if getattr(text_config, key, None)]
+    if obstacles:
+        raise ValueError(f"{positions} positions need plain RoPE in every layer, this text model has {obstacles[0]}")
+
+
+def reduction_of(methods: Iterable[Method]) -> EncoderReduction | None:
+    """The reduction in the vision tower; at most one of a server's methods, its own one, has any."""
+    reductions = (method.reduction for method in methods if isinstance(method, Adaptive))
+    return next((reduction for reduction in reductions if reduction is not None), None)
