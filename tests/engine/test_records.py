@@ -53,6 +53,7 @@ def test_a_run_before_a_preemption_and_one_after_it_may_follow_each_other() -> N
     record.preempted()
     run(record)
     run(record)
+    assert record.life is Life.RAN
 
 
 def test_nothing_is_decided_before_the_prompt_ran() -> None:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
+from vllm_hidrop.plan.signal import Signal, Under
 from vllm_hidrop.staged import signals
 from vllm_hidrop.staged.signals import contribution, text_attention
 
@@ -186,3 +187,7 @@ def test_statistics_of_heads_split_over_ranks_combine_to_those_of_all(shape: tup
     mean = torch.stack(shares).mean(0)
     everywhere_text = text_attention(ranks[0][0][text], ranks[0][1], text, *own, lambda _: mean)
     torch.testing.assert_close(everywhere_text, text_attention(query[text], key, text, *shape, SCALE))
+
+
+def test_every_signal_under_a_layer_is_computed() -> None:
+    assert set(signals.SIGNALS) == {signal for signal in Signal if signal.under is not Under.NO_LAYER}

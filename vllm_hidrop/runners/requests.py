@@ -84,7 +84,7 @@ class WorkerRequests:
         plans = [record.at(computed) for record, computed in zip(records, num_computed_tokens, strict=True)]
         names = [request.req_id for request in requests]
         step = make_step(names, plans, num_computed_tokens, num_scheduled_tokens, methods)
-        return replace(step, prefills=tuple(map(self._with_record, step.prefills)))
+        return replace(step, prefills=tuple(map(self._with_record, step.prefills))) if step.prefills else step
 
     def _with_record(self, prefill: PrunedPrefill) -> PrunedPrefill:
         request_id = prefill.request_id
