@@ -57,7 +57,7 @@ class AdaptiveLoop(StagedLoop):
         if statistics:
             kept = {prompt.prefill.index: prompt.prefill.plan.kept[stage + 1] for prompt in self.adaptive}
             bounds = {(index, image): kept[index][image] for index, image in statistics}
-            with self.timed():
+            with self.selecting.running():
                 self.images.decide(self.decoder.schedule.end_layers[stage], bounds, statistics)
 
     def select(self, stage: int, run: ImageRun) -> Any:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ from vllm_hidrop.staged.position_ids import PersistentIds
 from vllm_hidrop.staged.rows import Rows, carry_in, keep_states, scatter
 from vllm_hidrop.staged.signals import SIGNALS
 from vllm_hidrop.staged.step import StagedStep, Survivors
+from vllm_hidrop.staged.timer import Timer
 
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Query [T, H * D], key and value [T, G * D] of one layer's attention, after RoPE."""
@@ -68,7 +68,7 @@ class Outcome:
         survivors: by request id, of the adaptive prompts.
         states: by request id, the hidden states [n, C] that the worker keeps for later prompts.
         patches: by request id, the vision tokens that every stage ran, for the requests that ask.
-        selection_seconds: time spent on signals and selections, by the host's clock.
+        selecting: the time spent on signals and selections.
     """
 
     hidden: torch.Tensor
@@ -76,7 +76,7 @@ class Outcome:
     survivors: dict[str, Survivors]
     states: dict[str, torch.Tensor]
     patches: dict[str, Patches]
-    selection_seconds: float
+    selecting: Timer
 
 
 class StagedLoop:
@@ -95,7 +95,7 @@ class StagedLoop:
         self.rows = Rows(embeds, None, self.full_rows, positions[: len(embeds)])
         self.statistics: dict[Key, Statistic] = {}
         """Per image, the signal for the next cut."""
-        self.selection_seconds = 0.0
+        self.selecting = Timer(embeds.device)
 
     def run(self) -> Outcome:
         """Run all stages."""
@@ -120,7 +120,7 @@ class StagedLoop:
         hidden, _ = self.add_norm(self.decoder.norm, self.rows.hidden, self.rows.residual)
         hidden = scatter(hidden, self.rows.full, len(self.positions))[: len(self.embeds)]
         patches = patches_run(self.step, rows_of_stages)
-        return Outcome(hidden, self.step, self.survivors(), states, patches, self.selection_seconds)
+        return Outcome(hidden, self.step, self.survivors(), states, patches, self.selecting)
 
     def inject(self, runs: list[ImageRun]) -> list[ImageRun]:
         """Inject images' rows from the projector's output; return the other runs, where their rows stand now."""
@@ -136,7 +136,7 @@ class StagedLoop:
         """Keep the stage's rows; return their indices among the rows before, int64 [T'], or None where all stay."""
         kept = None
         if runs:
-            with self.timed():
+            with self.selecting.running():
                 selections: Selections = {run.key: self.select(stage, run) for run in runs if run.selects}
                 kept = gather_index(self.step, runs, len(self.rows.hidden), selections, self.embeds.device)
                 self.rows.gather(kept)
@@ -197,7 +197,7 @@ class StagedLoop:
 
     def compute_statistics(self, scored: list[ScoredPrompt], attention: Any, qkv: QKV) -> None:
         """Compute the signals of some prompts' images under one layer."""
-        with self.timed():
+        with self.selecting.running():
             for prompt, images in scored:
                 of_prompt = SIGNALS[prompt.prefill.method.signal](prompt.attention(attention, *qkv))
                 num_tokens = prompt.places.count(prompt.prefill.plan.num_prompt_tokens)
@@ -206,13 +206,6 @@ class StagedLoop:
                     span = prompt.places.images[image]
                     of_image = type(of_prompt)(*(part[span.offset : span.end] for part in of_prompt))
                     self.statistics[prompt.prefill.index, image] = of_image
-
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Add the time until exit to ``selection_seconds``."""
-        start = perf_counter()
-        yield
-        self.selection_seconds += perf_counter() - start
 
     # Hooks of the adaptive loop; see there.
 
