@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from vllm.forward_context import get_forward_context
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -22,6 +23,7 @@ from vllm_hidrop.engine.compat import subclass
 from vllm_hidrop.engine.kv_cache import block_size_of
 from vllm_hidrop.plan.planner import Planner
 from vllm_hidrop.plan.positions import PositionScheme
+from vllm_hidrop.runners.attention_metadata import check_attention_backends, with_tables
 from vllm_hidrop.runners.block_tables import StackedTables
 from vllm_hidrop.runners.requests import WorkerRequests, with_report
 from vllm_hidrop.runners.stage_caches import StageCaches, stage_specs
@@ -59,6 +61,7 @@ class StagedRunner(GPUModelRunner):
     def may_reinitialize_input_batch(self, kv_cache_config: Any) -> None:
         """Make vLLM's batch and stack its block tables; from here on the size of a block is final."""
         super().may_reinitialize_input_batch(kv_cache_config)
+        check_attention_backends(self.attn_groups)
         self.planner = replace(self.planner, block_size=block_size_of(kv_cache_config))
         self.staged = WorkerRequests(self.planner)
         self.tables = StackedTables(self.input_batch.block_table)
@@ -115,7 +118,7 @@ class StagedRunner(GPUModelRunner):
     def _slots(self, groups: Sequence[int], batch: StageBatch) -> Iterable[tuple[int, torch.Tensor]]:
         """(group, int64 [T]) pairs: slots of a stage's rows in the caches of ``groups``, which hold the same tokens."""
         slots = self.tables.slots(groups, *batch.requests_and_slots)
-        return zip(groups, torch.from_numpy(slots).to(self.device), strict=True)
+        return zip(groups, async_tensor_h2d(slots, device=self.device), strict=True)
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         """Attention metadata by layer name, built once per distinct set of rows: groups differ in tables and slots."""
@@ -131,9 +134,11 @@ class StagedRunner(GPUModelRunner):
 
     def _metadata(self, group_index: int, batch: StageBatch, slots: torch.Tensor) -> Any:
         table = self.input_batch.block_table[group_index].get_device_tensor(len(batch.num_rows))
-        if batch in self.built:
-            return replace(self.built[batch], block_table=table, slot_mapping=slots)
         (attention_group,) = self.attn_groups[group_index]
+        if batch in self.built:
+            shared = with_tables(attention_group.get_metadata_builder(0), self.built[batch], table, slots)
+            if shared is not None:
+                return shared
         common = self._common_metadata(batch, table, slots)
         self.built[batch] = attention_group.build_metadata(common, 0)
         return self.built[batch]
@@ -144,9 +149,9 @@ class StagedRunner(GPUModelRunner):
         num_requests = len(batch.num_rows)
         computed = self.input_batch.num_computed_tokens_cpu_tensor[:num_requests]
         return CommonAttentionMetadata(
-            query_start_loc=row_starts.to(self.device, non_blocking=True),
+            query_start_loc=async_tensor_h2d(row_starts, device=self.device),
             query_start_loc_cpu=row_starts,
-            seq_lens=seq_lens.to(self.device, non_blocking=True),
+            seq_lens=async_tensor_h2d(seq_lens, device=self.device),
             seq_lens_cpu_upper_bound=seq_lens,
             num_reqs=num_requests,
             num_actual_tokens=batch.num_tokens,
@@ -202,7 +207,7 @@ class StagedRunner(GPUModelRunner):
         assert positions is not None
         step = replace(step, prefills=tuple(map(self._with_caches, step.prefills)))
         carrying = (prefill for prefill in step.prefills if prefill.carried is not None)
-        carried = [torch.from_numpy(self.staged.carried_ids(prefill)).to(self.device) for prefill in carrying]
+        carried = [async_tensor_h2d(self.staged.carried_ids(prefill), device=self.device) for prefill in carrying]
         num_tokens = step.full.num_tokens
         positions = torch.cat((positions[:num_tokens], *carried))
         self.outcome = run_staged(self.model.decoder, step, inputs_embeds[:num_tokens], positions, self._enter)
@@ -220,7 +225,7 @@ class StagedRunner(GPUModelRunner):
         """Write the rows' grouped ids over vLLM's, in the buffer that vLLM fills anew in every step."""
         assert positions is not None
         ids = grouped_positions(step.full, [self.staged.records[name].plan for name in self.input_batch.req_ids])
-        positions[: len(ids)].copy_(torch.from_numpy(ids))
+        async_tensor_h2d(ids, out=positions[: len(ids)])
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample as vLLM does, and attach the report of the step to its output."""
