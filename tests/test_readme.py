@@ -116,6 +116,7 @@ def test_the_readmes_command_passes_the_gate_on_a_gpu_too(
     model, *rest = shlex.split(line, comments=True)[2:]
     assert model == "llava-hf/llava-1.5-7b-hf"
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", is_v2)
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
     for module in (gate, configure_module):
         monkeypatch.setattr(module, "current_platform", SimpleNamespace(is_cpu=lambda: False))
     chosen: list[Any] = []
