@@ -58,7 +58,7 @@ TOUCHED = {
     "vllm.v1.core.sched.scheduler.Scheduler": "deferred_frees running",
     "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager": "kv_cache_group_id",
     "vllm.v1.engine.core.EngineCore": "scheduler",
-    "vllm.v1.engine.core_client.AsyncMPClient": "call_utility_async",
+    "vllm.v1.engine.core_client.AsyncMPClient": "call_utility_all_async",
     "vllm.v1.request.Request": "_block_hasher block_hashes mm_features num_computed_tokens num_prompt_tokens "
     "sampling_params skip_reading_prefix_cache structured_output_request",
     "vllm.v1.worker.block_table.BlockTable": "block_size block_table get_device_tensor num_blocks_per_row pin_memory "

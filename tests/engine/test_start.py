@@ -57,7 +57,10 @@ CUTS_RENUMBERED = {
 }
 REFUSED: dict[str, list[dict[str, Any]]] = {
     "--pipeline-parallel-size > 1": [{"pipeline_parallel_size": 2}],
-    "--data-parallel-size > 1": [{"data_parallel_size": 2}],
+    "--data-parallel-size-local below --data-parallel-size": [
+        {"data_parallel_size": 4, "data_parallel_size_local": 2, "data_parallel_hybrid_lb": True},
+        {"data_parallel_size": 2, "data_parallel_size_local": 1, "data_parallel_address": "127.0.0.1"},
+    ],
     "--decode-context-parallel-size > 1": [{"decode_context_parallel_size": 2, "tensor_parallel_size": 2}],
     "--enable-dbo": [{"enable_dbo": True}, {"ubatch_size": 2}],
     "--enable-lora": [{"enable_lora": True}],

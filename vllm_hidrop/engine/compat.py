@@ -57,7 +57,7 @@ def subclass(instance: Any, cls: type[T], *, why: str, **state: Any) -> T:
 
 
 INTEGRITY_CALL = "hidrop_integrity"
-"""Name of the method, for ``engine_core.call_utility_async``."""
+"""Name of the method, for ``engine_core.call_utility_all_async``."""
 
 
 def let_clients_ask() -> None:

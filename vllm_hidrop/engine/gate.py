@@ -60,9 +60,9 @@ RULES = (
         lambda c: c.parallel_config.pipeline_parallel_size > 1,
     ),
     Rule(
-        "--data-parallel-size > 1",
-        "not tested yet; run several servers behind a router",
-        lambda c: c.parallel_config.data_parallel_size > 1,
+        "--data-parallel-size-local below --data-parallel-size",
+        "not run: a server starts all of its engines, on one machine; run several servers behind a router",
+        lambda c: c.parallel_config.data_parallel_size_local < c.parallel_config.data_parallel_size,
     ),
     Rule(
         "--decode-context-parallel-size > 1",
@@ -167,6 +167,10 @@ RULES = (
 
 CHECKED = (
     Checked("--tensor-parallel-size 2", "test_tensor_parallel.py::test_two_ranks_select_and_answer_as_one_does"),
+    Checked(
+        "--data-parallel-size 2, also with --api-server-count 2",
+        "test_data_parallel.py::test_two_engines_answer_and_count_as_one_does",
+    ),
     Checked(
         "--distributed-executor-backend mp, uni",
         "test_tensor_parallel.py::test_a_worker_process_answers_as_the_engine_in_one_process",

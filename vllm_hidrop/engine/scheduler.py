@@ -302,6 +302,7 @@ class StagedScheduler(Scheduler):
             plan = record.prefill_plan
             run = Run(record.rows_run, record.num_reused, frozenset(record.encoded), record.patches)
             record.report = what_ran(self.costing, plan, run, request) | {
+                "engine": self.vllm_config.parallel_config.data_parallel_index,
                 "selection_ms": record.selection_ms,
                 "reuse_off": self._reuse_off(plan),
             }
