@@ -70,7 +70,11 @@ RULES = (
         lambda c: c.parallel_config.decode_context_parallel_size > 1,
     ),
     Rule("--enable-dbo", "micro-batches cut a step's full rows", lambda c: c.parallel_config.use_ubatching),
-    Rule("--enable-lora", "its indices are made once per step, for unpruned rows", lambda c: c.lora_config is not None),
+    Rule(
+        "--enable-lora",
+        "rows are mapped to adapters once per step; stages run fewer, and a cut changes them between two projections",
+        lambda c: c.lora_config is not None,
+    ),
     Rule("--speculative-config", "drafts index unpruned rows", lambda c: c.speculative_config is not None),
     Rule(
         "--kv-transfer-config",
