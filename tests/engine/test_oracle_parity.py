@@ -135,6 +135,11 @@ def selections_of(results: list[OracleResult]) -> dict[int, list[list[int]]]:
     return together
 
 
+def in_any_order(selections: dict[int, list[list[int]]]) -> dict[int, list[list[int]]]:
+    """The V2 runner sorts a batch by its requests' numbers of tokens."""
+    return {layer: sorted(images) for layer, images in selections.items()}
+
+
 @pytest.mark.parametrize(("name", "choice"), CASES)
 def test_staged_equals_oracle_alone_and_in_a_mixed_batch(
     models: dict[str, Path], name: str, choice: dict[str, Any]
@@ -152,6 +157,6 @@ def test_staged_equals_oracle_alone_and_in_a_mixed_batch(
             assert kept == selections_of([result])
         with running.record_selections() as kept:
             answers = running.ask(asks())
-        assert kept == selections_of(expected)
+        assert in_any_order(kept) == in_any_order(selections_of(expected))
         for answer, result in zip(answers, expected, strict=True):
             check_equal(answer, result)

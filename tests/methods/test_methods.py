@@ -1,7 +1,7 @@
 """The contract every row of METHODS keeps, and the papers' own schedules."""
 
 import dataclasses
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def statistic(signal: Signal, size: int) -> Statistic | None:
     """Some statistic of the kind that a signal comes to; None where there is none."""
     if signal is Signal.NONE:
         return None
-    kind = get_type_hints(SIGNALS[signal])["return"]
+    (kind,) = get_args(get_type_hints(SIGNALS[signal])["return"])
     found: Statistic = kind(*(torch.linspace(0, 1, size) for _ in kind._fields))
     return found
 

@@ -109,7 +109,7 @@ def test_closing_up_equals_writing_the_rows_that_stay_to_the_first_slots(cache: 
         left = slots[source]
         cache.write(expected, slots[: len(left)], key[left], value[left])
         pages = before.clone()
-        cache.layout.close_up(pages, table, source)
+        cache.layout.close_up(pages, torch.from_numpy(table), torch.from_numpy(source))
         assert torch.equal(pages.view(torch.uint8), expected.view(torch.uint8))
         others = [block for block in range(NUM_BLOCKS) if block not in blocks]
         assert torch.equal(pages[others], before[others])
@@ -160,14 +160,14 @@ def test_a_cache_of_any_strides_is_closed_up_and_read_alike(cache: Cache, stride
     num_slots = 3 * cache.block_size + 5
     for source in sources(num_slots):
         expected, pages = cache.pages.clone(), strided(cache.pages)
-        cache.layout.close_up(expected, table, source)
-        cache.layout.close_up(pages, table, source)
+        cache.layout.close_up(expected, torch.from_numpy(table), torch.from_numpy(source))
+        cache.layout.close_up(pages, torch.from_numpy(table), torch.from_numpy(source))
         assert torch.equal(pages.contiguous().view(torch.uint8), expected.view(torch.uint8))
-        keys = [cache.layout.read_keys(each, table, num_slots) for each in (expected, pages)]
+        keys = [cache.layout.read_keys(each, torch.from_numpy(table), num_slots) for each in (expected, pages)]
         assert keys[0].shape == (num_slots, expected.shape[1] * expected.shape[3] // 2)
         assert torch.equal(*(each.view(torch.uint8) for each in keys))
         for each in (expected, pages):
-            cache.layout.change_keys(each, table, num_slots, lambda keys: keys.flip(0))
+            cache.layout.change_keys(each, torch.from_numpy(table), num_slots, lambda keys: keys.flip(0))
         assert torch.equal(pages.contiguous().view(torch.uint8), expected.view(torch.uint8))
 
 

@@ -109,7 +109,7 @@ def test_closing_up_equals_writing_to_the_first_slots(source: list[int], blocks:
     expected = cache.kv_cache.clone()
     left = rows[source]
     cache.do_kv_cache_update(cache, left[..., :3], left[..., 3:], expected, slots[: len(left)])
-    SlotLayout.of(cache).close_up(cache.kv_cache, table, np.array(source, dtype=np.int64))
+    SlotLayout.of(cache).close_up(cache.kv_cache, torch.from_numpy(table), torch.tensor(source, dtype=torch.int64))
     assert torch.equal(cache.kv_cache, expected)
 
 

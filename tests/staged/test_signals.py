@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
+from vllm_hidrop.plan.places import Span, StagePlaces
 from vllm_hidrop.plan.signal import Signal, Under
 from vllm_hidrop.staged import signals
-from vllm_hidrop.staged.signals import contribution, text_attention
+from vllm_hidrop.staged.signals import contribution, row_attention, text_attention
 
 settings.load_profile("ci")  # no deadline on a shared machine, the same examples every time
 
@@ -191,3 +192,27 @@ def test_statistics_of_heads_split_over_ranks_combine_to_those_of_all(shape: tup
 
 def test_every_signal_under_a_layer_is_computed() -> None:
     assert set(signals.SIGNALS) == {signal for signal in Signal if signal.under is not Under.NO_LAYER}
+
+
+@pytest.mark.parametrize("cached", [(0, 0, 0), (0, 5, 2)])
+def test_prompts_together_attend_as_each_alone(cached: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several prompts of unequal lengths among a stage's rows, a decoding request between them."""
+    monkeypatch.setattr(signals, "mean_over_ranks", lambda part: part)
+    stage = random_rows(30, 4, 0), random_rows(30, 2, 1), random_rows(30, 2, 2)
+    rows = slice(0, 9), slice(10, 13), slice(13, 30)
+    prompts = [
+        signals.PromptAttention(
+            *stage,
+            own,
+            random_rows(num, 2, num) if num else None,
+            StagePlaces((Span(1, 2),), (2,)),
+            own.stop - own.start + num,
+            (4, 2, SCALE),
+        )
+        for own, num in zip(rows, cached, strict=True)
+    ]
+    together = signals.SIGNALS[Signal.NEXT_ATTENTION](prompts)
+    for prompt, (weight,) in zip(prompts, together, strict=True):
+        torch.testing.assert_close(weight, row_attention(prompt.query[-1], prompt.key, *prompt.shape))
+        ((alone,),) = signals.SIGNALS[Signal.NEXT_ATTENTION]([prompt])
+        assert torch.equal(alone, row_attention(prompt.query[-1], prompt.key, *prompt.shape))

@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Any, Protocol
 
+from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from vllm_hidrop.config import HidropConfig, Resolved, make_method, resolve, training_warning
 from vllm_hidrop.engine.gate import check_gate
@@ -64,6 +66,8 @@ def configure(vllm_config: Any, family: Family) -> None:
     if Planner.from_vllm_config(vllm_config).is_staged:
         _set_limits(vllm_config, resolved.schedule, family.shape(hf_config).tokens_per_image)
         _set_kernels(vllm_config)
+        if not current_platform.is_cpu():
+            _set_graphs(vllm_config)
 
 
 def _warn_of_trained_positions(config: HidropConfig, resolved: Resolved, checkpoint_entry: Any) -> None:
@@ -90,8 +94,6 @@ def _step_tokens(scheduler_config: Any) -> int:
 
 
 def _set_engine_classes(vllm_config: Any) -> None:
-    from vllm.platforms import current_platform
-
     worker = "StagedCPUWorker" if current_platform.is_cpu() else "StagedGPUWorker"
     vllm_config.parallel_config.worker_cls = f"vllm_hidrop.runners.worker.{worker}"
     is_async = vllm_config.scheduler_config.async_scheduling and not current_platform.is_cpu()
@@ -129,6 +131,15 @@ def _set_kernels(vllm_config: Any) -> None:
     custom_ops = vllm_config.compilation_config.custom_ops
     if not any(op.endswith("rotary_embedding") for op in custom_ops):
         custom_ops.append("+rotary_embedding")
+
+
+def _set_graphs(vllm_config: Any) -> None:
+    """Replay graphs of decode steps where the V2 model runner may; vLLM's compiler does not run beside the stages."""
+    config = vllm_config.compilation_config
+    config.mode = CompilationMode.NONE
+    if config.cudagraph_mode is None:
+        is_v2 = vllm_config.use_v2_model_runner
+        config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY if is_v2 else CUDAGraphMode.NONE
 
 
 def alternatives(resolved: Resolved, shape: ModelShape, has_kernel: bool) -> dict[str, Alternative]:

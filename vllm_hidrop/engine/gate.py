@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.platforms import current_platform
 
 from vllm_hidrop.plan.planner import Planner
@@ -36,8 +37,14 @@ class Checked:
     test: str
 
 
-def _is_cuda_graph(config: Any) -> bool:
-    return not current_platform.is_cpu() and not config.model_config.enforce_eager
+def _on_cuda(is_set: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda config: not current_platform.is_cpu() and is_set(config)
+
+
+def _replays_other_graphs(config: Any) -> bool:
+    """Whether graphs are asked for that staged steps could meet; None asks for none, ``configure`` sets it."""
+    allowed = {None, CUDAGraphMode.NONE} | ({CUDAGraphMode.FULL_DECODE_ONLY} if config.use_v2_model_runner else set())
+    return config.compilation_config.cudagraph_mode not in allowed
 
 
 def _is_foreign(cls: Any, *known: Any) -> bool:
@@ -68,6 +75,11 @@ RULES = (
         "--decode-context-parallel-size > 1",
         "slots are compact per stage, not split over ranks",
         lambda c: c.parallel_config.decode_context_parallel_size > 1,
+    ),
+    Rule(
+        "--prefill-context-parallel-size > 1",
+        "slots are compact per stage, not split over ranks",
+        lambda c: c.parallel_config.prefill_context_parallel_size > 1,
     ),
     Rule("--enable-dbo", "micro-batches cut a step's full rows", lambda c: c.parallel_config.use_ubatching),
     Rule(
@@ -149,11 +161,20 @@ RULES = (
         "it skips prompt rows the cuts score",
         lambda c: c.cache_config.kv_sharing_fast_prefill,
     ),
-    Rule("CUDA graphs (no --enforce-eager on CUDA)", "a staged step's row counts vary", _is_cuda_graph),
     Rule(
-        "vLLM's V2 model runner",
-        "the adapter is for V1; set VLLM_USE_V2_MODEL_RUNNER=0",
-        lambda c: c.use_v2_model_runner,
+        "--compilation-config.cudagraph_mode other than NONE or, on the V2 model runner, FULL_DECODE_ONLY",
+        "a step that prefills pruned prompts has other row counts every time; only decode steps replay graphs",
+        _on_cuda(_replays_other_graphs),
+    ),
+    Rule(
+        "--compilation-config.mode other than NONE on CUDA",
+        "the staged loop calls the parts of a layer, and has not been run beside vLLM's compiler there",
+        _on_cuda(lambda c: c.compilation_config.mode not in {None, CompilationMode.NONE}),
+    ),
+    Rule(
+        "--compilation-config.cudagraph_mm_encoder",
+        "a replayed vision tower encodes as stock does, whatever encoding a request's method needs",
+        lambda c: c.compilation_config.cudagraph_mm_encoder,
     ),
     Rule(
         "--scheduler-cls",
@@ -168,6 +189,9 @@ RULES = (
         replaces_ours=True,
     ),
 )
+
+BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "FLASHINFER")
+"""Attention backends that stages run on. Only the CPU's has been run; the others' builders and caches were read."""
 
 CHECKED = (
     Checked("--tensor-parallel-size 2", "test_tensor_parallel.py::test_two_ranks_select_and_answer_as_one_does"),
@@ -223,3 +247,13 @@ def check_gate(vllm_config: Any) -> None:
     for rule in RULES:
         if (is_staged or rule.replaces_ours) and rule.is_set(vllm_config):
             raise ValueError(f"pruning cannot be combined with {rule.setting}: {rule.reason}")
+
+
+def check_attention_backend(name: str) -> None:
+    """Raise ValueError for an attention backend whose metadata and caches stages do not know."""
+    if name not in BACKENDS:
+        raise ValueError(
+            f"pruning cannot run on the attention backend {name}: stages need metadata and cached keys of their own, "
+            f"and nobody has read how this backend makes them; choose one of {', '.join(BACKENDS)} with "
+            "--attention-backend"
+        )

@@ -92,7 +92,8 @@ class StagedScheduler(Scheduler):
     def add_request(self, request: Request) -> None:
         """Plan the request, then vLLM's admission (rules 1 and 7)."""
         if request.request_id not in self.requests:
-            plan, refusal = self.planner.plan_or_refuse(request)
+            prompt_length, features = request.num_prompt_tokens, request.mm_features
+            plan, refusal = self.planner.plan_or_refuse(prompt_length, features, request.sampling_params)
             self.records[request.request_id] = Record.of(plan)
             if plan.is_pruned:
                 _rename_features(request, plan, self.hash_block_size)

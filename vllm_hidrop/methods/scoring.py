@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -84,9 +85,14 @@ def attention_score(signals: Signals) -> torch.Tensor:
 
 def random_score(signals: Signals, seed: int) -> torch.Tensor:
     """A random number that depends only on seed, cut layer and the token's place in its image."""
-    table = np.random.default_rng([seed, signals.layer]).random(signals.num_image_tokens)
-    table_on_device = torch.from_numpy(table.astype(np.float32)).to(signals.survivors.device)
-    return table_on_device[signals.survivors]
+    return _random_table(seed, signals.layer, signals.num_image_tokens, signals.survivors.device)[signals.survivors]
+
+
+@lru_cache(maxsize=256)
+def _random_table(seed: int, layer: int, num_tokens: int, device: torch.device) -> torch.Tensor:
+    """The same numbers in every step, so they are uploaded once: float32 [num_tokens]."""
+    table = np.random.default_rng([seed, layer]).random(num_tokens)
+    return torch.from_numpy(table.astype(np.float32)).to(device)
 
 
 def uniform_score(signals: Signals) -> torch.Tensor:

@@ -16,9 +16,10 @@ from vllm_hidrop.plan.plan import DENSE
 from vllm_hidrop.runners.tower_attention import TowerKernel, has_tower_kernel
 from vllm_hidrop.staged.encoder_selection import ClassAttention, ReducingTower
 from vllm_hidrop.staged.merging import Reduced
+from vllm_hidrop.staged.model import StagedForward
 
 
-class HidropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+class HidropLlavaForConditionalGeneration(StagedForward, LlavaForConditionalGeneration):
     """vLLM's LLaVA, whose decoder layers can also run stage by stage, and whose tower can run fewer rows."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:

@@ -182,11 +182,17 @@ class Planner:
             return "first_layer"
         return "states" if plan.first_cut < len(plan.kept) and not self.state_bytes else None
 
-    def plan_or_refuse(self, request: Any) -> tuple[Plan, str | None]:
-        """The plan of vLLM's request, and why it is refused or None; a refused one runs dense until vLLM ends it."""
-        params = request.sampling_params
-        spans = spans_of(request.mm_features)
-        num_prompt_tokens = request.num_prompt_tokens
+    def plan_or_refuse(
+        self, num_prompt_tokens: int, mm_features: Iterable[Any], params: Any
+    ) -> tuple[Plan, str | None]:
+        """The plan of vLLM's request, and why it is refused or None; a refused one runs dense until vLLM ends it.
+
+        Args:
+            num_prompt_tokens: length of the full prompt, vision tokens included.
+            mm_features: its ``MultiModalFeatureSpec`` list.
+            params: its sampling parameters; None where it has none.
+        """
+        spans = spans_of(mm_features)
         try:
             extra_args = params.extra_args if params else None
             wants_prompt_logprobs = params is not None and params.prompt_logprobs is not None

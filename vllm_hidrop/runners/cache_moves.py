@@ -24,7 +24,7 @@ class SlotLayout:
     """Where each slot's K and V stand in a page, the same for every head and block.
 
     In every method ``cache`` is [blocks, G, slots, 2 * D], the pages of all requests, of any strides, and ``blocks``
-    int32 [B], one request's block ids in order.
+    int32 [B], one request's block ids in order; all tensors are on the cache's device.
 
     Attributes:
         elements: int64 [slots, 2 * D], for every slot the places of its elements in one head's page, counted row by
@@ -61,28 +61,30 @@ class SlotLayout:
             raise ValueError("this KV cache layout cannot be closed up: a page does not hold each element once")
         return cls(order.view(block_size, 2 * head_size))
 
-    def read_keys(self, cache: torch.Tensor, blocks: npt.NDArray[np.int32], num_slots: int) -> torch.Tensor:
+    def read_keys(self, cache: torch.Tensor, blocks: torch.Tensor, num_slots: int) -> torch.Tensor:
         """K of a request's first slots, [num_slots, G * D] in the cache's dtype."""
-        return cache[self._index(cache, blocks, np.arange(num_slots), cache.shape[3] // 2)].flatten(1)
+        slots = torch.arange(num_slots, device=cache.device)
+        return cache[self._index(cache, blocks, slots, cache.shape[3] // 2)].flatten(1)
 
     def change_keys(
         self,
         cache: torch.Tensor,
-        blocks: npt.NDArray[np.int32],
+        blocks: torch.Tensor,
         num_slots: int,
         change: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         """Replace K of a request's first slots, [num_slots, G, D], by ``change`` of it, in place."""
-        index = self._index(cache, blocks, np.arange(num_slots), cache.shape[3] // 2)
+        slots = torch.arange(num_slots, device=cache.device)
+        index = self._index(cache, blocks, slots, cache.shape[3] // 2)
         cache[index] = change(cache[index])
 
-    def close_up(self, cache: torch.Tensor, blocks: npt.NDArray[np.int32], source: npt.NDArray[np.int64]) -> None:
+    def close_up(self, cache: torch.Tensor, blocks: torch.Tensor, source: torch.Tensor) -> None:
         """Move the slots ``source``, int64 [n], ascending, of a request to its slots 0 to n - 1, in place."""
-        moved = np.flatnonzero(source != np.arange(len(source)))
-        cache[self._index(cache, blocks, moved)] = cache[self._index(cache, blocks, source[moved])]
+        target = torch.arange(len(source), device=cache.device)
+        cache[self._index(cache, blocks, target)] = cache[self._index(cache, blocks, source)]
 
     def _index(
-        self, cache: torch.Tensor, blocks: npt.NDArray[np.int32], slots: npt.NDArray[np.int64], width: int | None = None
+        self, cache: torch.Tensor, blocks: torch.Tensor, slots: torch.Tensor, width: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Index of the first ``width`` elements (None: all) of a request's slots, int64 [n]: it gives [n, G, width].
 
@@ -90,10 +92,9 @@ class SlotLayout:
         permuted cache has no flat view.
         """
         block_size = self.elements.shape[0]
-        device = self.elements.device
-        block_ids = torch.from_numpy(blocks[slots // block_size].astype(np.int64)).to(device)
-        elements = self.elements[torch.from_numpy(slots % block_size).to(device), :width]
-        heads = torch.arange(cache.shape[1], device=device)
+        block_ids = blocks[slots // block_size].long()
+        elements = self.elements[slots % block_size, :width]
+        heads = torch.arange(cache.shape[1], device=cache.device)
         row, column = (part[:, None] for part in (elements // cache.shape[3], elements % cache.shape[3]))
         return block_ids[:, None, None], heads[None, :, None], row, column
 

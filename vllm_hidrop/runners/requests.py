@@ -1,12 +1,13 @@
 """What a worker knows of its requests between steps, and the rows of a step made of it; no runner's type is used."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_hidrop.engine.image_prefix import Orders
 from vllm_hidrop.methods.base import Method
@@ -52,38 +53,48 @@ class WorkerRequests:
         """By request id, the states that enter a first cut in this step."""
 
     def begin_step(self, scheduler_output: Any) -> None:
-        """Forget finished requests and freed features, take the scheduler's orders; also in steps that run nothing."""
+        """Forget finished requests and freed features, plan new requests, take the scheduler's orders.
+
+        Also in steps that run nothing. A preempted request keeps its record, though V2 runners meet it as new again.
+        """
         for request_id in scheduler_output.finished_req_ids:
             self.records.pop(request_id, None)
         for identifier in scheduler_output.free_encoder_mm_hashes:
             self.reduced.pop(identifier, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            if new.req_id not in self.records:
+                plan, _ = self.planner.plan_or_refuse(new.prompt_len, new.mm_features, new.sampling_params)
+                self.records[new.req_id] = WorkerRecord(plan, plan.after_prefill(self.planner.schedule))
         self.orders = getattr(scheduler_output, "prefix_orders", Orders())
         reuse = self.orders.reuse.items()
         self.carried = {request_id: self.states[each.state][: each.num_rows] for request_id, each in reuse}
         for state in self.orders.drop:
             self.states.pop(state, None)
 
-    def record(self, request: Any) -> WorkerRecord:
-        """The record of vLLM's request, which is planned when it is first seen."""
-        record = self.records.get(request.req_id)
-        if record is None:
-            plan, _ = self.planner.plan_or_refuse(request)
-            record = WorkerRecord(plan, plan.after_prefill(self.planner.schedule))
-            self.records[request.req_id] = record
-        return record
+    def by_encoding(self, scheduled_encoder_inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """By the way of encoding (``Plan.encoding``), which of vLLM's scheduled encoder inputs are encoded in it."""
+        by_encoding: dict[str, dict[str, Any]] = {}
+        for request_id, images in scheduled_encoder_inputs.items():
+            by_encoding.setdefault(self.records[request_id].plan.encoding, {})[request_id] = images
+        return by_encoding
+
+    def keep_reduced(self, identifiers: Iterable[str], reduced: Sequence[Reduced | None]) -> None:
+        """Keep what the tower left of the features of these identifiers, in the order in which they were encoded."""
+        if reduced:
+            pairs = zip(identifiers, reduced, strict=True)
+            self.reduced.update({identifier: each for identifier, each in pairs if each is not None})
 
     def lay_out(
         self,
-        requests: Sequence[Any],
+        request_ids: Sequence[str],
         num_computed_tokens: npt.NDArray[np.int32],
         num_scheduled_tokens: npt.NDArray[np.int32],
         methods: Mapping[str, Method],
     ) -> StagedStep:
-        """The step that :func:`make_step` lays out for vLLM's requests [R], without the reading of cached keys."""
-        records = [self.record(request) for request in requests]
+        """The step that :func:`make_step` lays out for R requests, without the reading of cached keys."""
+        records = [self.records[request_id] for request_id in request_ids]
         plans = [record.at(computed) for record, computed in zip(records, num_computed_tokens, strict=True)]
-        names = [request.req_id for request in requests]
-        step = make_step(names, plans, num_computed_tokens, num_scheduled_tokens, methods)
+        step = make_step(request_ids, plans, num_computed_tokens, num_scheduled_tokens, methods)
         return replace(step, prefills=tuple(map(self._with_record, step.prefills))) if step.prefills else step
 
     def _with_record(self, prefill: PrunedPrefill) -> PrunedPrefill:
@@ -127,9 +138,31 @@ class WorkerRequests:
         return decided
 
 
-def attach_report(output: Any, outcome: Outcome) -> None:
+def attach_report(output: ModelRunnerOutput, outcome: Outcome) -> ModelRunnerOutput:
     """Attach what ran to vLLM's output of the step, which goes to the scheduler."""
     step = outcome.step
-    output.rows_run = step.rows_run()
-    output.selection_seconds, output.patches = outcome.selection_seconds, outcome.patches
-    output.decided = {p.request_id: p.plan.kept for p in step.prefills if p.plan.adaptive}
+    reported: Any = output
+    reported.rows_run = step.rows_run()
+    reported.selection_seconds, reported.patches = outcome.selecting.seconds(), outcome.patches
+    reported.decided = {p.request_id: p.plan.kept for p in step.prefills if p.plan.adaptive}
+    return output
+
+
+class ReportingOutput(AsyncModelRunnerOutput):
+    """An asynchronous output of vLLM's, to which the report is attached once the device is done with the step."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, outcome: Outcome) -> None:
+        self.output = output
+        self.outcome = outcome
+
+    def get_output(self) -> ModelRunnerOutput:
+        """Wait for vLLM's output, and attach the report."""
+        return attach_report(self.output.get_output(), self.outcome)
+
+
+def with_report(output: Any, outcome: Outcome | None) -> Any:
+    """What a runner returns for a step, with the report of a staged loop that ran in it."""
+    if outcome is None:
+        return output
+    is_async = isinstance(output, AsyncModelRunnerOutput)
+    return ReportingOutput(output, outcome) if is_async else attach_report(output, outcome)

@@ -1,35 +1,35 @@
 """Adapter to vLLM's V1 model runner (CPU; CUDA with ``VLLM_USE_V2_MODEL_RUNNER=0``).
 
 :func:`make_staged` turns a runner that vLLM has constructed into its staged subclass, which overrides the hooks below.
-What they call is in ``staged``, ``runners.requests`` and ``runners.cache_moves``.
+What they call is in ``staged``, ``runners.requests`` and ``runners.stage_caches``.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_hidrop.engine.compat import subclass
-from vllm_hidrop.engine.kv_cache import StageSpec, block_size_of
+from vllm_hidrop.engine.kv_cache import block_size_of
 from vllm_hidrop.plan.planner import Planner
 from vllm_hidrop.plan.positions import PositionScheme
+from vllm_hidrop.runners.attention_metadata import check_attention_backends, with_tables
 from vllm_hidrop.runners.block_tables import StackedTables
-from vllm_hidrop.runners.cache_moves import SlotLayout, slots_that_stay
-from vllm_hidrop.runners.requests import WorkerRecord, WorkerRequests, attach_report
+from vllm_hidrop.runners.requests import WorkerRequests, with_report
+from vllm_hidrop.runners.stage_caches import StageCaches, stage_specs
 from vllm_hidrop.staged.adaptive_loop import run_staged
 from vllm_hidrop.staged.loop import Outcome
 from vllm_hidrop.staged.model import StagedModel
-from vllm_hidrop.staged.position_ids import turned
 from vllm_hidrop.staged.step import PrunedPrefill, StageBatch, StagedStep, grouped_positions
 
 
@@ -41,7 +41,6 @@ class StagedRunner(GPUModelRunner):
         step: which rows every stage runs in the running step; None in dummy runs.
         outcome: result of the running step's staged loop, once it has run.
         built: attention metadata of the running step, by the rows it is for.
-        slot_layouts: how pages store slots, by (page shape, dtype, kind of attention).
     """
 
     model: StagedModel
@@ -51,47 +50,27 @@ class StagedRunner(GPUModelRunner):
     outcome: Outcome | None
     built: dict[StageBatch, Any]
     tables: StackedTables
-    slot_layouts: dict[Any, SlotLayout]
+    caches: StageCaches
 
     # Caches: a spec, block tables and slots per stage.
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """The specs of vLLM by layer name, each with its layer's stage."""
-        return {name: self._stage_spec(name, spec) for name, spec in super().get_kv_cache_spec().items()}
-
-    def _stage_spec(self, layer_name: str, spec: KVCacheSpec) -> KVCacheSpec:
-        if type(spec) is not FullAttentionSpec:
-            raise ValueError(f"staged layers need full attention, {layer_name} has {type(spec).__name__}")
-        return StageSpec.of(spec, self.planner.schedule.stage_of_layer(extract_layer_index(layer_name)))
+        return stage_specs(super().get_kv_cache_spec(), self.planner.schedule)
 
     def may_reinitialize_input_batch(self, kv_cache_config: Any) -> None:
         """Make vLLM's batch and stack its block tables; from here on the size of a block is final."""
         super().may_reinitialize_input_batch(kv_cache_config)
+        check_attention_backends(self.attn_groups)
         self.planner = replace(self.planner, block_size=block_size_of(kv_cache_config))
         self.staged = WorkerRequests(self.planner)
         self.tables = StackedTables(self.input_batch.block_table)
+        attentions = self.compilation_config.static_forward_context
+        groups = kv_cache_config.kv_cache_groups
+        self.caches = StageCaches(self.model.decoder, groups, attentions, self._block_ids)
 
-    @cached_property
-    def group_of_layer(self) -> dict[str, int]:
-        """Index of the KV cache group by layer name."""
-        groups = self.kv_cache_config.kv_cache_groups
-        return {name: index for index, group in enumerate(groups) for name in group.layer_names}
-
-    def _block_ids(self, group_index: int, index: int) -> npt.NDArray[np.int32]:
-        """A KV group's block ids of the request at ``index`` in the batch, int32 [B]."""
-        return self.input_batch.block_table[group_index].block_table.np[index]
-
-    def _slot_layout(self, attention: Any) -> SlotLayout:
-        """The layer's slot layout, learnt once for all layers whose pages are alike."""
-        key = attention.kv_cache.shape[1:], attention.kv_cache.dtype, type(attention.impl)
-        if key not in self.slot_layouts:
-            self.slot_layouts[key] = SlotLayout.of(attention)
-        return self.slot_layouts[key]
-
-    def _read_keys(self, index: int, attention: Any, num_slots: int) -> torch.Tensor:
-        """See ``step.ReadKeys``; for the request at ``index`` in the batch."""
-        block_ids = self._block_ids(self.group_of_layer[attention.layer_name], index)
-        return self._slot_layout(attention).read_keys(attention.kv_cache, block_ids, num_slots)
+    def _block_ids(self, group: int, index: int) -> torch.Tensor:
+        return self.input_batch.block_table[group].block_table.gpu[index]
 
     # A step: its requests, rows, slots and attention metadata.
 
@@ -121,8 +100,7 @@ class StagedRunner(GPUModelRunner):
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         batch = self.input_batch
         computed = batch.num_computed_tokens_cpu[: batch.num_reqs]
-        requests = [self.requests[name] for name in batch.req_ids]
-        self.step = self.staged.lay_out(requests, computed, num_scheduled_tokens, self.model.methods)
+        self.step = self.staged.lay_out(batch.req_ids, computed, num_scheduled_tokens, self.model.methods)
         return prepared
 
     def _get_slot_mappings(self, *args: Any, **kwargs: Any) -> Any:
@@ -140,7 +118,7 @@ class StagedRunner(GPUModelRunner):
     def _slots(self, groups: Sequence[int], batch: StageBatch) -> Iterable[tuple[int, torch.Tensor]]:
         """(group, int64 [T]) pairs: slots of a stage's rows in the caches of ``groups``, which hold the same tokens."""
         slots = self.tables.slots(groups, *batch.requests_and_slots)
-        return zip(groups, torch.from_numpy(slots).to(self.device), strict=True)
+        return zip(groups, async_tensor_h2d(slots, device=self.device), strict=True)
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         """Attention metadata by layer name, built once per distinct set of rows: groups differ in tables and slots."""
@@ -156,9 +134,11 @@ class StagedRunner(GPUModelRunner):
 
     def _metadata(self, group_index: int, batch: StageBatch, slots: torch.Tensor) -> Any:
         table = self.input_batch.block_table[group_index].get_device_tensor(len(batch.num_rows))
-        if batch in self.built:
-            return replace(self.built[batch], block_table=table, slot_mapping=slots)
         (attention_group,) = self.attn_groups[group_index]
+        if batch in self.built:
+            shared = with_tables(attention_group.get_metadata_builder(0), self.built[batch], table, slots)
+            if shared is not None:
+                return shared
         common = self._common_metadata(batch, table, slots)
         self.built[batch] = attention_group.build_metadata(common, 0)
         return self.built[batch]
@@ -169,9 +149,9 @@ class StagedRunner(GPUModelRunner):
         num_requests = len(batch.num_rows)
         computed = self.input_batch.num_computed_tokens_cpu_tensor[:num_requests]
         return CommonAttentionMetadata(
-            query_start_loc=row_starts.to(self.device, non_blocking=True),
+            query_start_loc=async_tensor_h2d(row_starts, device=self.device),
             query_start_loc_cpu=row_starts,
-            seq_lens=seq_lens.to(self.device, non_blocking=True),
+            seq_lens=async_tensor_h2d(seq_lens, device=self.device),
             seq_lens_cpu_upper_bound=seq_lens,
             num_reqs=num_requests,
             num_actual_tokens=batch.num_tokens,
@@ -201,19 +181,12 @@ class StagedRunner(GPUModelRunner):
 
         The scheduler has added the encoding to the features' identifiers, so that requests share only equal features.
         """
-        by_encoding: dict[str, dict[str, list[int]]] = {}
-        for request_id, images in scheduler_output.scheduled_encoder_inputs.items():
-            encoding = self.staged.record(self.requests[request_id]).plan.encoding
-            by_encoding.setdefault(encoding, {})[request_id] = images
         outputs: list[torch.Tensor] = []
-        for encoding, inputs in by_encoding.items():
+        for encoding, inputs in self.staged.by_encoding(scheduler_output.scheduled_encoder_inputs).items():
             alike = replace(scheduler_output, scheduled_encoder_inputs=inputs)
             with self.model.encoding(encoding) as reduced:
                 outputs += super()._execute_mm_encoder(alike)
-            if reduced:
-                identifiers = self._batch_mm_inputs_from_scheduler(alike)[0]
-                by_identifier = zip(identifiers, reduced, strict=True)
-                self.staged.reduced.update({key: each for key, each in by_identifier if each is not None})
+            self.staged.keep_reduced(self._batch_mm_inputs_from_scheduler(alike)[0] if reduced else (), reduced)
         return outputs
 
     def _model_forward(
@@ -234,56 +207,32 @@ class StagedRunner(GPUModelRunner):
         assert positions is not None
         step = replace(step, prefills=tuple(map(self._with_caches, step.prefills)))
         carrying = (prefill for prefill in step.prefills if prefill.carried is not None)
-        carried = [torch.from_numpy(self.staged.carried_ids(prefill)).to(self.device) for prefill in carrying]
+        carried = [async_tensor_h2d(self.staged.carried_ids(prefill), device=self.device) for prefill in carrying]
         num_tokens = step.full.num_tokens
         positions = torch.cat((positions[:num_tokens], *carried))
         self.outcome = run_staged(self.model.decoder, step, inputs_embeds[:num_tokens], positions, self._enter)
         for index, record in self.staged.ran(self.outcome):
-            self._close_up(index, record)
+            self.caches.close_up(index, record)
         return self.outcome.hidden
 
     def _with_caches(self, prefill: PrunedPrefill) -> PrunedPrefill:
         """The prompt with what the tower left of its images, and the function that reads its K from the caches."""
         prefill = self.staged.with_reduced(prefill, self.requests[prefill.request_id].mm_features)
-        read_keys = partial(self._read_keys, prefill.index) if prefill.num_computed else None
+        read_keys = partial(self.caches.read_keys, prefill.index) if prefill.num_computed else None
         return replace(prefill, read_keys=read_keys)
-
-    def _close_up(self, index: int, record: WorkerRecord) -> None:
-        """Where a stage's cache is cut after the prompt, move the K and V that stay to the request's first slots."""
-        assert record.survivors is not None
-        for group_index, group in enumerate(self.kv_cache_config.kv_cache_groups):
-            stage = group.kv_cache_spec.stage
-            num_cut = record.cached.dropped[stage] - record.plan.dropped[stage]
-            if not num_cut:
-                continue
-            source = slots_that_stay(record.plan, record.survivors, stage, self.planner.schedule.stages[stage].cached)
-            block_ids = self._block_ids(group_index, index)
-            for name in group.layer_names:
-                attention = self.compilation_config.static_forward_context[name]
-                layout = self._slot_layout(attention)
-                layout.close_up(attention.kv_cache, block_ids, source)
-                if record.plan.renumbered:
-                    # A generated token's id counts from the cut cache, but it is stored as the full sequence's: to
-                    # keep their distance, the keys' ids rise by as many tokens as the cut removes.
-                    layer: Any = self.model.decoder.layers[extract_layer_index(name)]
-                    turn = turned(layer.self_attn.rotary_emb, num_cut)
-                    layout.change_keys(attention.kv_cache, block_ids, len(source), turn)
 
     def _write_grouped_ids(self, step: StagedStep, positions: torch.Tensor | None) -> None:
         """Write the rows' grouped ids over vLLM's, in the buffer that vLLM fills anew in every step."""
         assert positions is not None
         ids = grouped_positions(step.full, [self.staged.records[name].plan for name in self.input_batch.req_ids])
-        positions[: len(ids)].copy_(torch.from_numpy(ids))
+        async_tensor_h2d(ids, out=positions[: len(ids)])
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample as vLLM does, and attach the report of the step to its output."""
         with self._generators_of_discarded_rows_removed():
             output = super().sample_tokens(grammar_output)
         self.step, outcome, self.outcome = None, self.outcome, None
-        if outcome is not None:
-            # The asynchronous wrapper carries the plain output inside.
-            attach_report(getattr(output, "_model_runner_output", output), outcome)
-        return output
+        return with_report(output, outcome)
 
     @contextmanager
     def _generators_of_discarded_rows_removed(self) -> Iterator[None]:
@@ -312,4 +261,4 @@ def make_staged(runner: Any, planner: Planner) -> None:
     """Turn a freshly constructed V1 model runner into a subclass of its class with :class:`StagedRunner` in front."""
     staged = type(f"Staged{type(runner).__name__}", (StagedRunner, type(runner)), {})
     why = "a worker's init_device names its runner's class; until a worker takes one"
-    subclass(runner, staged, why=why, planner=planner, slot_layouts={}, step=None, outcome=None)
+    subclass(runner, staged, why=why, planner=planner, step=None, outcome=None)

@@ -1,9 +1,9 @@
 """Workers whose model runner is staged, one per platform."""
 
+from importlib import import_module
 from typing import Any
 
 from vllm_hidrop.plan.planner import Planner
-from vllm_hidrop.runners.v1 import make_staged
 
 
 def staged_worker(base: Any) -> type:
@@ -14,7 +14,9 @@ def staged_worker(base: Any) -> type:
             super().init_device()
             planner = Planner.from_vllm_config(self.vllm_config)
             if planner.is_staged:
-                make_staged(self.model_runner, planner)
+                # Imported here: the V2 adapter needs Triton, which a machine without V2 may lack.
+                version = "v2" if self.use_v2_model_runner else "v1"
+                import_module(f"vllm_hidrop.runners.{version}").make_staged(self.model_runner, planner)
 
     StagedWorker.__qualname__ = StagedWorker.__name__ = f"Staged{base.__name__}"
     return StagedWorker

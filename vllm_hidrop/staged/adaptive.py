@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_hidrop.methods.adaptive import Adaptive, Memory, Verdict
 from vllm_hidrop.methods.scoring import Signals, Statistic
@@ -41,10 +42,10 @@ class AdaptiveImage:
     def signals(self, layer: int, bound: int, statistic: Statistic) -> Signals:
         """What the method looks at: on entry to the stage that starts at ``layer`` and keeps at most ``bound``."""
         device = statistic[0].device
-        survivors = torch.from_numpy(self.survivors.astype(np.int64)).to(device)
+        survivors = async_tensor_h2d(self.survivors.astype(np.int64), device=device)
         protected = None
         if self.prefill.reduced:
-            protected = torch.from_numpy(self.prefill.reduced[self.number].keys[self.survivors]).to(device)
+            protected = async_tensor_h2d(self.prefill.reduced[self.number].keys[self.survivors], device=device)
         return Signals(layer, bound, self.prefill.plan.spans[self.number].length, survivors, statistic, protected)
 
 

@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.forward_context import get_forward_context
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_hidrop.methods.adaptive import AttentionEdit
 from vllm_hidrop.staged.adaptive import AdaptiveImages, decider
 from vllm_hidrop.staged.attention_edits import Heads, edited_rows
-from vllm_hidrop.staged.image_runs import ImageRun, PromptRows, ScoredPrompt, prompt_rows
+from vllm_hidrop.staged.image_runs import ImageRun, Key, PromptRows, ScoredPrompt, prompt_rows
 from vllm_hidrop.staged.loop import QKV, Decoder, Editor, Enter, Outcome, StagedLoop
 from vllm_hidrop.staged.step import StagedStep, Survivors
 
@@ -57,12 +60,13 @@ class AdaptiveLoop(StagedLoop):
         if statistics:
             kept = {prompt.prefill.index: prompt.prefill.plan.kept[stage + 1] for prompt in self.adaptive}
             bounds = {(index, image): kept[index][image] for index, image in statistics}
-            with self.timed():
+            with self.selecting.running():
                 self.images.decide(self.decoder.schedule.end_layers[stage], bounds, statistics)
 
-    def select(self, stage: int, run: ImageRun) -> Any:
-        """The rows that stay, int64 [keep]: on the host where the method has decided already."""
-        return self.images.selection(run.key) if run.prompt.prefill.plan.adaptive else super().select(stage, run)
+    def decided(self, runs: list[ImageRun]) -> dict[Key, npt.NDArray[np.int64]]:
+        """The rows that stay of the adaptive prompts' images."""
+        adaptive = (run for run in runs if run.selects and run.prompt.prefill.plan.adaptive)
+        return {run.key: self.images.selection(run.key) for run in adaptive}
 
     def editor(self, layer: int) -> Editor | None:
         """The edits of a layer's attention, one per prompt."""
@@ -82,8 +86,8 @@ def editor(edits: list[tuple[AttentionEdit, PromptRows]]) -> Callable[[Any, QKV,
     def change(attention: Any, qkv: QKV, output: torch.Tensor) -> None:
         query, key, value = (part.unflatten(-1, (-1, attention.head_size)) for part in qkv)
         if blind:
-            rows = [torch.from_numpy(prompt.places.vision_places() + prompt.first_row) for prompt in blind]
-            index = torch.cat(rows).to(query.device)
+            rows = [prompt.places.vision_places() + prompt.first_row for prompt in blind]
+            index = async_tensor_h2d(np.concatenate(rows), device=query.device)
             output[index] = attend_without(attention, query, key, value, index).flatten(1)[index]
         for edit, prompt in edits:
             own = slice(prompt.first_row, prompt.end_row)

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_hidrop.methods.adaptive import AttentionEdit, Sight
 
@@ -60,7 +61,7 @@ def _is_unseen(sight: Sight, images: Images, num_rows: int) -> npt.NDArray[np.bo
 
 
 def _edited_value(sight: Sight, value: torch.Tensor, images: Images, unseen: npt.NDArray[np.int64]) -> torch.Tensor:
-    edited = value.index_fill(0, torch.from_numpy(unseen).to(value.device), 0)
+    edited = value.index_fill(0, async_tensor_h2d(unseen, device=value.device), 0)
     if sight is Sight.FIRST:
         for first, length in images:
             edited[first : first + length] = value[first]
@@ -71,7 +72,7 @@ def _tiles(rows: npt.NDArray[np.int64], heads: Heads) -> Iterator[torch.Tensor]:
     num_rows, num_heads, _ = heads.query.shape
     size = max(1, MAX_WEIGHTS // (num_rows * num_heads))
     for start in range(0, len(rows), size):
-        yield torch.from_numpy(rows[start : start + size]).to(heads.query.device)
+        yield async_tensor_h2d(rows[start : start + size], device=heads.query.device)
 
 
 def _attend(
@@ -80,7 +81,7 @@ def _attend(
     """Causal attention of some rows, int64 [n], with the keys of ``unseen`` rows masked: rows and output [n, H, D]."""
     sees = torch.arange(len(heads.key), device=rows.device) <= rows[:, None]
     if unseen is not None:
-        sees.index_fill_(1, torch.from_numpy(unseen).to(rows.device), False)
+        sees.index_fill_(1, async_tensor_h2d(unseen, device=rows.device), False)
     query, key, value = (t.transpose(0, 1)[None] for t in (heads.query[rows], heads.key, value))
     attended = scaled_dot_product_attention(query, key, value, attn_mask=sees, scale=heads.scale, enable_gqa=True)
     return rows, attended[0].transpose(0, 1).masked_fill(~sees.any(1)[:, None, None], 0)

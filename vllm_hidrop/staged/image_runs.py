@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_hidrop.plan.places import Span, StagePlaces
 from vllm_hidrop.plan.signal import Under
@@ -15,8 +16,6 @@ from vllm_hidrop.staged.step import PrunedPrefill, StagedStep
 
 Key = tuple[int, int]
 """A request's place in the batch, and the index of one of its images."""
-Selections = Mapping[Key, torch.Tensor | npt.NDArray[np.int64]]
-"""Per image, the rows that stay, int64 [keep], zero-based inside the image's run of rows."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,11 @@ class PromptRows:
     def attention(self, attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> PromptAttention:
         """The prompt in one layer's attention module, given Q [T, H * D], K and V [T, G * D] of the stage's rows."""
         own = slice(self.first_row, self.end_row)
-        keys = key[own]
-        if self.prefill.read_keys is not None:
-            keys = torch.cat((self.prefill.read_keys(attention, self.num_cached), keys))
+        read_keys = self.prefill.read_keys
+        cached = None if read_keys is None else read_keys(attention, self.num_cached)
         shape = attention.num_heads, attention.num_kv_heads, attention.impl.scale
         num_tokens = self.prefill.plan.num_prompt_tokens
-        return PromptAttention(query[own], keys, value[own], self.places, num_tokens, shape)
+        return PromptAttention(query, key, value, own, cached, self.places, num_tokens, shape)
 
 
 ScoredPrompt = tuple[PromptRows, list[int]]
@@ -73,7 +71,7 @@ class ImageRun:
 
     @property
     def key(self) -> Key:
-        """Names the run in :data:`Selections`."""
+        """Names the run among a step's."""
         return self.prompt.prefill.index, self.image
 
     @property
@@ -169,16 +167,33 @@ def after_injection(runs: list[ImageRun]) -> list[ImageRun]:
     return others
 
 
+def image_places(step: StagedStep, num_rows: int) -> npt.NDArray[np.int64]:
+    """Of every full row and, after them, carried row, the token's place inside its image, int64 [num_rows]; text: 0."""
+    places = np.zeros(num_rows, dtype=np.int64)
+    for prefill in step.prefills:
+        for image, span in enumerate(prefill.plan.spans):
+            first = full_row(step, prefill, image)
+            if first >= 0:
+                places[first : first + span.length] = np.arange(span.length)
+    return places
+
+
 def gather_index(
-    step: StagedStep, runs: list[ImageRun], num_rows: int, selections: Selections, device: torch.device
+    step: StagedStep,
+    runs: list[ImageRun],
+    num_rows: int,
+    decided: Mapping[Key, npt.NDArray[np.int64]],
+    selected: torch.Tensor | None,
+    device: torch.device,
 ) -> torch.Tensor:
     """Where the next stage's rows stand among the ``num_rows`` current rows and, after them, the full rows, int64 [T'].
 
-    Runs that inject take their rows from the full rows; the others keep their selection, or nothing. All sizes are
-    known on the host: nothing is read back from the device.
+    Runs that inject take their rows from the full rows; of the others stay: those that were ``decided`` on the host,
+    int64 [keep], zero-based inside the run; the ``selected`` rows of all other runs that select, in their order, int64;
+    or nothing. All sizes are known on the host: nothing is read back from the device.
     """
     pieces: list[npt.NDArray[np.int64]] = []
-    on_device: list[tuple[int, int, torch.Tensor]] = []  # (place in the index, first row of the run, selection)
+    places: list[npt.NDArray[np.int64]] = []  # of the selected rows in the index
     cursor = length = 0
     for run in runs:
         first_row = run.first_row
@@ -186,17 +201,14 @@ def gather_index(
         length += first_row - cursor
         if run.injects:
             pieces.append(full_row(step, run.prompt.prefill, run.image) + np.arange(run.keep) + num_rows)
+        elif run.key in decided:
+            pieces.append(decided[run.key] + first_row)
         elif run.keep:
-            selection = selections[run.key]
-            if isinstance(selection, np.ndarray):
-                pieces.append(selection + first_row)
-            else:
-                pieces.append(np.zeros(run.keep, dtype=np.int64))
-                on_device.append((length, first_row, selection))
+            pieces.append(np.zeros(run.keep, dtype=np.int64))
+            places.append(np.arange(length, length + run.keep))
         length += run.keep
         cursor = first_row + run.num_rows
     pieces.append(np.arange(cursor, num_rows))
-    index = torch.from_numpy(np.concatenate(pieces)).to(device, non_blocking=True)
-    for start, first_row, selection in on_device:
-        index[start : start + len(selection)] = selection + first_row
-    return index
+    host = np.concatenate([*pieces, *places])
+    index, at = async_tensor_h2d(host, device=device).tensor_split([length + num_rows - cursor])
+    return index if selected is None else index.index_copy_(0, at, selected)

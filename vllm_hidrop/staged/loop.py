@@ -9,25 +9,27 @@ output with residual 0. A decoder layer has the standard form: norm, attention, 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from time import perf_counter
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
+from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_hidrop.methods.scoring import Signals, Statistic, select_top
+from vllm_hidrop.methods.scoring import Signals, Statistic
 from vllm_hidrop.plan.schedule import Schedule
-from vllm_hidrop.plan.signal import Under
+from vllm_hidrop.plan.signal import Signal, Under
 from vllm_hidrop.staged.explain import Patches, patches_run
 from vllm_hidrop.staged.image_runs import (
     ImageRun,
     Key,
+    PromptRows,
     ScoredPrompt,
-    Selections,
     after_injection,
-    full_row,
     gather_index,
+    image_places,
     image_runs,
     scored_behind,
     scored_under,
@@ -35,8 +37,10 @@ from vllm_hidrop.staged.image_runs import (
 from vllm_hidrop.staged.norm import add_norm, can_fuse, fused_add_norm
 from vllm_hidrop.staged.position_ids import PersistentIds
 from vllm_hidrop.staged.rows import Rows, carry_in, keep_states, scatter
+from vllm_hidrop.staged.selection import select_rows
 from vllm_hidrop.staged.signals import SIGNALS
 from vllm_hidrop.staged.step import StagedStep, Survivors
+from vllm_hidrop.staged.timer import Timer
 
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Query [T, H * D], key and value [T, G * D] of one layer's attention, after RoPE."""
@@ -68,7 +72,7 @@ class Outcome:
         survivors: by request id, of the adaptive prompts.
         states: by request id, the hidden states [n, C] that the worker keeps for later prompts.
         patches: by request id, the vision tokens that every stage ran, for the requests that ask.
-        selection_seconds: time spent on signals and selections, by the host's clock.
+        selecting: the time spent on signals and selections.
     """
 
     hidden: torch.Tensor
@@ -76,7 +80,7 @@ class Outcome:
     survivors: dict[str, Survivors]
     states: dict[str, torch.Tensor]
     patches: dict[str, Patches]
-    selection_seconds: float
+    selecting: Timer
 
 
 class StagedLoop:
@@ -95,7 +99,7 @@ class StagedLoop:
         self.rows = Rows(embeds, None, self.full_rows, positions[: len(embeds)])
         self.statistics: dict[Key, Statistic] = {}
         """Per image, the signal for the next cut."""
-        self.selection_seconds = 0.0
+        self.selecting = Timer(embeds.device)
 
     def run(self) -> Outcome:
         """Run all stages."""
@@ -120,14 +124,14 @@ class StagedLoop:
         hidden, _ = self.add_norm(self.decoder.norm, self.rows.hidden, self.rows.residual)
         hidden = scatter(hidden, self.rows.full, len(self.positions))[: len(self.embeds)]
         patches = patches_run(self.step, rows_of_stages)
-        return Outcome(hidden, self.step, self.survivors(), states, patches, self.selection_seconds)
+        return Outcome(hidden, self.step, self.survivors(), states, patches, self.selecting)
 
     def inject(self, runs: list[ImageRun]) -> list[ImageRun]:
         """Inject images' rows from the projector's output; return the other runs, where their rows stand now."""
         injected = [run for run in runs if run.injects]
         if not injected:
             return runs
-        index = gather_index(self.step, injected, len(self.rows.hidden), {}, self.embeds.device)
+        index = gather_index(self.step, injected, len(self.rows.hidden), {}, None, self.embeds.device)
         self.rows.extend(self.embeds, self.full_rows, self.positions[: len(self.embeds)])
         self.rows.gather(index)
         return after_injection(runs)
@@ -136,26 +140,34 @@ class StagedLoop:
         """Keep the stage's rows; return their indices among the rows before, int64 [T'], or None where all stay."""
         kept = None
         if runs:
-            with self.timed():
-                selections: Selections = {run.key: self.select(stage, run) for run in runs if run.selects}
-                kept = gather_index(self.step, runs, len(self.rows.hidden), selections, self.embeds.device)
+            with self.selecting.running():
+                decided = self.decided(runs)
+                scored = [run for run in runs if run.selects and run.key not in decided]
+                selected = self.select(stage, scored) if scored else None
+                kept = gather_index(self.step, runs, len(self.rows.hidden), decided, selected, self.embeds.device)
                 self.rows.gather(kept)
                 self.statistics = {}
         assert len(self.rows.full) == self.step.stages[stage].num_tokens, "rows differ from the plan"
         self.rows.ids = self.decoder.ids.after_cut(self.rows.ids, self.step, stage, runs)
         return kept
 
-    def select(self, stage: int, run: ImageRun) -> Any:
-        """The rows of an image that stay, int64 [keep], zero-based inside its run."""
-        prefill = run.prompt.prefill
-        survivors = self.rows.full[run.first_row : run.first_row + run.num_rows]
-        survivors = survivors - full_row(self.step, prefill, run.image)
+    def select(self, stage: int, runs: list[ImageRun]) -> torch.Tensor:
+        """The rows of these images that stay, in order, int64 [sum of keeps]."""
+        places = self.places[self.rows.full]
         layer = self.decoder.schedule.stages[stage].first_layer
-        size = prefill.plan.spans[run.image].length
-        signals = Signals(layer, run.keep, size, survivors, self.statistics.get(run.key))
-        scores = prefill.method.score(signals)
-        assert scores.shape == (run.num_rows,), "a score is one number per surviving token"
-        return select_top(scores, run.keep)
+        scores = []
+        for run in runs:
+            size = run.prompt.prefill.plan.spans[run.image].length
+            survivors = places[run.first_row : run.first_row + run.num_rows]
+            signals = Signals(layer, run.keep, size, survivors, self.statistics.get(run.key))
+            scores.append(run.prompt.prefill.method.score(signals))
+            assert scores[-1].shape == (run.num_rows,), "a score is one number per surviving token"
+        return select_rows(scores, [run.keep for run in runs], [run.first_row for run in runs])
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """The place inside its image of every full and carried row, int64."""
+        return async_tensor_h2d(image_places(self.step, len(self.positions)), device=self.embeds.device)
 
     def run_cut_layer(
         self, stage: int, runs: list[ImageRun], scored: list[ScoredPrompt], observe: Observer | None
@@ -197,22 +209,22 @@ class StagedLoop:
 
     def compute_statistics(self, scored: list[ScoredPrompt], attention: Any, qkv: QKV) -> None:
         """Compute the signals of some prompts' images under one layer."""
-        with self.timed():
-            for prompt, images in scored:
-                of_prompt = SIGNALS[prompt.prefill.method.signal](prompt.attention(attention, *qkv))
-                num_tokens = prompt.places.count(prompt.prefill.plan.num_prompt_tokens)
-                assert all(len(part) == num_tokens for part in of_prompt), "a statistic is of every token of the stage"
-                for image in images:
-                    span = prompt.places.images[image]
-                    of_image = type(of_prompt)(*(part[span.offset : span.end] for part in of_prompt))
-                    self.statistics[prompt.prefill.index, image] = of_image
+        with self.selecting.running():
+            by_signal: dict[Signal, list[ScoredPrompt]] = {}
+            for each in scored:
+                by_signal.setdefault(each[0].prefill.method.signal, []).append(each)
+            for signal, alike in by_signal.items():
+                found = SIGNALS[signal]([prompt.attention(attention, *qkv) for prompt, _ in alike])
+                for (prompt, images), statistic in zip(alike, found, strict=True):
+                    self._keep_statistic(prompt, images, statistic)
 
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Add the time until exit to ``selection_seconds``."""
-        start = perf_counter()
-        yield
-        self.selection_seconds += perf_counter() - start
+    def _keep_statistic(self, prompt: PromptRows, images: list[int], of_prompt: Statistic) -> None:
+        num_tokens = prompt.places.count(prompt.prefill.plan.num_prompt_tokens)
+        assert all(len(part) == num_tokens for part in of_prompt), "a statistic is of every token of the stage"
+        for image in images:
+            span = prompt.places.images[image]
+            of_image = type(of_prompt)(*(part[span.offset : span.end] for part in of_prompt))
+            self.statistics[prompt.prefill.index, image] = of_image
 
     # Hooks of the adaptive loop; see there.
 
@@ -225,6 +237,10 @@ class StagedLoop:
     def scored_behind(self, stage: int) -> list[ScoredPrompt]:
         """The prompts and images that the last layer of a stage scores."""
         return scored_behind(self.step, stage)
+
+    def decided(self, runs: list[ImageRun]) -> dict[Key, npt.NDArray[np.int64]]:
+        """The rows that stay of images whose method has decided already, int64 [keep], zero-based inside the image."""
+        return {}
 
     def editor(self, layer: int) -> Editor | None:
         """The editor of a layer's attention output."""

@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_hidrop.plan.positions import PositionScheme
 from vllm_hidrop.staged.image_runs import ImageRun
@@ -79,15 +81,18 @@ class CompactedIds(_RenumberingIds):
 
     def after_cut(self, ids: torch.Tensor, step: StagedStep, stage: int, runs: Sequence[ImageRun]) -> torch.Tensor:
         """New ids of the survivors of every image in ``runs``; the other rows keep theirs."""
-        old_ids, ids = ids, ids.clone()
-        num_gone = 0
+        places, befores, offsets, num_gone = [], [], [], 0
         for run in runs:
             first = run.first_row - num_gone
             num_gone += run.num_rows - run.keep
             has_row_before = run.first_row > run.prompt.first_row
-            first_id = old_ids[first - 1] + 1 if has_row_before else run.prompt.num_cached
-            ids[first : first + run.keep] = first_id + torch.arange(run.keep, device=ids.device)
-        return ids
+            places.append(np.arange(first, first + run.keep))
+            # Without a row before it, the image follows the cached tokens; its first row's own id is not used.
+            befores.append(np.full(run.keep, first - 1 if has_row_before else -1))
+            offsets.append(np.arange(run.keep) + (1 if has_row_before else run.prompt.num_cached))
+        host = np.stack([np.concatenate(each) for each in (places, befores, offsets)])
+        at, before, offset = async_tensor_h2d(host, device=ids.device)
+        return ids.index_copy(0, at, torch.where(before < 0, offset, ids[before] + offset))
 
 
 class RenumberedIds(_RenumberingIds):
@@ -102,7 +107,7 @@ class RenumberedIds(_RenumberingIds):
         """New ids of all rows, where the stage runs other rows than the stage before."""
         if step.stages[stage] is (step.stages[stage - 1] if stage else step.full):
             return ids
-        return torch.from_numpy(step.renumbered_ids(stage)).to(ids.device, non_blocking=True)
+        return async_tensor_h2d(step.renumbered_ids(stage), device=ids.device)
 
 
 def ids_of(positions: PositionScheme) -> PersistentIds:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_hidrop.staged.step import StagedStep
 
@@ -50,9 +51,9 @@ def carry_in(rows: Rows, step: StagedStep, stage: int, positions: torch.Tensor) 
         cursor, end = first, end + num_rows
     pieces.append(np.arange(cursor, len(rows.full)))
     indices = np.concatenate([np.arange(len(p.carried)) + step.first_carried[p.index] for p in carrying])
-    full = torch.from_numpy(indices).to(rows.full.device)
+    full = async_tensor_h2d(indices, device=rows.full.device)
     rows.extend(torch.cat([prefill.carried for prefill in carrying]), full, positions[full])
-    rows.gather(torch.from_numpy(np.concatenate(pieces)).to(rows.full.device))
+    rows.gather(async_tensor_h2d(np.concatenate(pieces), device=rows.full.device))
 
 
 def keep_states(rows: Rows, step: StagedStep, stage: int) -> dict[str, torch.Tensor]:

@@ -5,10 +5,12 @@ divides H; ``query`` and ``key`` are after RoPE; ``scale`` is that of the logits
 the model's dtype. To add a signal: one entry in ``plan.signal``, one function here, its row in :data:`SIGNALS`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_hidrop.methods.scoring import Contribution, RowAttention, Statistic, TextAttention
 from vllm_hidrop.plan.places import StagePlaces
@@ -99,7 +101,7 @@ def text_attention(
     for start in range(0, len(rows), tile):
         in_tile = rows[start : start + tile]
         seen_by_all = int(in_tile[0])
-        ahead = (places[seen_by_all:] > in_tile[:, None]).to(key.device, non_blocking=True)
+        ahead = async_tensor_h2d(places[seen_by_all:] > in_tile[:, None], device=key.device)
         queries = (query[start : start + tile].float() * scale).view(len(in_tile), num_kv_heads, -1, head_size)
         logits = torch.matmul(queries.permute(1, 2, 0, 3), keys)  # [G, H / G, n, T]
         logits[..., seen_by_all:].masked_fill_(ahead, -torch.inf)
@@ -116,39 +118,95 @@ class PromptAttention:
     """One prompt in the attention of one layer, as signals read it.
 
     Attributes:
-        query: [N, H * D], of the prompt's rows in this step; the last is its last row.
-        key: [T, G * D], of all its tokens in the stage: those that were cached before the step come first.
-        value: [N, G * D], of its rows in this step.
+        stage_query: [T, H * D], of all rows of the stage, other prompts' included.
+        stage_key: [T, G * D], of the same rows.
+        stage_value: [T, G * D], of the same rows.
+        rows: the prompt's own among them.
+        cached_key: [n, G * D], of its tokens that were cached before the step; None where none were.
         places: where the stage holds the prompt's tokens.
         shape: (H, G, scale of the logits).
     """
 
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
+    stage_query: torch.Tensor
+    stage_key: torch.Tensor
+    stage_value: torch.Tensor
+    rows: slice
+    cached_key: torch.Tensor | None
     places: StagePlaces
     num_prompt_tokens: int
     shape: tuple[int, int, float]
 
+    @property
+    def query(self) -> torch.Tensor:
+        """[N, H * D], of the prompt's rows in this step; the last is its last row."""
+        return self.stage_query[self.rows]
 
-def _row_attention(prompt: PromptAttention) -> RowAttention:
-    return RowAttention(mean_over_ranks(row_attention(prompt.query[-1], prompt.key, *prompt.shape)))
+    @property
+    def key(self) -> torch.Tensor:
+        """[T, G * D], of all its tokens in the stage."""
+        own = self.stage_key[self.rows]
+        return own if self.cached_key is None else torch.cat((self.cached_key, own))
+
+    @property
+    def value(self) -> torch.Tensor:
+        """[N, G * D], of its rows in this step."""
+        return self.stage_value[self.rows]
 
 
-def _contribution(prompt: PromptAttention) -> Contribution:
-    return contribution(prompt.query[-1], prompt.key, prompt.value, *prompt.shape, sum_over_ranks)
+def _row_attention(prompts: Sequence[PromptAttention]) -> list[RowAttention]:
+    if len(prompts) == 1:
+        (prompt,) = prompts
+        return [RowAttention(mean_over_ranks(row_attention(prompt.query[-1], prompt.key, *prompt.shape)))]
+    lengths = [prompt.places.count(prompt.num_prompt_tokens) for prompt in prompts]
+    together = mean_over_ranks(_row_attentions(prompts, lengths))
+    return [RowAttention(weights[:length]) for weights, length in zip(together, lengths, strict=True)]
 
 
-def _text_attention(prompt: PromptAttention) -> TextAttention:
-    assert len(prompt.query) == len(prompt.key), "the queries of all text rows are needed, none is cached"
-    rows = torch.from_numpy(prompt.places.text_behind_first_image(prompt.num_prompt_tokens))
-    return text_attention(prompt.query[rows.to(prompt.query.device)], prompt.key, rows, *prompt.shape, mean_over_ranks)
+def _row_attentions(prompts: Sequence[PromptAttention], lengths: Sequence[int]) -> torch.Tensor:
+    """:func:`row_attention` of several prompts, float32 [P, longest], by as many kernels as for one.
+
+    ``lengths``: tokens that each last row sees, itself included.
+    """
+    num_heads, num_kv_heads, scale = prompts[0].shape
+    query, key = prompts[0].stage_query, prompts[0].stage_key
+    cached = [prompt.cached_key for prompt in prompts if prompt.cached_key is not None]
+    places = np.arange(max(lengths))
+    host = np.zeros((len(prompts), len(places) + 2), dtype=np.int64)  # rows of K, the last row, the length
+    num_before = len(key)  # cached keys follow the stage's rows
+    for row, prompt, length in zip(host, prompts, lengths, strict=True):
+        num_cached = 0 if prompt.cached_key is None else len(prompt.cached_key)
+        own = prompt.rows.start + np.arange(length - num_cached)
+        row[:length] = np.concatenate((num_before + np.arange(num_cached), own))
+        row[-2:] = prompt.rows.stop - 1, length
+        num_before += num_cached
+    index, last, sees = async_tensor_h2d(host, device=key.device).split((len(places), 1, 1), dim=1)
+    keys = (torch.cat((key, *cached)) if cached else key)[index].float().unflatten(2, (num_kv_heads, -1))
+    queries = query[last[:, 0]].float().view(len(prompts), num_kv_heads, num_heads // num_kv_heads, -1)
+    logits = torch.einsum("pghd,ptgd->pght", queries, keys) * scale
+    unseen = torch.arange(len(places), device=key.device) >= sees
+    return logits.masked_fill_(unseen[:, None, None], -torch.inf).softmax(dim=-1).mean(dim=(1, 2))
 
 
-SIGNALS: Mapping[Signal, Callable[[PromptAttention], Statistic]] = {
+def _contribution(prompts: Sequence[PromptAttention]) -> list[Contribution]:
+    return [
+        contribution(prompt.query[-1], prompt.key, prompt.value, *prompt.shape, sum_over_ranks) for prompt in prompts
+    ]
+
+
+def _text_attention(prompts: Sequence[PromptAttention]) -> list[TextAttention]:
+    found = []
+    for prompt in prompts:
+        assert prompt.cached_key is None, "the queries of all text rows are needed, none is cached"
+        rows = torch.from_numpy(prompt.places.text_behind_first_image(prompt.num_prompt_tokens))
+        query = prompt.query[async_tensor_h2d(rows, device=prompt.query.device)]
+        found.append(text_attention(query, prompt.key, rows, *prompt.shape, mean_over_ranks))
+    return found
+
+
+SIGNALS: Mapping[Signal, Callable[[Sequence[PromptAttention]], Sequence[Statistic]]] = {
     Signal.NEXT_ATTENTION: _row_attention,
     Signal.PREVIOUS_ATTENTION: _row_attention,
     Signal.CONTRIBUTION: _contribution,
     Signal.TEXT_ATTENTION: _text_attention,
 }
-"""The function that computes each signal, for all T tokens of a prompt in a stage."""
+"""The function that computes each signal, for all T tokens of every prompt in a stage."""
