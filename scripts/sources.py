@@ -130,6 +130,8 @@ class Sources:
             return next(filter(None, (self.find(f"{star}.{name}") for star in source.stars)), None)
         if bound is None or bound == f"{module}.{name}":
             return None
+        if isinstance(bound, str) and bound.split(".")[0] not in self.folders:
+            return Definition(module, name, ast.Name(bound))  # another package's
         return self.find(bound) if isinstance(bound, str) else Definition(module, name, bound)
 
     def member(self, found: Definition, name: str) -> Definition | None:

@@ -28,12 +28,21 @@ OURS = {
 
 MADE_AT_RUN_TIME = {
     "vllm_hidrop.runners.v1.StagedRunner": ("vllm.v1.worker.cpu_model_runner.CPUModelRunner",),
+    "vllm_hidrop.runners.v2.StagedRunner": ("vllm.v1.worker.cpu.model_runner.CPUModelRunner",),
     "vllm_hidrop.runners.worker.StagedWorker": (
         "vllm.v1.worker.cpu_worker.CPUWorker",
         "vllm.v1.worker.gpu_worker.Worker",
     ),
 }
 """By our class, vLLM's classes that it extends where the program runs, which its source does not name."""
+
+MOVED = {
+    "vllm.entrypoints.launchers.cli_args": "vllm.entrypoints.common.cli_args",
+    "vllm.entrypoints.serve.utils.api_utils": "vllm.entrypoints.common.startup",
+    "vllm.renderers.chat_utils": "vllm.renderers.chat_utils.chat_message",
+    "vllm.v1.core.kv_cache_utils": "vllm.v1.core.kv_cache_planning",
+}
+"""By module of vLLM, where a newer version that we accept has names of it; our code imports from either."""
 
 TOUCHED = {
     "vllm.config.VllmConfig": "additional_config cache_config compilation_config model_config parallel_config "
@@ -133,7 +142,7 @@ def names_of(sources: Sources) -> Names:
         _line(sources, dotted, found, is_called=called) for dotted, called in found.imported.items()
     )
     for dotted, why in BODIES.items():
-        definition = sources.find(dotted)
+        definition = _find(sources, dotted)
         if definition is None:
             found.lacking.add(f"{dotted}: {why}")
         else:
@@ -141,9 +150,16 @@ def names_of(sources: Sources) -> Names:
     return found
 
 
+def _find(sources: Sources, dotted: str) -> Definition | None:
+    """What a name stands for, or the same name in the module that it has moved to."""
+    module, _, name = dotted.rpartition(".")
+    found = sources.find(dotted)
+    return sources.find(f"{MOVED[module]}.{name}") if found is None and module in MOVED else found
+
+
 def _line(sources: Sources, dotted: str, names: Names, *, is_called: bool = False) -> str:
     """``dotted``, what it is, and where it is defined if elsewhere."""
-    found = sources.find(dotted)
+    found = _find(sources, dotted)
     if found is None:
         names.lacking.add(dotted)
         return f"{dotted} is not there"
