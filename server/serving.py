@@ -231,7 +231,7 @@ class HidropServingMessages(HidropServingChat, AnthropicServingMessages):
     async def message_stream_converter(self, generator: AsyncGenerator[Any, None]) -> AsyncGenerator[str, None]:
         """Stock events, and ``hidrop`` beside the ``usage`` of ``message_delta``.
 
-        From vLLM 0.33 on, what is converted are no chunks of text, which have the report, and the events have none.
+        From vLLM 0.33 on, the chunks are no text and have no report: ``with_report`` puts it into the events.
         """
         report: dict[str, Any] | None = None
 
