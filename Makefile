@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: install serve demo monitor screenshots docs test test-fast test-slow soak loadtest check format bench lock clean help
+.PHONY: install serve demo monitor screenshots docs test test-fast test-v2 test-slow soak loadtest check format bench lock clean help
 
 install: $(STAMP)  ## build .venv from the lock file
 
@@ -50,6 +50,16 @@ test: $(STAMP)  ## run the tests, except the slow ones, two at a time: make test
 test-fast: $(STAMP)  ## run the tests of the inner loop: a few minutes
 	$(BIN)/python -m pytest --fast -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
+# Triton and a backend that interprets its kernels, on a path of their own: with Triton installed, vLLM takes V2.
+V2 := .v2
+$(V2)/.installed: $(STAMP) tests/triton_interpreted/pyproject.toml $(wildcard tests/triton_interpreted/*/*.py)
+	rm -rf $(V2)
+	$(PIP) install --progress-bar on --no-build-isolation --target $(V2) $(PIP_EXTRA) ./tests/triton_interpreted
+	@touch $@
+
+test-v2: $(V2)/.installed  ## run what runs on vLLM's V2 model runner without a GPU, in Triton's interpreter
+	PYTHONPATH=$(V2) $(BIN)/python -m pytest --v2 -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests/engine tests/v2 $(ARGS)
+
 test-slow: $(STAMP)  ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
@@ -75,7 +85,7 @@ lock:  ## resolve requirements-cpu.lock again
 	PYTHON=$(PYTHON) scripts/lock.sh $(PIP_EXTRA)
 
 clean:  ## delete .venv, caches and build outputs
-	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(V2) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## show this list

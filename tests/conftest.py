@@ -5,6 +5,7 @@ draws new ones. None has a deadline: machines stall.
 """
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
 }
-for name, value in ENVIRONMENT.items():
+V2_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+for name, value in (ENVIRONMENT | (V2_ENVIRONMENT if "--v2" in sys.argv else {})).items():
     os.environ.setdefault(name, value)
 
 if IS_ONE_OF_SEVERAL:
@@ -48,18 +50,33 @@ ENGINE_FILES = frozenset(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``make test-fast``."""
+    """``make test-fast`` and ``make test-v2``."""
+    parser.addoption("--v2", action="store_true", help="what runs on vLLM's V2 runner, in Triton's interpreter")
     parser.addoption("--fast", action="store_true", help="no server, no training, of the engine parity and blocks only")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave the tests of the V2 runner to its own environment."""
+    is_theirs = collection_path == ROOT / "v2"
+    return True if is_theirs and not config.getoption("--v2") else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What ``--fast`` leaves; the longest files first where several processes take one after the other."""
+    if config.getoption("--v2"):
+        from tests.v2.choice import chosen
+
+        _keep(config, items, list(chosen(items)))
     if config.getoption("--fast"):
-        left = [item for item in items if not _is_fast(item)]
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if _is_fast(item)]
+        _keep(config, items, [item for item in items if _is_fast(item)])
     if IS_ONE_OF_SEVERAL:
         items.sort(key=lambda item: _order(item.path))
+
+
+def _keep(config: pytest.Config, items: list[pytest.Item], kept: list[pytest.Item]) -> None:
+    left = set(items).difference(kept)
+    config.hook.pytest_deselected(items=list(left))
+    items[:] = kept
 
 
 def _is_fast(item: pytest.Item) -> bool:
@@ -71,3 +88,12 @@ def _is_fast(item: pytest.Item) -> bool:
 def _order(path: Path) -> int:
     folder = path.relative_to(ROOT).parts[0]
     return LONG.index(folder) if folder in LONG else len(LONG)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_top_k_kernel(pytestconfig: pytest.Config) -> None:
+    """The V2 runner's kernel of top-k and top-p does not run in Triton's interpreter; vLLM has one without Triton."""
+    if pytestconfig.getoption("--v2"):
+        from vllm.v1.sample.ops import topk_topp_sampler
+
+        topk_topp_sampler.HAS_TRITON = False

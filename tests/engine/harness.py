@@ -159,6 +159,11 @@ def _answer(output: Any) -> Answer:
     return Answer(list(completion.token_ids), logits, report, str(completion.finish_reason), cached)
 
 
+def in_any_order(selections: dict[int, list[list[int]]]) -> dict[int, list[list[int]]]:
+    """The V2 runner sorts a batch by its requests' numbers of tokens."""
+    return {layer: sorted(images) for layer, images in selections.items()}
+
+
 class _Process:
     """What a process does once that starts engine after engine; vLLM does it for each, and it takes most of a start.
 

@@ -1,7 +1,8 @@
 """Plan, report, free: any interleaving of them with preemption, abort and finish, on vLLM's own scheduler and pool.
 
 The worker is played here: it decides counts up to the bounds, keeps its own block tables from what the scheduler tells
-it, and its reports come back up to one step late, as under asynchronous scheduling.
+it, and its reports come back up to one step late, as under asynchronous scheduling. Both runners' orders: V1 resumes a
+preempted request, V2 drops it and meets it as new.
 """
 
 from collections import deque
@@ -50,7 +51,10 @@ class Worker:
         self.decided: dict[str, tuple[tuple[int, ...], ...]] = {}
 
     def run(self, output: SchedulerOutput, shares: list[float]) -> ModelRunnerOutput:
-        for name in output.finished_req_ids:
+        gone = output.finished_req_ids
+        if self.scheduler.use_v2_model_runner:
+            gone = gone | (output.preempted_req_ids or set())
+        for name in gone:
             self.tables.pop(name, None)
         for name, left in output.trimmed.items():
             for table, num_blocks in zip(self.tables[name], left, strict=True):
@@ -237,15 +241,22 @@ def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield of_scheduler, one.core.request_block_hasher
 
 
+@pytest.mark.parametrize("is_v2", [False, True], ids=["V1", "V2"])
 @pytest.mark.parametrize(("kind", "delay"), [(StagedScheduler, 0), (StagedAsyncScheduler, 1)])
-def test_no_block_is_lost_or_freed_twice(parts: Any, kind: type[StagedScheduler], delay: int) -> None:
+def test_no_block_is_lost_or_freed_twice(parts: Any, kind: type[StagedScheduler], delay: int, is_v2: bool) -> None:
     class Here(Traffic):
         pass
 
     Here.delay = delay
     of_scheduler, hasher = parts
     Here.hasher = staticmethod(hasher)
-    Here.make = staticmethod(lambda: kind(*of_scheduler, block_size=BLOCK))
+
+    def make() -> StagedScheduler:
+        scheduler = kind(*of_scheduler, block_size=BLOCK)
+        scheduler.use_v2_model_runner = is_v2
+        return scheduler
+
+    Here.make = staticmethod(make)
     machine = Here.TestCase
     machine.settings = settings(
         max_examples=40,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine.harness import Answer, Ask, engine, picture, prompt
+from tests.engine.harness import Answer, Ask, engine, in_any_order, picture, prompt
 from tests.oracles.masked import Oracle, OracleResult, OracleStage, Rule
 from tests.tiny_models import IMAGE_TOKEN, NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 from vllm_hidrop.config import HidropConfig, resolve
@@ -133,11 +133,6 @@ def selections_of(results: list[OracleResult]) -> dict[int, list[list[int]]]:
         for layer, images in result.selections.items():
             together.setdefault(layer, []).extend(images)
     return together
-
-
-def in_any_order(selections: dict[int, list[list[int]]]) -> dict[int, list[list[int]]]:
-    """The V2 runner sorts a batch by its requests' numbers of tokens."""
-    return {layer: sorted(images) for layer, images in selections.items()}
 
 
 @pytest.mark.parametrize(("name", "choice"), CASES)

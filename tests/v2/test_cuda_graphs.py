@@ -105,7 +105,7 @@ class Control:
 
     def shared_metadata(self, patch: pytest.MonkeyPatch) -> None:
         """Stages that hold the same rows at the capture share its metadata."""
-        patch.setattr(v2.StageMetadata, "key", lambda metadata, stage: metadata.rows.key(stage))
+        patch.setattr(v2.StageMetadata, "key", lambda metadata, stage: metadata.rows.stages[stage].key)
 
     def fresh_buffers(self, patch: pytest.MonkeyPatch) -> None:
         """Every step writes its sequence lengths to a new tensor."""

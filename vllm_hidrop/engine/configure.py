@@ -96,9 +96,13 @@ def _step_tokens(scheduler_config: Any) -> int:
 def _set_engine_classes(vllm_config: Any) -> None:
     worker = "StagedCPUWorker" if current_platform.is_cpu() else "StagedGPUWorker"
     vllm_config.parallel_config.worker_cls = f"vllm_hidrop.runners.worker.{worker}"
-    is_async = vllm_config.scheduler_config.async_scheduling and not current_platform.is_cpu()
-    scheduler = "StagedAsyncScheduler" if is_async else "StagedScheduler"
+    scheduler = "StagedAsyncScheduler" if schedules_ahead(vllm_config) else "StagedScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"vllm_hidrop.engine.scheduler.{scheduler}"
+
+
+def schedules_ahead(vllm_config: Any) -> bool:
+    """Whether the engine will schedule a step before it has read the last one's output; on a CPU vLLM never does."""
+    return bool(vllm_config.scheduler_config.async_scheduling) and not current_platform.is_cpu()
 
 
 def _set_image_cache(multimodal_config: Any) -> None:

@@ -238,6 +238,7 @@ class StagedScheduler(Scheduler):
         """Preempt as vLLM does; the prompt will run again under the same plan (rule 4)."""
         super()._preempt_request(request, *args, **kwargs)
         self.budget.take_back(request.request_id)
+        self.trimmed.pop(request.request_id, None)  # its tables are gone
         self.prefixes.gone(request.request_id)
         self.records[request.request_id].preempted()
 

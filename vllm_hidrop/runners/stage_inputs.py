@@ -6,7 +6,8 @@ all KV cache groups, into tensors whose addresses a CUDA graph may keep.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -45,13 +46,12 @@ class Dropped:
         return self.device
 
 
-@dataclass(frozen=True)
-class StageRows:
-    """Rows of S stages for R requests, padded where a graph wants more of them, on the device and on the host.
+class RowsOfStage(NamedTuple):
+    """The rows of one stage for R requests, as attention metadata describes them.
 
     Attributes:
-        seq_lens: int32 [S, R], tokens in the stage's cache after the step.
-        row_starts: int32 [S, R + 1], first row of each request, then the number of all rows.
+        seq_lens: int32 [R] on the device, tokens in the stage's cache after the step.
+        row_starts: int32 [R + 1] on the device, first row of each request, then the number of all rows.
         host_seq_lens: the same as ``seq_lens``.
         host_row_starts: the same as ``row_starts``.
     """
@@ -60,6 +60,29 @@ class StageRows:
     row_starts: torch.Tensor
     host_seq_lens: torch.Tensor
     host_row_starts: torch.Tensor
+    num_rows: int
+    max_rows: int
+    max_seq_len: int
+
+    @property
+    def key(self) -> bytes:
+        """Equal for stages that have the same rows."""
+        return self.host_seq_lens.numpy().tobytes() + self.host_row_starts.numpy().tobytes()
+
+
+@dataclass(frozen=True)
+class StageRows:
+    """The rows of S stages for R requests, padded where a graph wants more of them.
+
+    Attributes:
+        seq_lens: int32 [S, R or more] on the device.
+        row_starts: int32 [S, R + 1] on the device.
+        stages: the rows of each stage.
+    """
+
+    seq_lens: torch.Tensor
+    row_starts: torch.Tensor
+    stages: tuple[RowsOfStage, ...]
 
     @classmethod
     def of_batches(cls, batches: Sequence[StageBatch], device: torch.device) -> "StageRows":
@@ -68,13 +91,22 @@ class StageRows:
         host = torch.empty(len(batches), 2 * num_requests + 1, dtype=torch.int32)
         for row, batch in zip(host.numpy(), batches, strict=True):
             row[:num_requests], row[num_requests:] = batch.seq_lens, batch.row_starts
-        seq_lens_and_starts = num_requests, num_requests + 1
-        uploaded = async_tensor_h2d(host, device=device)
-        return cls(*uploaded.split(seq_lens_and_starts, dim=1), *host.split(seq_lens_and_starts, dim=1))
-
-    def key(self, stage: int) -> bytes:
-        """Equal for stages that have the same rows."""
-        return self.host_seq_lens[stage].numpy().tobytes() + self.host_row_starts[stage].numpy().tobytes()
+        parts = num_requests, num_requests + 1
+        seq_lens, row_starts = async_tensor_h2d(host, device=device).split(parts, dim=1)
+        each = zip(seq_lens, row_starts, *host.split(parts, dim=1), batches, strict=True)
+        stages = tuple(
+            RowsOfStage(
+                lengths,
+                starts,
+                host_lengths,
+                host_starts,
+                batch.num_tokens,
+                int(batch.num_rows.max()),
+                int(batch.seq_lens.max()),
+            )
+            for lengths, starts, host_lengths, host_starts, batch in each
+        )
+        return cls(seq_lens, row_starts, stages)
 
 
 class StageInputs:
@@ -83,6 +115,7 @@ class StageInputs:
     Attributes:
         stages: of every KV cache group, its stage.
         seq_lens: int32 [S, max requests].
+        views: the first n sequence lengths of every stage, by n.
         groups: int32 on the device, the groups of each stage.
     """
 
@@ -93,6 +126,7 @@ class StageInputs:
         device = tables.device
         (self.block_size,) = set(tables.block_sizes)
         self.seq_lens = torch.zeros_like(dropped.device)
+        self.views: dict[int, tuple[torch.Tensor, ...]] = {}
         self.stage_of_group = torch.tensor(stages, dtype=torch.int32, device=device)
         self.all_groups = torch.arange(len(stages), dtype=torch.int32, device=device)
         in_stages = ([group for group, of in enumerate(stages) if of == stage] for stage in range(len(self.seq_lens)))
@@ -101,26 +135,39 @@ class StageInputs:
     def full_rows(self, batch: InputBatch) -> StageRows:
         """The rows of a step in which every stage runs every row, by what the stages have dropped before."""
         num_requests, num_padded = batch.num_reqs, batch.num_reqs_after_padding
-        dropped = self.dropped.upload()[:, batch.idx_mapping]
-        torch.sub(batch.seq_lens[:num_requests], dropped, out=self.seq_lens[:, :num_requests])
         if num_padded > num_requests:
             self.seq_lens[:, num_requests:num_padded].zero_()
-        host = torch.zeros(len(self.seq_lens), num_padded, dtype=torch.int32)
+        dropped = self.dropped.upload().index_select(1, batch.idx_mapping)
+        torch.sub(batch.seq_lens[:num_requests], dropped, out=self.seq_lens[:, :num_requests])
+        host = np.zeros((len(self.seq_lens), num_padded), dtype=np.int32)
         lengths = _upper_bounds(batch)[:num_requests].numpy()
-        np.subtract(lengths, self.dropped.host[:, batch.idx_mapping_np], out=host[:, :num_requests].numpy())
-        return self._same_rows(batch, num_padded, host)
+        np.subtract(lengths, self.dropped.host[:, batch.idx_mapping_np], out=host[:, :num_requests])
+        return self._same_rows(batch, host)
 
-    def dummy_rows(self, batch: InputBatch) -> StageRows:
-        """The rows of vLLM's dummy batch, in the tensors that real steps use: a graph is captured on it."""
+    def dummy_rows(self, batch: InputBatch, max_seq_len: int) -> StageRows:
+        """The rows of vLLM's dummy batch, in the tensors that real steps use: a graph is captured on it.
+
+        ``max_seq_len`` is the longest sequence of any later step.
+        """
         num_requests = batch.num_reqs_after_padding
         self.seq_lens[:, :num_requests] = batch.seq_lens[:num_requests]
-        lengths = _upper_bounds(batch)[:num_requests].expand(len(self.seq_lens), -1)
-        return self._same_rows(batch, num_requests, lengths)
+        host = np.tile(_upper_bounds(batch)[:num_requests].numpy(), (len(self.seq_lens), 1))
+        rows = self._same_rows(batch, host)
+        return replace(rows, stages=tuple(each._replace(max_seq_len=max_seq_len) for each in rows.stages))
 
-    def _same_rows(self, batch: InputBatch, num_requests: int, host_seq_lens: torch.Tensor) -> StageRows:
-        starts = batch.query_start_loc, torch.from_numpy(batch.query_start_loc_np)
-        on_device, on_host = (each[: num_requests + 1].expand(len(self.seq_lens), -1) for each in starts)
-        return StageRows(self.seq_lens[:, :num_requests], on_device, host_seq_lens, on_host)
+    def _same_rows(self, batch: InputBatch, host: IntArray) -> StageRows:
+        """All stages' rows where they run the same ones, after sequences of their own lengths, ``host`` [S, R]."""
+        num_stages, num_requests = host.shape
+        if num_requests not in self.views:
+            self.views[num_requests] = self.seq_lens[:, :num_requests].unbind(0)
+        starts = batch.query_start_loc[: num_requests + 1]
+        host_starts = torch.from_numpy(batch.query_start_loc_np[: num_requests + 1])
+        num_rows, max_rows = batch.num_tokens, int(batch.num_scheduled_tokens.max())
+        stages = tuple(
+            RowsOfStage(lengths, starts, torch.from_numpy(on_host), host_starts, num_rows, max_rows, most)
+            for lengths, on_host, most in zip(self.views[num_requests], host, host.max(axis=1).tolist(), strict=True)
+        )
+        return StageRows(self.seq_lens, starts.expand(num_stages, -1), stages)
 
     def write_slots(self, rows: StageRows, idx_mapping: torch.Tensor, num_padded: int, groups: torch.Tensor) -> None:
         """Write the slots of all rows in the caches of ``groups``, int32 [n], and pad them to ``num_padded`` rows.
@@ -145,10 +192,6 @@ class StageInputs:
             PAD=PAD_SLOT_ID,
             TILE=1024,
         )
-
-    def slots(self, group: int, num_rows: int) -> torch.Tensor:
-        """The slots of a group's first rows, int64 [num_rows]."""
-        return self.tables.slot_mappings[group, :num_rows]
 
 
 def _upper_bounds(batch: InputBatch) -> torch.Tensor:

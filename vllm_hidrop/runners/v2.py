@@ -90,21 +90,21 @@ class StagedModelState(DefaultModelState):
             return super().prepare_attn(
                 input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config
             )
-        rows = runner.inputs.dummy_rows(input_batch) if runner.rows is None else runner.rows
+        rows = runner.rows or runner.inputs.dummy_rows(input_batch, self.max_model_len)
         is_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
         runner.metadata = StageMetadata(runner, input_batch, block_tables, rows, is_graph, for_capture)
-        return {
-            name: metadata
-            for index, group in enumerate(kv_cache_config.kv_cache_groups)
-            for metadata in [runner.metadata.of_group(index, slot_mappings[index])]
-            for name in group.layer_names
-        }
+        by_layer: dict[str, Any] = {}
+        for index, slots in enumerate(slot_mappings):
+            metadata = runner.metadata.of_group(index, slots)
+            by_layer.update(dict.fromkeys(kv_cache_config.kv_cache_groups[index].layer_names, metadata))
+        return by_layer
 
 
 class StageMetadata:
     """Builds the attention metadata of one step, once per distinct set of rows.
 
-    A graph keeps the addresses of its capture, so under graphs every stage has its own, whatever rows it runs.
+    A graph keeps the addresses of its capture, so under graphs every stage has its own, whatever rows it runs. A replay
+    reads tables and slots where they are: there a builder runs only for what it writes to tensors of its own.
     """
 
     def __init__(
@@ -122,6 +122,7 @@ class StageMetadata:
         self.rows = rows
         self.is_graph = is_graph
         self.for_capture = for_capture
+        self.is_prefilling = torch.from_numpy(batch.is_prefilling_np)
         self.built: dict[int | bytes, Any] = {}
 
     def of_group(self, group: int, slots: torch.Tensor) -> Any:
@@ -129,9 +130,10 @@ class StageMetadata:
         stage = self.runner.inputs.stages[group]
         (attention_group,) = self.runner.attn_groups[group]
         builder = attention_group.get_metadata_builder(0)
-        key = self.key(stage)
-        table = self.tables[group][: self.rows.seq_lens.shape[1]]
+        key, table = self.key(stage), self.tables[group]
         if key in self.built:
+            if self.is_graph and not self.for_capture and builder.supports_update_block_table:
+                return self.built[key]
             shared = with_tables(builder, self.built[key], table, slots)
             if shared is not None:
                 return shared
@@ -143,26 +145,23 @@ class StageMetadata:
 
     def key(self, stage: int) -> int | bytes:
         """Equal for stages that share metadata."""
-        return stage if self.is_graph else self.rows.key(stage)
+        return stage if self.is_graph else self.rows.stages[stage].key
 
     def _common(self, stage: int, table: torch.Tensor, slots: torch.Tensor) -> CommonAttentionMetadata:
-        rows, batch = self.rows, self.batch
-        starts, seq_lens = rows.host_row_starts[stage], rows.host_seq_lens[stage]
-        # A graph must hold for every later step.
-        max_seq_len = self.runner.max_model_len if self.for_capture else int(seq_lens.max())
+        rows = self.rows.stages[stage]
         return CommonAttentionMetadata(
-            query_start_loc=rows.row_starts[stage],
-            query_start_loc_cpu=starts,
-            seq_lens=rows.seq_lens[stage],
-            seq_lens_cpu_upper_bound=seq_lens,
-            num_reqs=len(seq_lens),
-            num_actual_tokens=batch.num_tokens_after_padding if self.is_graph else int(starts[-1]),
-            max_query_len=int(starts.diff().max()),
-            max_seq_len=max_seq_len,
+            query_start_loc=rows.row_starts,
+            query_start_loc_cpu=rows.host_row_starts,
+            seq_lens=rows.seq_lens,
+            seq_lens_cpu_upper_bound=rows.host_seq_lens,
+            num_reqs=len(rows.host_seq_lens),
+            num_actual_tokens=self.batch.num_tokens_after_padding if self.is_graph else rows.num_rows,
+            max_query_len=rows.max_rows,
+            max_seq_len=rows.max_seq_len,
             block_table_tensor=table,
             slot_mapping=slots,
             causal=True,
-            is_prefilling=torch.from_numpy(batch.is_prefilling_np),
+            is_prefilling=self.is_prefilling,
         )
 
 
@@ -282,13 +281,13 @@ class StagedRunner(GPUModelRunner):
             self.rows = self.inputs.full_rows(input_batch)
             num_padded = input_batch.num_tokens_after_padding
             self.inputs.write_slots(self.rows, input_batch.idx_mapping, num_padded, self.inputs.all_groups)
-            return tables, self.block_tables.slot_mappings[:, :num_padded]
+            return tables, self.block_tables.slot_mappings[:, :num_padded].unbind(0)
         self.rows = StageRows.of_batches(self.step.stages, self.device)
         self.inputs.write_slots(self.rows, input_batch.idx_mapping, 0, self.inputs.all_groups)
         return tables, [self._slots(group, self.rows) for group in range(len(tables))]
 
     def _slots(self, group: int, rows: StageRows) -> torch.Tensor:
-        return self.inputs.slots(group, int(rows.host_row_starts[self.inputs.stages[group], -1]))
+        return self.block_tables.slot_mappings[group, : rows.stages[self.inputs.stages[group]].num_rows]
 
     def _enter(self, step: StagedStep, stage: int) -> None:
         """Replace a stage's slots and metadata in the running step: it runs fewer rows than they were made for."""

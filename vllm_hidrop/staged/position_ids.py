@@ -81,6 +81,8 @@ class CompactedIds(_RenumberingIds):
 
     def after_cut(self, ids: torch.Tensor, step: StagedStep, stage: int, runs: Sequence[ImageRun]) -> torch.Tensor:
         """New ids of the survivors of every image in ``runs``; the other rows keep theirs."""
+        if not runs:
+            return ids
         places, befores, offsets, num_gone = [], [], [], 0
         for run in runs:
             first = run.first_row - num_gone

@@ -1,0 +1,60 @@
+"""Which tests ``--v2`` runs: those of ``tests/v2``, and tests of engines that run unchanged on vLLM's V2 runner.
+
+Triton's interpreter takes some 60 ms of every step, so of a test with many cases one per method is run.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+ENGINE = HERE.parent / "engine"
+WHOLE = ("blocks", "off_equals_stock", "explain", "tensor_parallel", "semantics", "many_images")
+ONE_PER_METHOD = (
+    "oracle_parity",
+    "adaptive_parity",
+    "positions",
+    "renumbered",
+    "prefix",
+    "image_prefix",
+    "images_again",
+    "encodings",
+    "continuous_batching",
+)
+INTERPRETER = {
+    "test_pruned_requests_follow_a_grammar": "the kernel of grammars' bitmasks does not run in Triton's interpreter",
+    "test_the_compiled_engine_decodes_renumbered_requests": "the compiler's kernels do not run in Triton's interpreter",
+}
+"""Tests that stay on V1 only, and why."""
+CPU = {
+    "test_a_seeded_prompt_in_chunks_draws_as_it_does_in_one_piece": "V2 draws by position, not by generators",
+}
+
+
+def chosen(items: list[pytest.Item]) -> Iterator[pytest.Item]:
+    """Those of all tests that run on V2."""
+    files = {ENGINE / f"test_{name}.py" for name in WHOLE + ONE_PER_METHOD}
+    thinned = {ENGINE / f"test_{name}.py" for name in ONE_PER_METHOD}
+    seen = set()
+    for item in items:
+        name = getattr(item, "originalname", item.name)
+        is_ours = HERE in item.path.parents
+        if not is_ours and (item.path not in files or name in INTERPRETER | CPU):
+            continue
+        if item.get_closest_marker("slow"):
+            continue
+        case = (item.path, name, _method(item))
+        if item.path not in thinned or case not in seen:
+            seen.add(case)
+            yield item
+
+
+def _method(item: pytest.Item) -> str | None:
+    """The method of a test's case, or the name that its file gives it."""
+    params: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+    for value in params.values():
+        if isinstance(value, dict) and "method" in value:
+            return f"{value['method']} {params.get('scheme')}"
+    return None
