@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.block_table import BlockTables
 
 from vllm_hidrop.methods import METHODS, ModelShape
 from vllm_hidrop.runners import stage_inputs
-from vllm_hidrop.runners.stage_inputs import Dropped, StageInputs
+from vllm_hidrop.runners.stage_inputs import RequestCounts, StageInputs
 from vllm_hidrop.runners.v2 import StageMetadata
 
 BATCH, MAX_REQUESTS, BLOCK, LAYERS_PER_GROUP = 32, 256, 16, 2
@@ -69,7 +69,7 @@ def main() -> None:
     ]
     device = torch.device("cpu")
     tables = BlockTables([BLOCK] * len(stages), MAX_REQUESTS, 8192, [256] * len(stages), device)
-    dropped = Dropped(len(schedule.stages), MAX_REQUESTS, device)
+    dropped = RequestCounts(len(schedule.stages), MAX_REQUESTS, device)
     inputs = StageInputs(tables, stages, dropped)
     batch: Any = SimpleNamespace(
         num_reqs=BATCH,

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import typer
 from typer.testing import CliRunner
-from vllm import envs
+from vllm.config import VllmConfig
+from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from scripts import figure
 from tests.tiny_models import make_llava
 from vllm_hidrop.cli.app import app
+from vllm_hidrop.engine import configure as configure_module
 from vllm_hidrop.engine import gate
 
 pytestmark = pytest.mark.engine
@@ -106,21 +108,27 @@ def accept_serve(words: list[str]) -> Any:
     return parsed[0] if parsed else None
 
 
-def test_the_gpu_command_of_the_readme_passes_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (line,) = (line for line in shell_lines(ROOT / "README.md") if line.startswith("VLLM_USE_V2"))
-    variables, words = line.split(" hidrop serve ")
-    model, *rest = shlex.split(words, comments=True)
+@pytest.mark.parametrize(("is_v2", "mode"), [(True, CUDAGraphMode.FULL_DECODE_ONLY), (False, CUDAGraphMode.NONE)])
+def test_the_readmes_command_passes_the_gate_on_a_gpu_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_v2: bool, mode: CUDAGraphMode
+) -> None:
+    (line,) = (line for line in shell_lines(ROOT / "README.md") if line.startswith("hidrop serve llava-hf"))
+    model, *rest = shlex.split(line, comments=True)[2:]
     assert model == "llava-hf/llava-1.5-7b-hf"
-    monkeypatch.setenv(*variables.split("=", 1))
-    envs.disable_envs_cache()
-    monkeypatch.setattr(gate, "current_platform", SimpleNamespace(is_cpu=lambda: False))
-    tiny = str(make_llava(tmp_path))
-    configure(tiny, rest)
-    with pytest.raises(ValueError, match="CUDA graphs"):
-        configure(tiny, [word for word in rest if word != "--enforce-eager"])
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(ValueError, match="V2 model runner"):
-        configure(tiny, rest)
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", is_v2)
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    for module in (gate, configure_module):
+        monkeypatch.setattr(module, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    chosen: list[Any] = []
+    set_graphs = configure_module._set_graphs
+
+    def note(config: Any) -> None:
+        set_graphs(config)
+        chosen.append((config.compilation_config.cudagraph_mode, config.compilation_config.mode))
+
+    monkeypatch.setattr(configure_module, "_set_graphs", note)
+    configure(str(make_llava(tmp_path)), rest)
+    assert chosen[0] == (mode, CompilationMode.NONE)
 
 
 def configure(model: str, words: list[str]) -> None:
@@ -133,13 +141,13 @@ def configure(model: str, words: list[str]) -> None:
 
 
 def targets() -> set[str]:
-    return set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    return set(re.findall(r"^([a-z0-9-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_make_target_path_and_file_that_a_page_names_is_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert set(re.findall(r"(?:`|\$ )make ([a-z-]+)", text)) <= targets()
+    assert set(re.findall(r"(?:`|\$ )make ([a-z0-9-]+)", text)) <= targets()
     for path in re.findall(r"`((?:vllm_hidrop|server|loadtests|deploy|docs|examples|scripts|tests)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
     for path in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):

@@ -57,8 +57,7 @@ def test_hidrop_serve_accepts_every_command_line(monkeypatch: pytest.MonkeyPatch
         assert args.port == 8000, where
         assert args.host == ("127.0.0.1" if where == "systemd" else "0.0.0.0"), where
         assert args.shutdown_timeout > 0, where
-        assert args.enforce_eager or "cuda" not in where, where
-        assert args.enforce_eager or "gpu" not in where, where
+        assert "--enforce-eager" not in words, f"{where}: on a GPU decode steps would replay no graph"
 
 
 def test_yaml_is_tidy() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from transformers import AutoConfig
+from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.engine.harness import ARCHITECTURE
@@ -62,6 +63,8 @@ REFUSED: dict[str, list[dict[str, Any]]] = {
         {"data_parallel_size": 2, "data_parallel_size_local": 1, "data_parallel_address": "127.0.0.1"},
     ],
     "--decode-context-parallel-size > 1": [{"decode_context_parallel_size": 2, "tensor_parallel_size": 2}],
+    "--prefill-context-parallel-size > 1": [{"prefill_context_parallel_size": 2}],
+    "--compilation-config.cudagraph_mm_encoder": [{"compilation_config": {"cudagraph_mm_encoder": True}}],
     "--enable-dbo": [{"enable_dbo": True}, {"ubatch_size": 2}],
     "--enable-lora": [{"enable_lora": True}],
     "--speculative-config": [{"speculative_config": NGRAM}, {"spec_method": "ngram", "spec_tokens": 2}],
@@ -96,7 +99,9 @@ REFUSED: dict[str, list[dict[str, Any]]] = {
     "--scheduler-cls": [{"scheduler_cls": STOCK_SCHEDULER}],
     "--worker-cls": [{"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}],
 }
-ONLY_ON_CUDA = {"CUDA graphs (no --enforce-eager on CUDA)", "vLLM's V2 model runner"}
+GRAPHS = "--compilation-config.cudagraph_mode other than NONE or, on the V2 model runner, FULL_DECODE_ONLY"
+COMPILED = "--compilation-config.mode other than NONE on CUDA"
+ONLY_ON_CUDA = {GRAPHS, COMPILED}
 
 
 @pytest.mark.parametrize(
@@ -115,16 +120,39 @@ def test_every_rule_of_the_gate_is_tried() -> None:
     assert {rule.setting for rule in RULES} == set(REFUSED) | ONLY_ON_CUDA
 
 
-def test_what_only_cuda_has_is_refused_there(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = configure(model, FASTV, enforce_eager=False)
+@pytest.mark.parametrize(
+    ("is_v2", "graphs", "compiles", "refused"),
+    [
+        (True, None, None, None),
+        (True, CUDAGraphMode.FULL_DECODE_ONLY, CompilationMode.NONE, None),
+        (True, CUDAGraphMode.FULL_AND_PIECEWISE, None, GRAPHS),
+        (True, CUDAGraphMode.PIECEWISE, None, GRAPHS),
+        (True, CUDAGraphMode.FULL, None, GRAPHS),
+        (False, CUDAGraphMode.NONE, None, None),
+        (False, CUDAGraphMode.FULL_DECODE_ONLY, None, GRAPHS),
+        (True, None, CompilationMode.VLLM_COMPILE, COMPILED),
+    ],
+)
+def test_what_only_cuda_has_is_refused_there(
+    model: Path, monkeypatch: pytest.MonkeyPatch, is_v2: bool, graphs: Any, compiles: Any, refused: str | None
+) -> None:
+    config = configure(model, FASTV)
     monkeypatch.setattr(gate, "current_platform", SimpleNamespace(is_cpu=lambda: False))
-    with pytest.raises(ValueError, match="CUDA graphs"):
+    monkeypatch.setattr(type(config), "use_v2_model_runner", is_v2)
+    monkeypatch.setattr(config.compilation_config, "cudagraph_mode", graphs)
+    monkeypatch.setattr(config.compilation_config, "mode", compiles)
+    if refused is None:
         gate.check_gate(config)
-    monkeypatch.setattr(config.model_config, "enforce_eager", True)
-    gate.check_gate(config)
-    monkeypatch.setattr(type(config), "use_v2_model_runner", True)
-    with pytest.raises(ValueError, match="V2 model runner"):
-        gate.check_gate(config)
+    else:
+        with pytest.raises(ValueError, match=re.escape(refused)):
+            gate.check_gate(config)
+
+
+def test_an_attention_backend_that_nobody_has_read_is_refused_by_name() -> None:
+    for name in gate.BACKENDS:
+        gate.check_attention_backend(name)
+    with pytest.raises(ValueError, match=r"TRITON_ATTN.*CPU_ATTN, FLASH_ATTN, FLASHINFER"):
+        gate.check_attention_backend("TRITON_ATTN")
 
 
 def test_every_setting_said_to_work_has_its_test() -> None:

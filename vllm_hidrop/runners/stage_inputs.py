@@ -1,8 +1,8 @@
 """What a step of vLLM's V2 runner tells the device about its stages: sequence lengths, first rows, slots.
 
-The device knows how many tokens each stage has dropped of each request (:class:`Dropped`). So a step in which no pruned
-prompt is prefilled computes nothing per request and stage on the host: one gather, one subtraction and one kernel for
-all KV cache groups, into tensors whose addresses a CUDA graph may keep.
+The device knows how many tokens each stage has dropped of each request (:class:`RequestCounts`). So a step in which no
+pruned prompt is prefilled sends it nothing: one gather, one subtraction and one kernel for all KV cache groups write
+what the stages need, into tensors whose addresses a CUDA graph may keep.
 """
 
 from collections.abc import Sequence
@@ -24,26 +24,26 @@ from vllm_hidrop.staged.step import StageBatch
 IntArray = npt.NDArray[np.int32]
 
 
-class Dropped:
-    """Tokens that each of S stages has dropped of each request, by vLLM's request index; 0 until a prompt has run."""
+class RequestCounts:
+    """A column of counts for every request, by vLLM's request index, on the host and on the device: int32 [N, R]."""
 
-    def __init__(self, num_stages: int, num_requests: int, device: torch.device) -> None:
-        self.host: IntArray = np.zeros((num_stages, num_requests), dtype=np.int32)
-        self.device = torch.zeros(num_stages, num_requests, dtype=torch.int32, device=device)
+    def __init__(self, num_rows: int, num_requests: int, device: torch.device) -> None:
+        self.host: IntArray = np.zeros((num_rows, num_requests), dtype=np.int32)
+        self.device = torch.zeros(num_rows, num_requests, dtype=torch.int32, device=device)
         self.is_stale = False
 
-    def set(self, index: int, dropped: Sequence[int] | int) -> None:
+    def set(self, index: int, counts: Sequence[int] | int) -> None:
         """Set a request's column."""
-        if (self.host[:, index] != dropped).any():
-            self.host[:, index] = dropped
+        if (self.host[:, index] != counts).any():
+            self.host[:, index] = counts
             self.is_stale = True
 
-    def upload(self) -> torch.Tensor:
-        """The device's copy, int32 [S, R], which later work in the stream sees."""
+    def of(self, idx_mapping: torch.Tensor) -> torch.Tensor:
+        """The columns of some requests, int32 [N, n], as work that follows in the stream sees them."""
         if self.is_stale:
             async_tensor_h2d(self.host, out=self.device)
             self.is_stale = False
-        return self.device
+        return self.device.index_select(1, idx_mapping)
 
 
 class RowsOfStage(NamedTuple):
@@ -114,12 +114,13 @@ class StageInputs:
 
     Attributes:
         stages: of every KV cache group, its stage.
+        dropped: tokens that each stage has dropped of each request; 0 until its prompt has run.
         seq_lens: int32 [S, max requests].
         views: the first n sequence lengths of every stage, by n.
         groups: int32 on the device, the groups of each stage.
     """
 
-    def __init__(self, tables: BlockTables, stages: Sequence[int], dropped: Dropped) -> None:
+    def __init__(self, tables: BlockTables, stages: Sequence[int], dropped: RequestCounts) -> None:
         self.tables = tables
         self.stages = tuple(stages)
         self.dropped = dropped
@@ -137,7 +138,7 @@ class StageInputs:
         num_requests, num_padded = batch.num_reqs, batch.num_reqs_after_padding
         if num_padded > num_requests:
             self.seq_lens[:, num_requests:num_padded].zero_()
-        dropped = self.dropped.upload().index_select(1, batch.idx_mapping)
+        dropped = self.dropped.of(batch.idx_mapping)
         torch.sub(batch.seq_lens[:num_requests], dropped, out=self.seq_lens[:, :num_requests])
         host = np.zeros((len(self.seq_lens), num_padded), dtype=np.int32)
         lengths = _upper_bounds(batch)[:num_requests].numpy()

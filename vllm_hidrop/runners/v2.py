@@ -31,7 +31,7 @@ from vllm_hidrop.plan.positions import PositionScheme
 from vllm_hidrop.runners.attention_metadata import check_attention_backends, with_tables
 from vllm_hidrop.runners.requests import WorkerRequests, with_report
 from vllm_hidrop.runners.stage_caches import StageCaches, stage_specs
-from vllm_hidrop.runners.stage_inputs import Dropped, StageInputs, StageRows
+from vllm_hidrop.runners.stage_inputs import RequestCounts, StageInputs, StageRows
 from vllm_hidrop.staged.adaptive_loop import run_staged
 from vllm_hidrop.staged.loop import Outcome
 from vllm_hidrop.staged.model import StagedModel
@@ -174,6 +174,7 @@ class StagedRunner(GPUModelRunner):
         step: the running step where it prefills pruned prompts, which the staged loop runs; None elsewhere.
         outcome: result of the running step's staged loop, once it has run.
         ids: int64 [max rows], RoPE ids of the grouped scheme.
+        vision_tokens: of every request's prompt, under the grouped scheme.
     """
 
     model: StagedModel
@@ -187,6 +188,7 @@ class StagedRunner(GPUModelRunner):
     metadata: StageMetadata
     outcome: Outcome | None
     ids: torch.Tensor
+    vision_tokens: RequestCounts
 
     # Model and caches.
 
@@ -209,12 +211,13 @@ class StagedRunner(GPUModelRunner):
         self.planner = replace(self.planner, block_size=block_size_of(self.kv_cache_config))
         self.staged = WorkerRequests(self.planner)
         groups = self.kv_cache_config.kv_cache_groups
-        dropped = Dropped(len(self.planner.schedule.stages), self.max_num_reqs, self.device)
+        dropped = RequestCounts(len(self.planner.schedule.stages), self.max_num_reqs, self.device)
         self.inputs = StageInputs(self.block_tables, [group.kv_cache_spec.stage for group in groups], dropped)
         attentions = self.compilation_config.static_forward_context
         self.caches = StageCaches(self.model.decoder, groups, attentions, self._block_ids)
         if self.planner.positions is PositionScheme.GROUPED:
             self.ids = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=self.device)
+            self.vision_tokens = RequestCounts(1, self.max_num_reqs, self.device)
 
     def _block_ids(self, group: int, index: int) -> torch.Tensor:
         assert self.batch is not None
@@ -241,7 +244,10 @@ class StagedRunner(GPUModelRunner):
         """Add as vLLM does; no prompt among these, preempted ones included, has run."""
         super().add_requests(scheduler_output)
         for new in scheduler_output.scheduled_new_reqs:
-            self.inputs.dropped.set(self.req_states.req_id_to_index[new.req_id], 0)
+            index = self.req_states.req_id_to_index[new.req_id]
+            self.inputs.dropped.set(index, 0)
+            if self.planner.positions is PositionScheme.GROUPED:
+                self.vision_tokens.set(index, self.staged.records[new.req_id].plan.num_vision_tokens)
         for request_id, images in getattr(scheduler_output, "images_again", {}).items():
             features = self.encoder_cache.mm_features[request_id]
             for image, pixels in images.items():
@@ -333,9 +339,13 @@ class StagedRunner(GPUModelRunner):
 
     def grouped_ids(self, batch: InputBatch) -> torch.Tensor:
         """Grouped ids of the step's rows, int64 [T], padded as vLLM's positions are."""
+        if not batch.has_prefill:  # one generated token of every request
+            ids = self.ids[: batch.num_reqs]
+            torch.sub(batch.positions[: batch.num_reqs], self.vision_tokens.of(batch.idx_mapping)[0], out=ids)
+            return self.ids[: batch.num_tokens_after_padding]
         full = StageBatch(batch.num_scheduled_tokens, batch.num_computed_tokens_np + batch.num_scheduled_tokens)
-        ids = grouped_positions(full, [self.staged.records[name].plan for name in batch.req_ids])
-        async_tensor_h2d(ids, out=self.ids[: len(ids)])
+        on_host = grouped_positions(full, [self.staged.records[name].plan for name in batch.req_ids])
+        async_tensor_h2d(on_host, out=self.ids[: len(on_host)])
         return self.ids[: batch.num_tokens_after_padding]
 
     def sample_tokens(self, grammar_output: Any) -> Any:

@@ -16,7 +16,7 @@ from vllm_hidrop.lab.train.evaluate import Checkpoint, make_example
 from vllm_hidrop.lab.train.initial import initialise_language_model
 from vllm_hidrop.lab.train.model import build_model
 from vllm_hidrop.lab.train.questions import draw_questions
-from vllm_hidrop.lab.train.rows import Rows
+from vllm_hidrop.lab.train.rows import Rows, packed_starts
 from vllm_hidrop.lab.train.scenes import NUM_PATCHES, make_scene
 from vllm_hidrop.lab.train.schedules import FLAT_KEEP, FORMS, HIDROP, SHAPE, Form, trained_entry, with_schedule
 from vllm_hidrop.lab.train.staged import Selection, StagedTraining
@@ -71,16 +71,16 @@ def test_the_shared_image_pass_numbers_rows_as_the_staged_forward_does(
     vision = Vision(torch.randn(1, NUM_PATCHES, 128) * 0.1, torch.arange(NUM_PATCHES)[None])
     text = pack_questions([draw_questions(make_scene(1), rng, 1, ("where",))], rng, 0.0)
     staged = with_schedule(model, HIDROP, position_scheme=scheme)
-    head = model.get_input_embeddings()(torch.tensor([[TOKEN_IDS["<bos>"], TOKEN_IDS["<user>"]]]))
+    head = model.get_input_embeddings()(torch.tensor([TOKEN_IDS["<bos>"], TOKEN_IDS["<user>"]]))
     with torch.no_grad():
         shared = answer_logits(staged, model, vision, text, rng)[0]
-        alone = torch.cat([head, vision.embeddings, model.get_input_embeddings()(text.ids)], 1)
-        images = torch.full(alone.shape[:2], -1)
-        images[:, 2 : 2 + NUM_PATCHES] = 0
-        is_query = torch.zeros(alone.shape[:2], dtype=torch.bool)
-        is_query[0, 2 + NUM_PATCHES + int((text.targets[0] != IGNORED).nonzero()[0])] = True
-        rows = Rows(torch.arange(alone.shape[1])[None], images, torch.ones_like(is_query), is_query)
-        expected = model.lm_head(staged(alone, rows).hidden)[0, 2:]
+        alone = torch.cat([head, vision.embeddings[0], model.get_input_embeddings()(text.ids[0])])
+        images = torch.full(alone.shape[:1], -1)
+        images[2 : 2 + NUM_PATCHES] = 0
+        is_query = torch.zeros(len(alone), dtype=torch.bool)
+        is_query[2 + NUM_PATCHES + int((text.targets[0] != IGNORED).nonzero()[0])] = True
+        rows = Rows(torch.arange(len(alone)), images, is_query, packed_starts([len(alone)]))
+        expected = model.lm_head(staged(alone, rows).hidden)[2:]
     assert (shared - expected).abs().max() < 0.1 * expected.abs().max()  # one in bfloat16, one in float32
 
 

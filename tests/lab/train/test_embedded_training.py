@@ -21,7 +21,7 @@ from vllm_hidrop.lab.train.initial import initialise_language_model
 from vllm_hidrop.lab.train.model import build_model
 from vllm_hidrop.lab.train.prefix_llm import LateRead
 from vllm_hidrop.lab.train.questions import QUESTION_TYPES, Question, ask, draw_questions
-from vllm_hidrop.lab.train.rows import Rows
+from vllm_hidrop.lab.train.rows import Rows, packed_starts
 from vllm_hidrop.lab.train.scenes import (
     COLOURS,
     GAP,
@@ -230,15 +230,15 @@ def test_the_shared_image_pass_prunes_as_the_staged_forward_does(monkeypatch: py
     in_block = text.blocks[1] == 2
     with torch.no_grad():
         shared = answer_logits(staged, model, vision, text, rng)[1][in_block]
-        alone = torch.cat([head, vision.embeddings[1], embed(text.ids[1][in_block])])[None]
+        alone = torch.cat([head, vision.embeddings[1], embed(text.ids[1][in_block])])
         is_asked = text.targets[1][in_block] != IGNORED
-        images = torch.full(alone.shape[:2], -1)
-        images[:, 2 : 2 + NUM_PATCHES] = 0
-        is_query = torch.zeros(alone.shape[:2], dtype=torch.bool)
-        is_query[0, 2 + NUM_PATCHES + int(is_asked.nonzero()[0])] = True
-        rows = Rows(torch.arange(alone.shape[1])[None], images, torch.ones_like(is_query), is_query)
+        images = torch.full(alone.shape[:1], -1)
+        images[2 : 2 + NUM_PATCHES] = 0
+        is_query = torch.zeros(len(alone), dtype=torch.bool)
+        is_query[2 + NUM_PATCHES + int(is_asked.nonzero()[0])] = True
+        rows = Rows(torch.arange(len(alone)), images, is_query, packed_starts([len(alone)]))
         output = staged(alone, rows)
-    expected = model.lm_head(output.hidden)[0, 2:]
+    expected = model.lm_head(output.hidden)[2:]
     assert (shared - expected).abs().max() < 0.1 * expected.abs().max()  # one in bfloat16, one in float32
 
 

@@ -25,6 +25,7 @@ from tests.lab.train.test_train_command import (
 )
 from tests.tiny_models import TOKENS_PER_IMAGE
 from vllm_hidrop.config import HidropConfig, make_method, resolve
+from vllm_hidrop.lab.train.decoder import Decoder
 from vllm_hidrop.lab.train.dtopk import SMOOTH, gates, hard_rank, soft_mask
 from vllm_hidrop.lab.train.llava_training import LlavaTraining, load_checkpoint
 from vllm_hidrop.lab.train.ratio import Ratio, learnt_options, make_ratio
@@ -95,7 +96,7 @@ def test_the_losss_gradient_in_the_logits_is_that_of_the_smooth_mask(selection: 
     llava = model("llama")
     embeds, rows = batch(llava)
     ratio = ratio_of(ONE_CUT)
-    arguments = llava.model.language_model, make_method("hidrop", None, ONE_CUT), SHAPE, selection
+    arguments = Decoder(llava.model.language_model), make_method("hidrop", None, ONE_CUT), SHAPE, selection
     staged = StagedTraining.from_method(*arguments, ratio=ratio)
 
     def loss() -> Tensor:

@@ -1,5 +1,6 @@
 """Training's staged forward against the dense masked oracle; differentiable top-k against its definition."""
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,9 +16,9 @@ from tests.oracles.masked import Oracle, OracleStage, Positions, Rule
 from tests.oracles.renumbered import RenumberedOracle
 from tests.tiny_models import IMAGE_TOKEN, NUM_LAYERS, TOKENS_PER_IMAGE, text_config, vision_config
 from vllm_hidrop.config import make_method
-from vllm_hidrop.lab.train.decoder import attend, query_attention
+from vllm_hidrop.lab.train.decoder import Decoder, query_attention
 from vllm_hidrop.lab.train.dtopk import SMOOTH, gates, hard_rank, soft_mask, soft_rank
-from vllm_hidrop.lab.train.rows import Rows
+from vllm_hidrop.lab.train.rows import Rows, packed_starts
 from vllm_hidrop.lab.train.staged import Selection, StagedTraining
 from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.methods.scoring import select_top
@@ -69,27 +70,27 @@ def prompts() -> list[tuple[list[int], Tensor | None]]:
 
 
 def batch(llava: LlavaForConditionalGeneration) -> tuple[Tensor, Rows]:
-    """All prompts right-padded; the last row of each is its query."""
+    """All prompts packed; the last row of each is its query."""
     oracle = Oracle(llava)
-    embedded = [oracle._prepare(*prompt).rows for prompt in prompts()]
-    lengths = [len(rows) for rows in embedded]
-    shape = len(lengths), max(lengths)
-    embeds = torch.randn(*shape, embedded[0].shape[1], generator=torch.Generator().manual_seed(1))
-    images = torch.full(shape, -1)
-    is_query, is_valid = torch.zeros(2, *shape, dtype=torch.bool)
-    for sample, (rows, (before, number, _)) in enumerate(zip(embedded, LAYOUTS, strict=True)):
-        embeds[sample, : len(rows)] = rows
-        end = before + number * TOKENS_PER_IMAGE
-        images[sample, before:end] = torch.arange(number).repeat_interleave(TOKENS_PER_IMAGE)
-        is_valid[sample, : len(rows)] = True
-        is_query[sample, len(rows) - 1] = True
-    return embeds.detach(), Rows(torch.arange(shape[1]).expand(shape), images, is_valid, is_query)
+    embeds = [oracle._prepare(*prompt).rows.detach() for prompt in prompts()]
+    row_starts = packed_starts([len(one) for one in embeds])
+    images = [
+        torch.tensor([-1] * before + sorted([*range(number)] * TOKENS_PER_IMAGE) + [-1] * after)
+        for before, number, after in LAYOUTS
+    ]
+    positions = torch.cat([torch.arange(len(one)) for one in embeds])
+    is_query = torch.zeros(len(positions), dtype=torch.bool)
+    is_query[row_starts[1:].long() - 1] = True
+    return torch.cat(embeds), Rows(positions, torch.cat(images), is_query, row_starts)
+
+
+def staged_of(llava: LlavaForConditionalGeneration, *arguments: Any, **options: Any) -> StagedTraining:
+    return StagedTraining.from_method(Decoder(llava.model.language_model), *arguments, **options)
 
 
 def last_logits(llava: LlavaForConditionalGeneration, staged: StagedTraining, embeds: Tensor, rows: Rows) -> Tensor:
     output = staged(embeds, rows)
-    last = output.is_valid.sum(1) - 1
-    return llava.lm_head(output.hidden[torch.arange(len(last)), last])
+    return llava.lm_head(output.hidden[output.row_starts[1:].long() - 1])
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_the_staged_forward_equals_the_reference_under_renumbered_positions(case
         ]
         result = oracle.generate(tokens, pixels, stages, rule, 1, seed=options.get("seed", 0))
         expected.append(result.logits[0])
-    staged = StagedTraining.from_method(llava.model.language_model, method, SHAPE, selection, "renumbered")
+    staged = staged_of(llava, method, SHAPE, selection, "renumbered")
     found = last_logits(llava, staged, *batch(llava))
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=1e-4)
 
@@ -142,33 +143,49 @@ def check_against_the_oracle(
         seed = options.get("seed", 0)
         result = Oracle(llava).generate(tokens, pixels, stages, rule, 1, seed=seed, positions=scheme)
         expected.append(result.logits[0])
-    staged = StagedTraining.from_method(llava.model.language_model, method, SHAPE, selection, scheme)
+    staged = staged_of(llava, method, SHAPE, selection, scheme)
     found = last_logits(llava, staged, *batch(llava))
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=1e-4)
 
 
-def pyramid(selection: str, **options: Any) -> StagedTraining:
-    method = make_method("hidrop", None, PYRAMID)
-    return StagedTraining.from_method(model("llama").model.language_model, method, SHAPE, selection, **options)
+def pyramid(selection: str, gradient_checkpointing: bool = False) -> StagedTraining:
+    decoder = Decoder(model("llama").model.language_model, gradient_checkpointing=gradient_checkpointing)
+    return StagedTraining.from_method(decoder, make_method("hidrop", None, PYRAMID), SHAPE, selection)
 
 
 def test_rows_that_are_left_are_text_only_after_the_exit() -> None:
     embeds, rows = batch(model("llama"))
     output = pyramid(Selection.AS_RELEASED)(embeds, rows)
-    assert output.is_valid.sum(1).tolist() == [before + after for before, _, after in LAYOUTS]
-    left = rows.images.gather(1, output.columns)[output.is_valid]
-    assert bool((left == -1).all())
+    assert output.row_starts.diff().tolist() == [before + after for before, _, after in LAYOUTS]
+    assert bool((rows.images[output.places] == -1).all())
 
 
-def test_presence_multiplies_a_rows_terms_in_the_softmax() -> None:
-    generator = torch.Generator().manual_seed(3)
-    query, key, value = (torch.randn(2, heads, 6, 8, generator=generator) for heads in (4, 2, 2))
-    presence = torch.rand(2, 6, generator=generator)
-    found = attend(query, key, value, presence)
-    terms = (query @ key.repeat_interleave(2, 1).transpose(2, 3) / 8**0.5).exp().tril() * presence[:, None, None]
-    expected = terms / terms.sum(-1, keepdim=True) @ value.repeat_interleave(2, 1)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(attend(query, key, value, torch.ones(2, 6)), attend(query, key, value))
+@pytest.mark.parametrize("selection", list(Selection))
+def test_a_sample_in_a_pack_is_computed_as_it_is_alone(selection: str) -> None:
+    embeds, rows = batch(model("llama"))
+    weights = torch.randn(embeds.shape, generator=torch.Generator().manual_seed(4))
+    whole = embeds.clone().requires_grad_()
+    packed = pyramid(selection)(whole, rows)
+    (packed.hidden * weights[packed.places]).sum().backward()
+    assert whole.grad is not None
+    start = 0
+    for length, kept in zip(rows.lengths, packed.hidden.split(packed.row_starts.diff().tolist()), strict=True):
+        here = torch.arange(start, start + length)
+        one = embeds[here].requires_grad_()
+        alone = pyramid(selection)(one, replace(rows.take(here), row_starts=packed_starts([length])))
+        (alone.hidden * weights[here][alone.places]).sum().backward()
+        torch.testing.assert_close(kept, alone.hidden, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(whole.grad[here], one.grad, atol=1e-4, rtol=1e-3)
+        start += length
+
+
+def test_a_sample_without_text_has_no_rows_where_there_is_no_vision() -> None:
+    images = torch.tensor([0] * TOKENS_PER_IMAGE + [-1] * 3)
+    is_query = torch.tensor([False] * (TOKENS_PER_IMAGE + 2) + [True])
+    row_starts = packed_starts([TOKENS_PER_IMAGE, 3])
+    rows = Rows(torch.arange(TOKENS_PER_IMAGE + 3), images, is_query, row_starts)
+    output = pyramid(Selection.DIFFERENTIABLE)(torch.randn(TOKENS_PER_IMAGE + 3, 128), rows)
+    assert output.row_starts.tolist() == [0, 0, 3]
 
 
 @pytest.mark.parametrize("selection", list(Selection))
@@ -199,48 +216,47 @@ def test_only_differentiable_selections_send_a_gradient_through_the_scores() -> 
 
 def test_scores_are_the_mean_over_the_rounds_query_rows() -> None:
     generator = torch.Generator().manual_seed(0)
-    query, key = torch.randn(1, 4, 9, 8, generator=generator), torch.randn(1, 2, 9, 8, generator=generator)
-    valid = torch.ones(1, 9, dtype=torch.bool)
-    asked = torch.zeros(1, 9, dtype=torch.bool)
-    asked[0, [5, 8]] = True
-    images = torch.full((1, 9), -1)
-    found = query_attention(query, key, Rows(torch.arange(9)[None], images, valid, asked))[0]
-    expected = torch.zeros(9)
-    for row in (5, 8):
+    query, key = torch.randn(16, 4, 8, generator=generator), torch.randn(16, 2, 8, generator=generator)
+    asked = torch.zeros(16, dtype=torch.bool)
+    asked[[5, 8, 11]] = True  # a sample of nine rows, one of three, one of four without a query row
+    rows = Rows(torch.arange(16), torch.full((16,), -1), asked, packed_starts([9, 3, 4]))
+    expected = torch.zeros(16)
+    for row, start, number in ((5, 0, 2), (8, 0, 2), (11, 9, 1)):
         for head in range(4):
-            logits = key[0, head // 2, : row + 1] @ query[0, head, row] / 8**0.5
-            expected[: row + 1] += logits.softmax(-1) / 8
-    torch.testing.assert_close(found, expected)
+            logits = key[start : row + 1, head // 2] @ query[row, head] / 8**0.5
+            expected[start : row + 1] += logits.softmax(-1) / (4 * number)
+    torch.testing.assert_close(query_attention(query, key, rows), expected)
 
 
 def test_a_sample_without_a_query_row_is_not_pruned() -> None:
     llava = model("llama")
     embeds, rows = batch(llava)
-    rows.is_query[0] = False
+    rows.is_query[: int(rows.row_starts[1])] = False
     options = OWN | {"inject_layer": 1, "filter_layers": [2], "keeps": [4], "exit_layer": None}
     method = make_method("hidrop", None, options)
-    output = StagedTraining.from_method(llava.model.language_model, method, SHAPE)(embeds, rows)
-    assert output.is_valid.sum(1).tolist() == [3 + 64 + 5, 7 + 2, 2 + 2 * 4 + 4]
+    output = staged_of(llava, method, SHAPE)(embeds, rows)
+    assert output.row_starts.diff().tolist() == [3 + 64 + 5, 7 + 2, 2 + 2 * 4 + 4]
 
 
 def positions_after_cut(scheme: str) -> tuple[list[int], list[int]]:
-    """Positions before the first layer and after the last cut of a prompt of 2 text, 6 vision and 3 text rows."""
+    """Positions of a prompt of 2 text, 6 vision and 3 text rows, packed behind another one, before the first layer
+    and after the last cut."""
     seen: list[list[int]] = []
     options = {"inject_layer": 1, "filter_layers": [2], "keeps": [3], "exit_layer": None, "shape": [NUM_LAYERS, 6]}
     method = make_method("hidrop", None, options)
-    llm = model("llama").model.language_model
-    staged = StagedTraining.from_method(llm, method, ModelShape(NUM_LAYERS, 6), position_scheme=scheme)
+    staged = staged_of(model("llama"), method, ModelShape(NUM_LAYERS, 6), position_scheme=scheme)
     original = staged.decoder.rotary
 
     def rotary(hidden: Tensor, positions: Tensor) -> Any:
-        seen.append(positions[0].tolist())
+        seen.append(positions[5:].tolist())
         return original(hidden, positions)
 
     staged.decoder.rotary = rotary  # type: ignore[method-assign]
-    images = torch.tensor([[-1, -1, *[0] * 6, -1, -1, -1]])
-    is_query = torch.tensor([[False] * 10 + [True]])
-    rows = Rows(torch.arange(11)[None], images, torch.ones(1, 11, dtype=torch.bool), is_query)
-    staged(torch.randn(1, 11, 128, generator=torch.Generator().manual_seed(2)), rows)
+    images = torch.tensor([*[-1] * 5, -1, -1, *[0] * 6, -1, -1, -1])
+    is_query = torch.tensor([False] * 4 + [True] + [False] * 10 + [True])
+    positions = torch.cat([torch.arange(5), torch.arange(11)])
+    rows = Rows(positions, images, is_query, packed_starts([5, 11]))
+    staged(torch.randn(16, 128, generator=torch.Generator().manual_seed(2)), rows)
     return seen[0], seen[-1]
 
 

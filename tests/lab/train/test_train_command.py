@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaForConditionalGeneration
 from typer.testing import CliRunner, Result
 
@@ -170,12 +171,16 @@ def test_dense_training_has_the_loss_of_the_plain_model(settings: Settings, tiny
     batch = checkpoint.encoder.collate([source[1], source[6]])
     with torch.no_grad():
         summed = LlavaTraining.from_checkpoint(checkpoint, config)(batch)
-        plain = checkpoint.llava(
-            input_ids=batch.input_ids,
-            attention_mask=batch.is_valid.long(),
-            pixel_values=batch.pixel_values,
-            labels=batch.labels,
-        ).loss
+        lengths = batch.row_starts.diff().tolist()
+        padded = {
+            name: pad_sequence(part.split(lengths), batch_first=True, padding_value=padding)
+            for name, part, padding in (
+                ("input_ids", batch.input_ids, 0),
+                ("labels", batch.labels, -100),
+                ("attention_mask", torch.ones_like(batch.input_ids), 0),
+            )
+        }
+        plain = checkpoint.llava(pixel_values=batch.pixel_values, **padded).loss
     assert float(summed / (batch.targets >= 0).sum()) == pytest.approx(float(plain), rel=1e-4)
 
 
@@ -197,6 +202,12 @@ def test_synthetic_scenes_train_the_embedded_model(tmp_path: Path) -> None:
     }
     trained(settings)
     assert [(line["stage"], line["step"]) for line in log(settings)] == [("0", "1"), ("1", "1")]
+
+
+def test_the_back_end_of_attention_is_named_once(settings: Settings) -> None:
+    result = train(settings | TWO_STAGES)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("attention of packed rows: pytorch\n") == 1
 
 
 # --- Stopping and going on -----------------------------------------------------------------------
@@ -329,6 +340,7 @@ def test_a_device_without_room_is_recognised(tmp_path: Path) -> None:
         ({"hidrop": {"method": "hidropp"}}, "unknown pruning method 'hidropp'; known:"),
         ({"hidrop": {"method": "hidrop"}}, "this hidrop schedule is for 32 layers, the model has 8"),
         ({"data": {"format": "llava-json", "path": "none.json"}}, "cannot read none.json"),
+        ({"attention": "xformers"}, "attention: xformers "),
         ({"stages": "align"}, "stages: Extra inputs are not permitted; known keys:"),
     ],
 )

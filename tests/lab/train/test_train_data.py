@@ -131,14 +131,15 @@ def test_labels_and_queries_of_two_rounds_are_where_they_belong(encoder: PromptE
     assert encoded.images.tolist() == [-1, *[0] * TOKENS_PER_IMAGE, *[-1] * 11]
 
 
-def test_a_batch_is_padded_at_the_right(encoder: PromptEncoder, tmp_path: Path) -> None:
+def test_a_batch_is_packed_and_no_target_crosses_samples(encoder: PromptEncoder, tmp_path: Path) -> None:
     source = LlavaFile(write_data(tmp_path), None)
     batch = encoder.collate([source[6], source[1]])
-    assert batch.input_ids.shape == (2, TOKENS_PER_IMAGE + 12)
-    assert batch.is_valid.sum(1).tolist() == [6, TOKENS_PER_IMAGE + 12]
-    assert batch.images[0].unique().tolist() == [-1]
-    assert batch.labels[0, 6:].unique().tolist() == [IGNORED]
-    assert batch.targets[0, :6].tolist() == [IGNORED, IGNORED, IGNORED, 90, 2, IGNORED]
+    assert batch.row_starts.tolist() == [0, 6, TOKENS_PER_IMAGE + 18]
+    assert len(batch.input_ids) == TOKENS_PER_IMAGE + 18
+    assert batch.images[:6].unique().tolist() == [-1]
+    assert batch.targets[:6].tolist() == [IGNORED, IGNORED, IGNORED, 90, 2, IGNORED]
+    assert batch.targets[-2:].tolist() == [2, IGNORED]
+    assert batch.rows().positions.tolist() == [*range(6), *range(TOKENS_PER_IMAGE + 12)]
     assert batch.pixel_values is not None
     assert len(batch.pixel_values) == 1
 

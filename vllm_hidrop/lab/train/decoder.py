@@ -1,12 +1,13 @@
-"""A decoder layer, in parts. Axes: B samples, T rows, C hidden size, H query heads, G key/value heads, D head size."""
+"""A decoder layer, in parts. Axes: N packed rows, C hidden size, H query heads, G key/value heads, D head size."""
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from vllm_hidrop.lab.train.packed_attention import PYTORCH, Backend, packed_attention
 from vllm_hidrop.lab.train.rows import Rows
 
 Rotary = tuple[Tensor, Tensor]
@@ -15,45 +16,65 @@ Rotary = tuple[Tensor, Tensor]
 class Decoder:
     """Layers of the standard form (norm, attention, norm, MLP): Llama, Mistral, Qwen2; ValueError for another form.
 
-    Linear layers run under the caller's autocast.
+    Linear layers run under the caller's autocast. ``gradient_checkpointing`` recomputes layers in the backward pass.
     """
 
-    def __init__(self, llm: Any) -> None:
+    def __init__(self, llm: Any, attention: Backend = PYTORCH, gradient_checkpointing: bool = False) -> None:
         self.llm = llm
         self.layers: list[Any] = list(self.llm.layers)
+        self.attention = attention
+        self.gradient_checkpointing = gradient_checkpointing
         parts = ("q_proj", "k_proj", "v_proj", "o_proj")
         if not all(hasattr(layer.self_attn, part) for layer in self.layers for part in parts):
             raise ValueError(f"{type(llm).__name__} has no separate q, k, v and o projections: cannot train it staged")
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> Rotary:
-        """Cosines and sines of the positions [B, T]."""
-        return self.llm.rotary_emb(hidden, positions)
+        """Cosines and sines [N, D] of the positions [N]."""
+        cosines, sines = self.llm.rotary_emb(hidden[None], positions[None])
+        return cosines[0], sines[0]
 
     def project(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query [B, H, T, D], key and value [B, G, T, D] of layer ``index``, before RoPE."""
+        """Query [N, H, D], key and value [N, G, D] of layer ``index``, before RoPE."""
         layer = self.layers[index]
         attention = layer.self_attn
         normed = layer.input_layernorm(hidden)
         query, key, value = (
-            projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            projection(normed).unflatten(-1, (-1, attention.head_dim))
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         return query, key, value
 
-    def finish(self, index: int, hidden: Tensor, attended: Tensor) -> Tensor:
-        """The layer's output from its input and its attention [B, H, T, D]."""
+    def attend(
+        self,
+        index: int,
+        hidden: Tensor,
+        projected: tuple[Tensor, Tensor, Tensor],
+        row_starts: Tensor,
+        presence: Tensor | None,
+    ) -> Tensor:
+        """The layer's output [N, C] from its input and its query and key after RoPE, and value."""
         layer = self.layers[index]
-        hidden = hidden + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
+        attended = packed_attention(*projected, row_starts, presence, self.attention)
+        hidden = hidden + layer.self_attn.o_proj(attended.flatten(1))
         output: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return output
 
     def run(
-        self, index: int, hidden: Tensor, rotary: Rotary, presence: Tensor | None = None
+        self, index: int, hidden: Tensor, rotary: Rotary, row_starts: Tensor, presence: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The whole layer, causal over right-padded rows; also its query and key after RoPE."""
+        """The whole layer; also its query and key after RoPE."""
+        arguments = index, hidden, rotary, row_starts, presence
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            result: tuple[Tensor, Tensor, Tensor] = checkpoint(self._run, *arguments, use_reentrant=False)
+            return result
+        return self._run(*arguments)
+
+    def _run(
+        self, index: int, hidden: Tensor, rotary: Rotary, row_starts: Tensor, presence: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = self.project(index, hidden)
         query, key = rotate(query, key, rotary)
-        return self.finish(index, hidden, attend(query, key, value, presence)), query, key
+        return self.attend(index, hidden, (query, key, value), row_starts, presence), query, key
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The final norm."""
@@ -62,44 +83,27 @@ class Decoder:
 
 
 def rotate(query: Tensor, key: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-    """Query and key with RoPE applied."""
-    rotated: tuple[Tensor, Tensor] = apply_rotary_pos_emb(query, key, *rotary)
+    """Query [N, H, D] and key [N, G, D] with RoPE applied."""
+    rotated: tuple[Tensor, Tensor] = apply_rotary_pos_emb(query, key, *rotary, unsqueeze_dim=1)
     return rotated
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, presence: Tensor | None = None) -> Tensor:
-    """Causal attention [B, H, T, D]; it needs no mask, as no valid row of right-padded ones sees padding.
-
-    ``presence`` [B, T] scales a row's terms in the softmax's sums; its logarithm is one more dimension of the keys.
-    """
-    dtype = value.dtype  # RoPE's tables are float32 where autocast projects in half precision
-    query, key = query.to(dtype), key.to(dtype)
-    num_groups, size = key.shape[1], key.shape[3]
-    if presence is not None:
-        one = query.new_full((), size**0.5).expand(*query.shape[:3], 1)
-        logarithm = presence.log().to(dtype)[:, None, :, None].expand(-1, num_groups, -1, -1)
-        query, key = torch.cat([query, one], -1), torch.cat([key, logarithm], -1)
-        value = F.pad(value, (0, 1))
-    attended = F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=size**-0.5, enable_gqa=query.shape[1] != num_groups
-    )
-    return attended[..., :size]
-
-
 def query_attention(query: Tensor, key: Tensor, rows: Rows) -> Tensor:
-    """Head-mean attention of the query rows to every row, mean over a sample's query rows, float32 [B, T].
+    """Head-mean attention of a sample's query rows to its rows, mean over the query rows, float32 [N].
 
-    ``query`` [B, H, T, D], ``key`` [B, G, T, D], both after RoPE. A sample without query rows gets 0 (section 3.3).
+    ``query`` [N, H, D], ``key`` [N, G, D], both after RoPE. A sample without query rows gets 0 (section 3.3).
     """
-    num_queries = rows.is_query.sum(1)
-    order = (~rows.is_query).int().argsort(dim=1, stable=True)[:, : max(1, int(num_queries.max()))]
-    asked = query.gather(2, order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])).float()
-    groups = query.shape[1] // key.shape[1]
+    samples = zip(*(part.split(rows.lengths) for part in (query, key, rows.is_query)), strict=True)
     with torch.autocast(query.device.type, enabled=False):  # float32 statistics, as served
-        logits = torch.einsum("bghqd,bgtd->bghqt", asked.unflatten(1, (-1, groups)), key.float())
-    logits = logits * query.shape[-1] ** -0.5
-    columns = torch.arange(key.shape[2], device=key.device)
-    is_hidden = columns > order[:, :, None]
-    weights = logits.masked_fill(is_hidden[:, None, None], float("-inf")).softmax(-1).mean((1, 2))
-    is_asked = rows.is_query.gather(1, order)
-    return (weights * is_asked[:, :, None]).sum(1) / num_queries.clamp_min(1)[:, None]
+        return torch.cat([_mean_attention(*sample) for sample in samples])
+
+
+def _mean_attention(query: Tensor, key: Tensor, is_query: Tensor) -> Tensor:
+    """:func:`query_attention` of one sample."""
+    asked = is_query.nonzero().flatten()
+    groups = query.shape[1] // key.shape[1]
+    heads = query[asked].float().unflatten(1, (-1, groups))
+    logits = torch.einsum("qghd,tgd->ghqt", heads, key.float()) * query.shape[2] ** -0.5
+    is_hidden = torch.arange(len(key), device=key.device) > asked[:, None]
+    weights = logits.masked_fill(is_hidden, float("-inf")).softmax(-1).mean((0, 1))
+    return weights.sum(0) / max(1, len(asked))

@@ -23,10 +23,11 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.lab.train.conversations import Sample, Turn
+from vllm_hidrop.lab.train.decoder import Decoder
 from vllm_hidrop.lab.train.llava_training import embed
 from vllm_hidrop.lab.train.prompts import IGNORED, PromptEncoder
 from vllm_hidrop.lab.train.questions import QUESTION_TYPES, Question, ask
-from vllm_hidrop.lab.train.rows import Rows
+from vllm_hidrop.lab.train.rows import Rows, packed_starts
 from vllm_hidrop.lab.train.scenes import NUM_PATCHES, UNSEEN_PAIRS, Pixels, held_out_seed, make_scene, render
 from vllm_hidrop.lab.train.staged import StagedTraining
 from vllm_hidrop.methods import ModelShape
@@ -128,7 +129,7 @@ class Checkpoint:
     def staged(self, schedule: Schedule, signal: Signal, scorer: Scorer) -> StagedTraining:
         """The decoder under a schedule, with the checkpoint's own positions."""
         llm = self.model.model.language_model
-        return StagedTraining(llm, schedule, signal, scorer, position_scheme=self.positions)
+        return StagedTraining(Decoder(llm), schedule, signal, scorer, position_scheme=self.positions)
 
     def _inputs(self, image: Pixels, question: str) -> Any:
         text = self.encoder.render((Turn("user", question, 1),), prompts_answer=True)
@@ -146,23 +147,24 @@ class Checkpoint:
     def answer(self, image: Pixels, question: str, max_tokens: int = 8) -> str:
         """The answer text under the own schedule, decoded greedily by the staged forward: no cache, no vLLM."""
         inputs = self._inputs(image, question)
-        ids = inputs["input_ids"]
-        num_prompt = ids.shape[1]
+        ids = inputs["input_ids"][0]
+        num_prompt = len(ids)
         embeddings = embed(self.model, ids, self._rows_of(ids, num_prompt).images, inputs["pixel_values"])
         staged = self.staged(self.schedule, self.method.signal, self.method.score)
-        while ids.shape[1] < num_prompt + max_tokens:
-            token = self.model.lm_head(staged(embeddings, self._rows_of(ids, num_prompt)).hidden[:, -1]).argmax(-1)
+        while len(ids) < num_prompt + max_tokens:
+            hidden = staged(embeddings, self._rows_of(ids, num_prompt)).hidden
+            token = self.model.lm_head(hidden[-1:]).argmax(-1)
             if int(token) == self.processor.tokenizer.eos_token_id:
                 break
-            ids = torch.cat([ids, token[:, None]], 1)
-            embeddings = torch.cat([embeddings, self.model.get_input_embeddings()(token)[:, None]], 1)
-        return str(self.processor.decode(ids[0, num_prompt:], skip_special_tokens=True)).strip()
+            ids = torch.cat([ids, token])
+            embeddings = torch.cat([embeddings, self.model.get_input_embeddings()(token)])
+        return str(self.processor.decode(ids[num_prompt:], skip_special_tokens=True)).strip()
 
     def _rows_of(self, ids: Tensor, num_prompt: int) -> Rows:
         """The rows of one sequence whose first ``num_prompt`` tokens are the prompt."""
-        columns = torch.arange(ids.shape[1])[None]
+        positions = torch.arange(len(ids))
         images = torch.where(ids == self.model.config.image_token_index, 0, -1)
-        return Rows(columns, images, torch.ones_like(ids, dtype=torch.bool), columns == num_prompt - 1)
+        return Rows(positions, images, positions == num_prompt - 1, packed_starts([len(ids)]))
 
     def is_right(self, image: Pixels, questions: Sequence[Question], probe: Probe | None = None) -> list[bool]:
         """Whether greedy decoding gives each answer exactly, its end included; ``None`` is the own schedule."""
@@ -179,9 +181,9 @@ class Checkpoint:
         for probe in probes:
             output = self.staged(probe.schedule, Signal.NEXT_ATTENTION, probe.score)(embeds, batch.rows())
             predicted = self.model.lm_head(output.hidden).argmax(-1)
-            targets = batch.targets.gather(1, output.columns)
-            is_wrong = (targets != IGNORED) & output.is_valid & (predicted != targets)
-            found.append((~is_wrong.any(1)).tolist())
+            targets = batch.targets[output.places]
+            is_wrong = (targets != IGNORED) & (predicted != targets)
+            found.append([not one.any() for one in is_wrong.split(output.row_starts.diff().tolist())])
         return found
 
 

@@ -13,20 +13,28 @@ from torch.nn import functional
 
 from vllm_hidrop.config import HidropConfig, Resolved, resolve
 from vllm_hidrop.lab.atomic_write import whole_or_absent
+from vllm_hidrop.lab.train.decoder import Decoder
+from vllm_hidrop.lab.train.packed_attention import Backend, choose_backend
 from vllm_hidrop.lab.train.prompts import IGNORED, Batch, PromptEncoder
 from vllm_hidrop.lab.train.ratio import Ratio, make_ratio
-from vllm_hidrop.lab.train.staged import StagedTraining, check_trainable
+from vllm_hidrop.lab.train.staged import Selection, StagedTraining, check_trainable
 from vllm_hidrop.lab.train.train_config import StageName, TrainConfig
 from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.models.families import FAMILIES
+from vllm_hidrop.plan.shapes import text_shape
 
 SHARD_SIZE = "5GB"
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of queries, keys and values, by ``mixed_precision``."""
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".md")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model to train: its directory, its parts, the schedule it is trained with and what learns its keeps, if any."""
+    """A model to train: its directory, its parts, the schedule it is trained with and what learns its keeps, if any.
+
+    ``attention`` is the back end that can run it where it will be trained.
+    """
 
     directory: Path
     llava: Any
@@ -34,6 +42,7 @@ class Checkpoint:
     resolved: Resolved
     shape: ModelShape
     ratio: Ratio | None
+    attention: Backend
 
 
 def model_directory(model: str) -> Path:
@@ -47,10 +56,11 @@ def model_directory(model: str) -> Path:
     return Path(model)
 
 
-def load_checkpoint(config: TrainConfig) -> Checkpoint:
-    """Load weights in float32, tokenizer and processor, and resolve the schedule for them.
+def load_checkpoint(config: TrainConfig, device: str = "cpu") -> Checkpoint:
+    """Load weights in float32, tokenizer and processor, and resolve the schedule for them; ``device`` is a type.
 
-    Raises ValueError: no LLaVA that can run staged, or a schedule that does not fit it or cannot be learnt.
+    Raises ValueError: no LLaVA that can run staged, a schedule that does not fit it or cannot be learnt, or a back end
+    of attention that cannot run it on the device.
     """
     from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
@@ -69,10 +79,13 @@ def load_checkpoint(config: TrainConfig) -> Checkpoint:
     check_trainable(resolved.method)
     resolved = replace(resolved, positions=config.positions or resolved.positions)
     ratio = make_ratio(resolved, shape, config.ratio_weight) if config.ratio == "learnable" else None
+    head_size = text_shape(model_config.text_config).head_size
+    has_presence = config.selection == str(Selection.DIFFERENTIABLE)
+    attention = choose_backend(config.attention, device, DTYPES[config.mixed_precision], head_size + has_presence)
     processor = AutoProcessor.from_pretrained(directory)
     encoder = PromptEncoder(processor, model_config.image_token_index, shape.tokens_per_image, config.max_length)
     llava = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
-    return Checkpoint(directory, llava, encoder, resolved, shape, ratio)
+    return Checkpoint(directory, llava, encoder, resolved, shape, ratio, attention)
 
 
 def freeze_for(llava: Any, stage: StageName) -> None:
@@ -85,7 +98,7 @@ def freeze_for(llava: Any, stage: StageName) -> None:
 
 
 def embed(llava: Any, input_ids: Tensor, images: Tensor, pixel_values: Tensor | None) -> Tensor:
-    """Token embeddings [B, T, C], with projector outputs at the rows where ``images`` [B, T] is not -1."""
+    """Token embeddings [N, C], with projector outputs at the rows where ``images`` [N] is not -1."""
     embeds: Tensor = llava.get_input_embeddings()(input_ids.clamp_min(0))
     if pixel_values is None:
         return embeds
@@ -114,12 +127,11 @@ class LlavaTraining(nn.Module):
     def from_checkpoint(cls, checkpoint: Checkpoint, config: TrainConfig) -> Self:
         """The module that a configuration trains."""
         staged = StagedTraining.from_method(
-            checkpoint.llava.model.language_model,
+            Decoder(checkpoint.llava.model.language_model, checkpoint.attention, config.gradient_checkpointing),
             checkpoint.resolved.method,
             checkpoint.shape,
             config.selection,
             checkpoint.resolved.positions,
-            config.gradient_checkpointing,
             checkpoint.ratio,
         )
         return cls(checkpoint.llava, staged, checkpoint.shape.tokens_per_image)
@@ -132,8 +144,8 @@ class LlavaTraining(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the losses of all targets, float32; those at vision rows that are pruned away do not count."""
         output = self.staged(embed(self.llava, batch.input_ids, batch.images, batch.pixel_values), batch.rows())
-        targets = batch.targets.gather(1, output.columns)
-        is_target = (targets != IGNORED) & output.is_valid
+        targets = batch.targets[output.places]
+        is_target = targets != IGNORED
         logits = self.llava.lm_head(output.hidden[is_target])
         loss = functional.cross_entropy(logits.float(), targets[is_target], reduction="sum")
         return loss if self.ratio is None else loss + self.ratio.penalty() * (batch.targets != IGNORED).sum()

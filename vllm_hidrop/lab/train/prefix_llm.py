@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from vllm_hidrop.lab.train.batches import IGNORED, TextBatch
-from vllm_hidrop.lab.train.rows import Rows, State
+from vllm_hidrop.lab.train.rows import Rows, State, all_rows, packed_starts
 from vllm_hidrop.lab.train.staged import StagedTraining
 from vllm_hidrop.plan.positions import PositionScheme
 
@@ -169,54 +169,43 @@ class SharedImage:
         fork = _Fork(batch, prefix)
         index, keep = staged.schedule.stages[stage].first_layer, staged.schedule.stages[stage].keep
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            projected = tuple(part.float().transpose(1, 2) for part in staged.decoder.project(index, hidden))
-            query, key, value = (fork.take(part).transpose(1, 2) for part in projected)
+            query, key, value = (fork.take(part.float()) for part in staged.decoder.project(index, hidden))
             rows = fork.rows(positions)
-            state = State(
-                fork.take(hidden), torch.arange(rows.positions.shape[1]).expand(len(rows.positions), -1), rows
-            )
-            state = staged.cut_projected(index, state, (query, key, value), keep, rows)
+            state = staged.cut_projected(index, all_rows(fork.take(hidden), rows), (query, key, value), keep, rows)
             state, _ = staged.run_layers(index + 1, staged.schedule.end_layers[stage], state)
             state = staged.run_stages(stage + 1, state, state.hidden, rows)
         return _norm(self.llm.norm, fork.text_states(state))
 
 
 class _Fork:
-    """From S scenes with packed blocks to one sequence per block: [S, P + T] to [B, P + T of a block]."""
+    """From S scenes with packed blocks to one packed sample per block: [S, P + T] to [N], its samples P + T' rows."""
 
     def __init__(self, batch: TextBatch, prefix: Prefix) -> None:
+        self.batch, self.num_before, self.num_prefix = batch, prefix.num_before, prefix.embeddings.shape[1]
         num_blocks = int(batch.blocks.max()) + 1
-        mine = batch.blocks[:, None] == torch.arange(num_blocks)[:, None]
-        lengths = mine.sum(-1)
-        text = (~mine).int().argsort(dim=-1, stable=True)[..., : int(lengths.max())]
-        exists = (lengths > 0).flatten()
-        self.batch, self.prefix = batch, prefix
-        self.scene = torch.arange(len(batch.ids)).repeat_interleave(num_blocks)[exists]
-        self.text = text.flatten(0, 1)[exists]
-        self.is_text = (torch.arange(text.shape[-1]) < lengths[..., None]).flatten(0, 1)[exists]
-        self.num_prefix = prefix.embeddings.shape[1]
-        before = torch.arange(self.num_prefix).expand(len(self.scene), -1)
-        self.columns = torch.cat([before, self.text + self.num_prefix], 1)
+        is_mine = batch.blocks[:, None] == torch.arange(num_blocks)[:, None]  # [S, blocks, T]
+        has_prefix = is_mine.any(-1, keepdim=True).expand(-1, -1, self.num_prefix)
+        is_row = torch.cat([has_prefix, is_mine], -1)
+        self.scene, _, self.column = is_row.nonzero(as_tuple=True)
+        lengths = is_row.sum(-1).flatten()
+        self.row_starts = packed_starts(lengths[lengths > 0].tolist())
 
-    def take(self, packed: Tensor) -> Tensor:
-        """[B, P + T, ...] from [S, P + T, ...]."""
-        return packed[self.scene[:, None], self.columns]
+    def take(self, shared: Tensor) -> Tensor:
+        """[N, ...] from [S, P + T, ...]."""
+        return shared[self.scene, self.column]
 
     def rows(self, positions: Tensor) -> Rows:
-        """The rows of every block's sequence."""
-        images = torch.full(self.columns.shape, -1)
-        images[:, self.prefix.num_before : self.num_prefix] = 0
-        targets = self.batch.targets[self.scene[:, None], self.text]
-        is_asked = targets != IGNORED
-        follows = torch.cat([torch.zeros_like(is_asked[:, :1]), is_asked[:, :-1]], 1)
-        nothing = torch.zeros(len(images), self.num_prefix, dtype=torch.bool)
-        is_query = torch.cat([nothing, is_asked & ~follows & self.is_text], 1)
-        return Rows(self.take(positions), images, torch.cat([~nothing, self.is_text], 1), is_query)
+        """The rows of every block's sample."""
+        is_image = (self.column >= self.num_before) & (self.column < self.num_prefix)
+        images = torch.where(is_image, 0, -1)
+        nothing = self.batch.targets.new_full((len(self.batch.targets), self.num_prefix), IGNORED)
+        is_asked = self.take(torch.cat([nothing, self.batch.targets], 1)) != IGNORED
+        is_query = is_asked & ~is_asked.roll(1)  # a sample's first row is never asked for
+        return Rows(self.take(positions), images, is_query, self.row_starts)
 
     def text_states(self, state: State) -> Tensor:
         """The text rows back in their packed places, [S, T, D]."""
-        column = state.columns - self.num_prefix
-        block, row = ((column >= 0) & state.rows.is_valid).nonzero(as_tuple=True)
-        packed = state.hidden.new_zeros(*self.batch.ids.shape, state.hidden.shape[-1])
-        place = self.scene[block], self.text[block, column[block, row]]
-        return packed.index_put(place, state.hidden[block, row])
+        scene, column = self.scene[state.places], self.column[state.places] - self.num_prefix
+        is_text = column >= 0
+        shared = state.hidden.new_zeros(*self.batch.ids.shape, state.hidden.shape[-1])
+        return shared.index_put((scene[is_text], column[is_text]), state.hidden[is_text])

@@ -1,22 +1,21 @@
-"""Dialogues as padded token ids, labels and query rows. Axes: B samples, T tokens of the longest, N images."""
+"""Dialogues as packed token ids, labels and query rows. Axes: B samples, N tokens of all, T tokens of one."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from vllm_hidrop.lab.train.conversations import Sample, Turn
-from vllm_hidrop.lab.train.rows import Rows
+from vllm_hidrop.lab.train.rows import Rows, packed_starts, places_in_samples
 
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample; the first four are [T]. ``pixel_values`` [N, ...] is None without images.
+    """One sample; the first four are [T]. ``pixel_values`` [images, ...] is None without images.
 
     Attributes:
         input_ids: the prompt with every image's placeholder repeated once per vision token.
@@ -34,30 +33,40 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded samples, every tensor but ``pixel_values`` [B, T]."""
+    """Samples packed one behind the other: the first four are [N], as in :class:`Encoded`.
+
+    ``row_starts`` int32 [B + 1] is where each sample starts, then N; it stays in host memory.
+    """
 
     input_ids: Tensor
     labels: Tensor
     images: Tensor
     is_query: Tensor
-    is_valid: Tensor
+    row_starts: Tensor
     pixel_values: Tensor | None
 
     def to(self, device: torch.device) -> Self:
         """The same batch on a device."""
-        parts: Iterator[Any] = (getattr(self, field.name) for field in fields(self))
-        moved: list[Any] = [None if part is None else part.to(device) for part in parts]
-        return type(self)(*moved)
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            labels=self.labels.to(device),
+            images=self.images.to(device),
+            is_query=self.is_query.to(device),
+            pixel_values=None if self.pixel_values is None else self.pixel_values.to(device),
+        )
 
     def rows(self) -> Rows:
         """The batch's rows in the staged forward's form."""
-        positions = torch.arange(self.input_ids.shape[1], device=self.input_ids.device).expand_as(self.input_ids)
-        return Rows(positions, self.images, self.is_valid, self.is_query)
+        positions = places_in_samples(self.row_starts).to(self.images.device)
+        return Rows(positions, self.images, self.is_query, self.row_starts)
 
     @property
     def targets(self) -> Tensor:
-        """The label of the next token, int64 [B, T]."""
-        return torch.nn.functional.pad(self.labels[:, 1:], (0, 1), value=IGNORED)
+        """The label of the next token of the sample, int64 [N]."""
+        targets = self.labels.roll(-1)
+        targets[self.row_starts[1:].long() - 1] = IGNORED
+        return targets
 
 
 class PromptEncoder:
@@ -152,22 +161,17 @@ class PromptEncoder:
         return pixels
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """A right-padded batch."""
+        """A packed batch."""
         encoded = [self.encode(sample) for sample in samples]
-        pad = self.tokenizer.pad_token_id
         pixels = [one.pixel_values for one in encoded if one.pixel_values is not None]
         return Batch(
-            _padded([one.input_ids for one in encoded], 0 if pad is None else pad),
-            _padded([one.labels for one in encoded], IGNORED),
-            _padded([one.images for one in encoded], -1),
-            _padded([one.is_query for one in encoded], False),
-            _padded([torch.ones_like(one.is_query) for one in encoded], False),
+            torch.cat([one.input_ids for one in encoded]),
+            torch.cat([one.labels for one in encoded]),
+            torch.cat([one.images for one in encoded]),
+            torch.cat([one.is_query for one in encoded]),
+            packed_starts([len(one.input_ids) for one in encoded]),
             torch.cat(pixels) if pixels else None,
         )
-
-
-def _padded(parts: list[Tensor], value: float) -> Tensor:
-    return pad_sequence(parts, batch_first=True, padding_value=value)
 
 
 def _lies_in(span: tuple[int, int], spoken: list[tuple[int, int]]) -> bool:

@@ -1,94 +1,97 @@
-"""Rows of right-padded prompts. Axes: B samples, T rows of the full prompts, T' rows left of them, C hidden size."""
+"""Rows of samples packed one behind the other. Axes: N rows of the full prompts, N' rows left, B samples, C hidden."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+def packed_starts(lengths: Sequence[int]) -> Tensor:
+    """``row_starts`` of samples with so many rows each: int32 [B + 1], in host memory."""
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def places_in_samples(row_starts: Tensor) -> Tensor:
+    """0, 1, 2, ... for every sample's rows, int64 [N], in host memory."""
+    return torch.cat([torch.arange(length) for length in row_starts.diff().tolist()])
+
+
 @dataclass(frozen=True)
 class Rows:
-    """What the rows of right-padded prompts are; every tensor [B, T].
+    """What the rows of packed samples are.
 
     Attributes:
-        positions: int64, RoPE ids of the full prompt.
-        images: int64, index of the row's image in its sample, -1 for text.
-        is_valid: bool, false on padding.
-        is_query: bool, the last instruction token of every dialogue round: a target follows, none precedes.
+        positions: int64 [N], RoPE ids of the full prompt.
+        images: int64 [N], index of the row's image in its sample, -1 for text.
+        is_query: bool [N], the last instruction token of every dialogue round: a target follows, none precedes.
+        row_starts: int32 [B + 1], where each sample starts, then N; in host memory.
     """
 
     positions: Tensor
     images: Tensor
-    is_valid: Tensor
     is_query: Tensor
+    row_starts: Tensor
 
     @property
     def is_vision(self) -> Tensor:
-        """Whether a row is an image's, bool [B, T]."""
-        return (self.images >= 0) & self.is_valid
+        """Whether a row is an image's, bool [N]."""
+        return self.images >= 0
 
-    def take(self, columns: Tensor, is_valid: Tensor) -> "Rows":
-        """The rows at ``columns`` [B, T']."""
-        is_query = self.is_query.gather(1, columns) & is_valid
-        return Rows(self.positions.gather(1, columns), self.images.gather(1, columns), is_valid, is_query)
+    @property
+    def lengths(self) -> list[int]:
+        """Rows of every sample."""
+        lengths: list[int] = self.row_starts.diff().tolist()
+        return lengths
+
+    def take(self, order: Tensor) -> "Rows":
+        """The rows at ``order``, int64 [N'] ascending."""
+        starts = torch.searchsorted(order, self.row_starts.to(order), out_int32=True).cpu()
+        return Rows(self.positions[order], self.images[order], self.is_query[order], starts)
+
+    def image_rows(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Sample, image and the rows int64 [V] of every image that has any."""
+        start = 0
+        for sample, images in enumerate(self.images.split(self.lengths)):
+            for image in images[images >= 0].unique().tolist():
+                yield sample, image, (images == image).nonzero().flatten() + start
+            start += len(images)
 
 
 @dataclass(frozen=True)
 class State:
-    """The current rows of every sample, left-aligned: hidden [B, T', C], columns [B, T'] among the full rows.
+    """The rows that are left: hidden [N', C], places int64 [N'] among the full rows, ascending.
 
-    ``presence`` [B, T'] is 1 and carries the gradient of the cuts behind.
+    ``presence`` [N'] is 1 and carries the gradient of the cuts behind.
     """
 
     hidden: Tensor
-    columns: Tensor
+    places: Tensor
     rows: Rows
     presence: Tensor | None = None
 
-
-def left_aligned(kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of the kept rows in their order, [B, T'], padded at the right, and which of them are rows."""
-    num_rows = kept.sum(1)
-    order = (~kept).int().argsort(dim=1, stable=True)[:, : int(num_rows.max())]
-    return order, torch.arange(order.shape[1], device=kept.device) < num_rows[:, None]
+    def take(self, order: Tensor) -> "State":
+        """The rows at ``order``, int64 ascending."""
+        presence = None if self.presence is None else self.presence[order]
+        return State(self.hidden[order], self.places[order], self.rows.take(order), presence)
 
 
-def gather(state: State, kept: Tensor) -> State:
-    """The valid rows among those in ``kept``, bool [B, T']."""
-    return take_columns(state, *left_aligned(kept & state.rows.is_valid))
-
-
-def take_columns(state: State, order: Tensor, is_valid: Tensor) -> State:
-    """The rows at ``order`` [B, T']."""
-    hidden = state.hidden.gather(1, order[..., None].expand(-1, -1, state.hidden.shape[2]))
-    presence = None if state.presence is None else state.presence.gather(1, order)
-    return State(hidden, state.columns.gather(1, order), state.rows.take(order, is_valid), presence)
-
-
-def take_head_rows(heads: Tensor, order: Tensor) -> Tensor:
-    """Rows ``order`` [B, T'] of query, key or value [B, heads, T, D]."""
-    return heads.gather(2, order[:, None, :, None].expand(-1, heads.shape[1], -1, heads.shape[3]))
-
-
-def renumbered_positions(positions: Tensor) -> Tensor:
-    """Positions 0, 1, 2, ... for left-aligned rows, [B, T']."""
-    return torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+def all_rows(hidden: Tensor, rows: Rows) -> State:
+    """The state in which every row of the full prompts is there: hidden [N, C]."""
+    return State(hidden, torch.arange(len(hidden), device=hidden.device), rows)
 
 
 def grouped_positions(rows: Rows) -> Tensor:
-    """Positions [B, T] of text numbered without the images, of vision as they are."""
-    is_text = rows.images < 0
-    return torch.where(is_text, is_text.long().cumsum(1) - 1, rows.positions)
+    """Positions [N] of text numbered without the images, of vision as they are."""
+    texts = (~rows.is_vision).long().split(rows.lengths)
+    return torch.where(rows.is_vision, rows.positions, torch.cat([text.cumsum(0) - 1 for text in texts]))
 
 
 def compacted_positions(rows: Rows) -> Tensor:
-    """Positions [B, T'] with an image's survivors numbered on from the row before them."""
-    positions = rows.positions.clone()
-    for sample in range(len(positions)):
-        for image in range(int(rows.images[sample].max()) + 1):
-            here = ((rows.images[sample] == image) & rows.is_valid[sample]).nonzero().flatten()
-            if len(here):
-                before = int(here[0]) - 1
-                first = int(rows.positions[sample, before]) + 1 if before >= 0 else 0
-                positions[sample, here] = first + torch.arange(len(here), device=positions.device)
+    """Positions [N] with an image's survivors numbered on from the row before them."""
+    positions, starts = rows.positions.clone(), rows.row_starts.tolist()
+    for sample, _, here in rows.image_rows():
+        before = int(here[0]) - 1
+        first = int(rows.positions[before]) + 1 if before >= starts[sample] else 0
+        positions[here] = first + torch.arange(len(here), device=positions.device)
     return positions

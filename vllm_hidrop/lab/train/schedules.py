@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import LlavaForConditionalGeneration
 
+from vllm_hidrop.lab.train.decoder import Decoder
 from vllm_hidrop.lab.train.model import NUM_LLM_LAYERS
 from vllm_hidrop.lab.train.scenes import NUM_PATCHES
 from vllm_hidrop.lab.train.staged import Selection, StagedTraining
@@ -128,4 +129,4 @@ def with_schedule(
     position_scheme: str = PositionScheme.PERSISTENT,
 ) -> StagedTraining:
     """The model's decoder under a method's schedule."""
-    return StagedTraining.from_method(model.model.language_model, method, SHAPE, selection, position_scheme)
+    return StagedTraining.from_method(Decoder(model.model.language_model), method, SHAPE, selection, position_scheme)

@@ -1,7 +1,7 @@
-"""The staged forward in training: every stage on physically shorter sequences, with gradients.
+"""The staged forward in training: every stage on the rows that are left, with gradients.
 
-The arithmetic is the served one (``staged/loop.py``), on batches of right-padded sequences. Axes: B samples, T rows of
-the full prompts, T' rows left, C hidden size, H query heads, G key/value heads, D head size.
+The arithmetic is the served one (``staged/loop.py``), on samples packed one behind the other. Axes: N rows of the full
+prompts, N' rows left, B samples, C hidden size, H query heads, G key/value heads, D head size.
 """
 
 from dataclasses import dataclass, replace
@@ -10,21 +10,17 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from vllm_hidrop.lab.train.decoder import Decoder, Rotary, attend, query_attention, rotate
+from vllm_hidrop.lab.train.decoder import Decoder, query_attention, rotate
 from vllm_hidrop.lab.train.dtopk import SMOOTH, gates
 from vllm_hidrop.lab.train.ratio import Ratio
 from vllm_hidrop.lab.train.rows import (
     Rows,
     State,
+    all_rows,
     compacted_positions,
-    gather,
     grouped_positions,
-    left_aligned,
-    renumbered_positions,
-    take_columns,
-    take_head_rows,
+    places_in_samples,
 )
 from vllm_hidrop.methods import Adaptive, Method, ModelShape
 from vllm_hidrop.methods.scoring import RowAttention, Scorer, Signals, select_top
@@ -49,11 +45,14 @@ class Selection(StrEnum):
 
 @dataclass(frozen=True)
 class StagedOutput:
-    """Final-norm states of the rows the last stage holds, [B, T', C], and their columns in the input, [B, T']."""
+    """Final-norm states [N', C] of the rows the last stage holds, and their places in the input, int64 [N'].
+
+    ``row_starts`` int32 [B + 1] tells the samples apart.
+    """
 
     hidden: Tensor
-    columns: Tensor
-    is_valid: Tensor
+    places: Tensor
+    row_starts: Tensor
 
 
 SIGNALS = (Signal.NONE, Signal.NEXT_ATTENTION, Signal.PREVIOUS_ATTENTION)
@@ -81,7 +80,7 @@ class StagedTraining(nn.Module):
     1 and has a gradient; :class:`Selection` says what it multiplies.
 
     ``scorer`` reads ``signal`` and scores one image's survivors; ``ratio`` learns the keeps, None leaves the
-    schedule's; ``gradient_checkpointing`` recomputes layers in the backward pass.
+    schedule's.
 
     **Source** arXiv 2602.23699 sections 3.1 to 3.3.
 
@@ -91,51 +90,46 @@ class StagedTraining(nn.Module):
 
     def __init__(
         self,
-        llm: nn.Module,
+        decoder: Decoder,
         schedule: Schedule,
         signal: Signal,
         scorer: Scorer,
         selection: str = Selection.DIFFERENTIABLE,
         position_scheme: str = PositionScheme.PERSISTENT,
-        gradient_checkpointing: bool = False,
         ratio: Ratio | None = None,
     ) -> None:
         super().__init__()
-        self.llm = llm
-        self.decoder = Decoder(llm)
+        self.llm: nn.Module = decoder.llm  # for its parameters
+        self.decoder = decoder
         self.schedule = schedule
         self.signal = signal
         self.scorer = scorer
         self.selection = Selection(selection)
         self.position_scheme = PositionScheme(position_scheme)
-        self.gradient_checkpointing = gradient_checkpointing
         self.ratio = ratio
 
     @classmethod
     def from_method(
         cls,
-        llm: nn.Module,
+        decoder: Decoder,
         method: Method,
         shape: ModelShape,
         selection: str = Selection.DIFFERENTIABLE,
         position_scheme: str = PositionScheme.PERSISTENT,
-        gradient_checkpointing: bool = False,
         ratio: Ratio | None = None,
     ) -> Self:
         """The forward of a method on a model of this shape; ValueError when they do not fit."""
         schedule = method.schedule(shape)
-        scoring = method.signal, method.score
-        return cls(llm, schedule, *scoring, selection, position_scheme, gradient_checkpointing, ratio)
+        return cls(decoder, schedule, method.signal, method.score, selection, position_scheme, ratio)
 
     def forward(self, embeds: Tensor, rows: Rows) -> StagedOutput:
-        """Run all layers on embeddings [B, T, C] with projector outputs at the vision rows."""
+        """Run all layers on embeddings [N, C] with projector outputs at the vision rows."""
         if self.ratio is not None:
             self.schedule = self.ratio.schedule()  # same stages, this step's keeps
         if self.position_scheme is PositionScheme.GROUPED:
             rows = replace(rows, positions=grouped_positions(rows))
-        columns = torch.arange(embeds.shape[1], device=embeds.device).expand(len(embeds), -1)
-        state = self.run_stages(0, State(embeds, columns, rows), embeds, rows)
-        return StagedOutput(self.decoder.norm(state.hidden), state.columns, state.rows.is_valid)
+        state = self.run_stages(0, all_rows(embeds, rows), embeds, rows)
+        return StagedOutput(self.decoder.norm(state.hidden), state.places, state.rows.row_starts)
 
     def run_stages(self, first_stage: int, state: State, embeds: Tensor, rows: Rows) -> State:
         """Run the stages from ``first_stage`` on; ``embeds`` and ``rows`` are those of the full prompts."""
@@ -144,16 +138,18 @@ class StagedTraining(nn.Module):
             stage = self.schedule.stages[index]
             first, end = stage.first_layer, self.schedule.end_layers[index]
             if self._keep_before(index).is_none and not stage.keep.is_none:
-                state = self._inject(state, embeds, rows)
+                text = state.hidden
+                state = all_rows(embeds.to(text.dtype).index_copy(0, state.places, text), rows)
             if stage.keep.is_none:
-                state = self._renumbered(replace(gather(state, ~state.rows.is_vision), presence=None))
+                text_only = state.take((~state.rows.is_vision).nonzero().flatten())
+                state = self._renumbered(replace(text_only, presence=None))
             elif self.selects(index) and self.signal is Signal.NEXT_ATTENTION:
                 projected = self.decoder.project(first, state.hidden)
                 state = self.cut_projected(first, state, projected, stage.keep, rows)
                 first += 1
             elif self.selects(index):
                 kept, gate = self._choose(first, state, stage.keep, rows, attention)
-                state = self._renumbered(gather(self._gated(state, gate), kept))
+                state = self._renumbered(self._gated(state, gate).take(kept))
             scores = self.signal is Signal.PREVIOUS_ATTENTION and self.selects(index + 1)
             state, attention = self.run_layers(first, end, state, scores)
         return state
@@ -169,61 +165,40 @@ class StagedTraining(nn.Module):
         """The keep of the stage before; before the first it is every token."""
         return self.schedule.stages[stage - 1].keep if stage else ALL
 
-    def _inject(self, state: State, embeds: Tensor, rows: Rows) -> State:
-        """The state of all rows: text as it is now, vision from the projector."""
-        everything = torch.arange(embeds.shape[1], device=embeds.device).expand(len(embeds), -1)
-        # Padding of the shorter layout names columns of real rows; it goes to a spare column that is cut off again.
-        places = torch.where(state.rows.is_valid, state.columns, embeds.shape[1])
-        index = places[..., None].expand(-1, -1, embeds.shape[2])
-        roomy = torch.cat([embeds, embeds.new_zeros(len(embeds), 1, embeds.shape[2])], 1)
-        full = roomy.to(state.hidden.dtype).scatter(1, index, state.hidden)[:, :-1]
-        return State(full, everything, rows)
-
     def run_layers(self, first: int, end: int, state: State, scores: bool = False) -> tuple[State, Tensor | None]:
         """Layers ``first`` to ``end`` (exclusive) on the same rows; with ``scores`` also the last one's attention."""
         rotary = self.decoder.rotary(state.hidden, state.rows.positions)
         hidden, attention = state.hidden, None
         for index in range(first, end):
-            hidden, query, key = self._run(index, hidden, rotary, state.presence)
+            hidden, query, key = self.decoder.run(index, hidden, rotary, state.rows.row_starts, state.presence)
             if scores and index == end - 1:
                 attention = query_attention(query, key, state.rows)
         return replace(state, hidden=hidden), attention
-
-    def _run(
-        self, index: int, hidden: Tensor, rotary: Rotary, presence: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            result: tuple[Tensor, Tensor, Tensor] = checkpoint(
-                self.decoder.run, index, hidden, rotary, presence, use_reentrant=False
-            )
-            return result
-        return self.decoder.run(index, hidden, rotary, presence)
 
     def cut_projected(
         self, index: int, state: State, projected: tuple[Tensor, Tensor, Tensor], keep: Keep, full_rows: Rows
     ) -> State:
         """The first layer of a stage behind a cut: choose by its own Q and K of all rows, run it on the chosen rows.
 
-        ``projected`` are query [B, H, T', D], key and value [B, G, T', D] before RoPE.
+        ``projected`` are query [N', H, D], key and value [N', G, D] before RoPE.
         """
         query, key, value = projected
         rotated = rotate(query, key, self.decoder.rotary(state.hidden, state.rows.positions))
         kept, gate = self._choose(index, state, keep, full_rows, query_attention(*rotated, state.rows))
         gated = self._gated(state, gate)
         if self.selection is Selection.AS_WRITTEN:
-            value = value * gate[:, None, :, None].to(value.dtype)
-        order, is_valid = left_aligned(kept & state.rows.is_valid)
-        short = self._renumbered(take_columns(gated, order, is_valid))
-        query, key, value = (take_head_rows(part, order) for part in (query, key, value))
-        query, key = rotate(query, key, self.decoder.rotary(short.hidden, short.rows.positions))
-        return replace(
-            short, hidden=self.decoder.finish(index, short.hidden, attend(query, key, value, short.presence))
+            value = value * gate[:, None, None].to(value.dtype)
+        short = self._renumbered(gated.take(kept))
+        query, key = rotate(query[kept], key[kept], self.decoder.rotary(short.hidden, short.rows.positions))
+        attended = self.decoder.attend(
+            index, short.hidden, (query, key, value[kept]), short.rows.row_starts, short.presence
         )
+        return replace(short, hidden=attended)
 
     def _gated(self, state: State, gate: Tensor) -> State:
         """Put the cut's gradient on the residual as written, else on how present a row is to the others."""
         if self.selection is Selection.AS_WRITTEN:
-            return replace(state, hidden=state.hidden * gate[..., None].to(state.hidden.dtype))
+            return replace(state, hidden=state.hidden * gate[:, None].to(state.hidden.dtype))
         if not gate.requires_grad:
             return state
         return replace(state, presence=gate if state.presence is None else gate * state.presence)
@@ -231,26 +206,23 @@ class StagedTraining(nn.Module):
     def _choose(
         self, layer: int, state: State, keep: Keep, full_rows: Rows, attention: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Which rows stay, bool [B, T'], and the gate of each row, [B, T']."""
-        kept = ~state.rows.is_vision
-        gate = torch.ones(kept.shape, device=kept.device)
-        for sample in range(len(kept)):
-            images = state.rows.images[sample]
-            for image in range(int(images.max()) + 1):
-                here = ((images == image) & state.rows.is_valid[sample]).nonzero().flatten()
-                size = int((full_rows.images[sample] == image).sum())
-                num_kept = keep.resolve(size)
-                if num_kept >= len(here) or not bool(state.rows.is_query[sample].any()):
-                    kept[sample, here] = True
-                    continue
-                first_column = int((full_rows.images[sample] == image).nonzero()[0])
-                seen = None if attention is None else RowAttention(attention[sample, here])
-                signals = Signals(layer, num_kept, size, state.columns[sample, here] - first_column, seen)
-                scores = self.scorer(signals)
-                kept[sample, here[select_top(scores.detach(), num_kept)]] = True
-                if seen is not None and torch.is_grad_enabled() and self.selection is not Selection.AS_RELEASED:
-                    gate = gate.index_put((here.new_tensor(sample), here), self._gates(layer, scores, num_kept))
-        return kept, gate
+        """Which rows stay, int64 ascending, and the gate of every row, [N']."""
+        stays = ~state.rows.is_vision
+        gate = torch.ones(len(stays), device=stays.device)
+        whole = {(sample, image): here for sample, image, here in full_rows.image_rows()}
+        has_query = [bool(asked.any()) for asked in state.rows.is_query.split(state.rows.lengths)]
+        for sample, image, here in state.rows.image_rows():
+            size = len(whole[sample, image])
+            num_kept = keep.resolve(size)
+            if num_kept >= len(here) or not has_query[sample]:
+                stays[here] = True
+                continue
+            seen = None if attention is None else RowAttention(attention[here])
+            scores = self.scorer(Signals(layer, num_kept, size, state.places[here] - whole[sample, image][0], seen))
+            stays[here[select_top(scores.detach(), num_kept)]] = True
+            if seen is not None and torch.is_grad_enabled() and self.selection is not Selection.AS_RELEASED:
+                gate = gate.index_put((here,), self._gates(layer, scores, num_kept))
+        return stays.nonzero().flatten(), gate
 
     def _gates(self, layer: int, scores: Tensor, num_kept: int) -> Tensor:
         share = None if self.ratio is None else self.ratio.dropped_share(layer, len(scores))
@@ -262,5 +234,6 @@ class StagedTraining(nn.Module):
         if self.position_scheme is PositionScheme.COMPACTED:
             return replace(state, rows=replace(state.rows, positions=compacted_positions(state.rows)))
         if self.position_scheme is PositionScheme.RENUMBERED:
-            return replace(state, rows=replace(state.rows, positions=renumbered_positions(state.rows.positions)))
+            positions = places_in_samples(state.rows.row_starts).to(state.rows.positions)
+            return replace(state, rows=replace(state.rows, positions=positions))
         return state

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vllm_hidrop.lab.train.decoder import Decoder
 from vllm_hidrop.lab.train.llava_training import LlavaTraining, freeze_for
 from vllm_hidrop.lab.train.prompts import IGNORED, Batch
+from vllm_hidrop.lab.train.rows import packed_starts
 from vllm_hidrop.lab.train.staged import StagedTraining
 from vllm_hidrop.methods import Method, ModelShape
 from vllm_hidrop.methods.none import NoPruning
@@ -56,18 +58,19 @@ class TrainingStep:
         labels[:, -NUM_TARGETS:] = ids[:, -NUM_TARGETS:]
         is_query = torch.zeros_like(ids, dtype=torch.bool)
         is_query[:, -NUM_TARGETS - 1] = True
-        self.batch = Batch(ids, labels, images, is_query, torch.ones_like(is_query), pixels)
+        row_starts = packed_starts([ids.shape[1]] * batch)
+        self.batch = Batch(ids.flatten(), labels.flatten(), images.flatten(), is_query.flatten(), row_starts, pixels)
 
     def module_of(self, method: Method) -> LlavaTraining:
         """The model under a method."""
-        staged = StagedTraining.from_method(self.model.model.language_model, method, self.shape)
+        staged = StagedTraining.from_method(Decoder(self.model.model.language_model), method, self.shape)
         return LlavaTraining(self.model, staged, self.shape.tokens_per_image)
 
     def loss(self, module: LlavaTraining) -> Tensor:
         """Mean cross-entropy of the last tokens, a scalar."""
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss: Tensor = module(self.batch)
-        return loss / (len(self.batch.labels) * NUM_TARGETS)
+        return loss / (self.batch.labels != IGNORED).sum()
 
     def run(self, module: LlavaTraining) -> float:
         """One whole step; returns its seconds."""

@@ -106,6 +106,9 @@ class TrainConfig(StageValues):
     max_length: int = Field(2048, ge=2, description="tokens of a sample, vision tokens included")
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
+    attention: Literal["auto", "flash-attn", "xformers", "pytorch"] = Field(
+        "auto", description="of packed rows; auto: the first of these that is installed and takes the tensors"
+    )
     seed: int = Field(0, ge=0)
     save_every: int = Field(500, ge=1, description="steps between checkpoints")
     log: Literal["csv", "tensorboard"] = "csv"

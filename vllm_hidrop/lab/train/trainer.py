@@ -5,6 +5,7 @@ Files in the output directory: ``checkpoints/`` (the newest and the one before),
 """
 
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -95,12 +96,13 @@ class Run:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         set_seed(config.seed)
-        self.checkpoint = load_checkpoint(config)
+        self.checkpoint = load_checkpoint(config, self.accelerator.device.type)
         self.module = LlavaTraining.from_checkpoint(self.checkpoint, config).to(self.accelerator.device)
         self.changed: set[str] = set()
         self._saved = saved
         self.log: Log | None = None
         if self.accelerator.is_main_process:
+            tqdm.write(f"attention of packed rows: {self.checkpoint.attention.name}", file=sys.stderr)
             self.log = open_log(config.log, config.output, self.done)
         if saved is not None:
             self._load(saved)
@@ -309,8 +311,9 @@ class StageLoop:
         return StepFigures(self.index, self.num_done, loss, float(rate), norm, num_tokens, speed)
 
     def _totals(self, batches: Sequence[Batch]) -> tuple[int, int]:
-        counts = torch.stack([torch.stack([(one.targets != IGNORED).sum(), one.is_valid.sum()]) for one in batches])
-        targets, tokens = self.accelerator.reduce(counts.sum(0), "sum").tolist()
+        counts = [[int((one.targets != IGNORED).sum()), len(one.input_ids)] for one in batches]
+        total = torch.tensor(counts, device=self.accelerator.device).sum(0)
+        targets, tokens = self.accelerator.reduce(total, "sum").tolist()
         return targets, tokens
 
     def _backward(self, batch: Batch, num_targets: int, is_last: bool) -> Tensor:
