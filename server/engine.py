@@ -2,7 +2,7 @@
 
 import asyncio
 from argparse import Namespace
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from http import HTTPStatus
@@ -54,14 +54,14 @@ class HidropLLM(AsyncLLM):
     async def why_unready(self) -> str | None:
         """Why no request should be sent here (draining, a dead engine, failed integrity checks), or None.
 
-        An engine in the midst of a long step answers late; that is no reason, and its last answer stands.
+        An engine in the midst of a long step answers late; that is no reason, and the last answer of all stands.
         """
         if self.in_flight.draining:
             return GOING_AWAY
         if not self.errored:
             try:
-                asked = self.engine_core.call_utility_async(INTEGRITY_CALL)
-                self.integrity = await asyncio.wait_for(asked, ENGINE_ANSWER_SECONDS)
+                asked = self.engine_core.call_utility_all_async(INTEGRITY_CALL)
+                self.integrity = merged(await asyncio.wait_for(asked, ENGINE_ANSWER_SECONDS))
             except TimeoutError:
                 pass
             except EngineDeadError as error:
@@ -268,6 +268,17 @@ class HidropOutputProcessor(OutputProcessor):
         return aborted
 
 
+def merged(integrity: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The integrity reports of all engines as one; a finding names its engine where there are several."""
+    findings = [
+        f"engine {index}: {finding}" if len(integrity) > 1 else finding
+        for index, report in enumerate(integrity)
+        for finding in report["findings"]
+    ]
+    counts = {name: sum(report[name] for report in integrity) for name in ("checks", "failed_checks")}
+    return {**counts, "findings": findings}
+
+
 def times_of(stats: RequestStateStats | None) -> Times | None:
     """The times of a finished sequence, by vLLM's time stamps; None where vLLM keeps none or no token came."""
     if stats is None or not stats.num_generation_tokens:
@@ -293,6 +304,7 @@ def metrics_of(vllm_config: Any, planner: Planner) -> HidropMetrics:
         method=planner.method,
         first_layers=[stage.first_layer for stage in planner.schedule.stages],
         info={"preset": planner.preset or "", "positions": str(planner.positions), "version": __version__},
+        num_engines=vllm_config.parallel_config.data_parallel_size,
     )
 
 

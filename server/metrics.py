@@ -15,7 +15,7 @@ from vllm_hidrop.plan.plan import FALLBACKS
 PREFIX = "vllm_hidrop_"
 SERVER_LABELS = ("model_name", "engine", "method")
 """Labels of every series: two as in vLLM's own metrics, and the ``method`` that the request used."""
-ENGINE = "0"  # one server has one engine
+FIRST_ENGINE = "0"  # counts what is of the whole server, or was reported by no engine
 TIMED_MODES = ("pruned", "off", "text", "fallback")
 MODES = (*TIMED_MODES, "aborted", "unreported")
 REFUSALS = ("options", "media", "key", "header", "body", "grammar", "deadline")
@@ -167,7 +167,7 @@ class Times(NamedTuple):
 
 
 class _Counts(NamedTuple):
-    """Series of one method and mode; ``sums`` pairs them with fields of the report, ``stages`` are (kept, cached)."""
+    """Series of one engine, method and mode; ``sums`` pairs them with fields of the report, ``stages`` are pairs."""
 
     requests: Any
     sums: Sequence[tuple[str, Any]]
@@ -179,8 +179,8 @@ class _Counts(NamedTuple):
 class HidropMetrics:
     """Counts finished sequences from the engine's reports.
 
-    The label of a sequence is the method it used; that of refusals, and where no report came, is the server's own
-    ``method``. ``info`` are the labels of ``plan_info``.
+    The labels of a sequence are the method it used and the engine that ran it; those of refusals, and where no report
+    came, the server's own ``method`` and the first of its ``num_engines``. ``info`` are the labels of ``plan_info``.
     """
 
     def __init__(
@@ -190,16 +190,18 @@ class HidropMetrics:
         first_layers: Sequence[int],
         info: Mapping[str, str],
         registry: CollectorRegistry = REGISTRY,
+        num_engines: int = 1,
     ) -> None:
-        self.server = {"model_name": model_name, "engine": ENGINE, "method": method}
+        self.server = {"model_name": model_name, "engine": FIRST_ENGINE, "method": method}
         self.metrics = {spec.name: _make(spec, first_layers, registry) for spec in METRICS}
         self._num_stages = len(first_layers)
-        self._counts: dict[tuple[str, str], _Counts] = {}
-        self._show_zeros()
-        self._series("plan_info", **info).set(1)
+        self._counts: dict[tuple[str, str, str], _Counts] = {}
         self.grammars_wait(0)
-        for stage, layer in enumerate(first_layers):
-            self._series("stage_first_layer", stage=str(stage)).set(layer)
+        for engine in map(str, range(num_engines)):
+            self._show_zeros(engine)
+            self._series("plan_info", engine=engine, **info).set(1)
+            for stage, layer in enumerate(first_layers):
+                self._series("stage_first_layer", engine=engine, stage=str(stage)).set(layer)
 
     def ended(self, report: Mapping[str, Any] | None, aborted: bool = False, times: Times | None = None) -> None:
         """Count one sequence; an aborted one's tokens count, its times do not.
@@ -208,7 +210,8 @@ class HidropMetrics:
         """
         mode = "aborted" if aborted else report["mode"] if report else "unreported"
         method = report["method"] if report else self.server["method"]
-        counts = self._counts_of(method, mode)
+        engine = str(report["engine"]) if report else FIRST_ENGINE
+        counts = self._counts_of(engine, method, mode)
         counts.requests.inc()
         if report is None:
             return
@@ -221,9 +224,9 @@ class HidropMetrics:
             if value is not None:
                 counts.observed[name].observe(value)
         if report["reuse_off"] is not None:
-            self._add("prefix_reuse_off", method=method, reuse_off=report["reuse_off"])
+            self._add("prefix_reuse_off", engine=engine, method=method, reuse_off=report["reuse_off"])
         if report["fallback"] is not None:
-            self._add("fallback_requests", method=method, reason=FALLBACKS[report["fallback"]])
+            self._add("fallback_requests", engine=engine, method=method, reason=FALLBACKS[report["fallback"]])
         if times is not None and not aborted:
             for series, value in zip(counts.times, times, strict=True):
                 if value is not None:
@@ -237,13 +240,13 @@ class HidropMetrics:
         """Show how many grammars have no verdict yet."""
         self._series("grammars_waiting").set(count)
 
-    def _counts_of(self, method: str, mode: str) -> "_Counts":
-        """The series of one method and mode, looked up once, because a look-up by labels takes longer than counting."""
-        found = self._counts.get((method, mode))
+    def _counts_of(self, engine: str, method: str, mode: str) -> "_Counts":
+        """The series of one engine, method and mode, looked up once: that takes longer than counting."""
+        found = self._counts.get((engine, method, mode))
         if found is None:
-            series = partial(self._series, method=method)
+            series = partial(self._series, engine=engine, method=method)
             stages = [str(index) for index in range(self._num_stages)]
-            found = self._counts[method, mode] = _Counts(
+            found = self._counts[engine, method, mode] = _Counts(
                 series("requests", mode=mode),
                 [(spec.field, series(spec.name)) for spec in METRICS if spec.field],
                 [(series("vision_tokens_kept", stage=i), series("vision_tokens_cached", stage=i)) for i in stages],
@@ -258,17 +261,17 @@ class HidropMetrics:
     def _series(self, name: str, **labels: str) -> Any:
         return self.metrics[name].labels(**{**self.server, **labels})
 
-    def _show_zeros(self) -> None:
-        """Create every series at the start: ``rate()`` does not see the first value of a new one."""
+    def _show_zeros(self, engine: str) -> None:
+        """Create every series of an engine at the start: ``rate()`` does not see the first value of a new one."""
         stages = tuple(str(index) for index in range(self._num_stages))
         for spec in METRICS:
             if spec.kind is Kind.GAUGE:
                 continue
             if not spec.labels:
-                self._series(spec.name)
+                self._series(spec.name, engine=engine)
             for label in spec.labels:
                 for value in stages if label == "stage" else spec.values:
-                    self._series(spec.name, **{label: value})
+                    self._series(spec.name, engine=engine, **{label: value})
 
 
 def _make(spec: MetricSpec, first_layers: Sequence[int], registry: CollectorRegistry) -> Counter | Gauge | Histogram:

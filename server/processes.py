@@ -42,6 +42,9 @@ def serve_several(args: Namespace, vllm_config: Any) -> int:
         with launch_core_engines(
             vllm_config, Executor.get_class(vllm_config), not args.disable_log_stats, listeners.addresses
         ) as launch:
+            coordinator = launch.coordinator  # of several engines
+            if coordinator:
+                ending.callback(lambda: coordinator.shutdown(timeout=engine.END_SECONDS))
             ending.callback(lambda: launch.engine_manager.shutdown(timeout=engine.END_SECONDS))
             processes = APIServerProcessManager(
                 address,
@@ -51,13 +54,16 @@ def serve_several(args: Namespace, vllm_config: Any) -> int:
                 listeners.inputs,
                 listeners.outputs,
                 target_server_fn=_serve_one,
+                stats_update_address=coordinator.get_stats_publish_address() if coordinator else None,
                 tensor_queue=launch.tensor_queue,
             )
             ending.callback(lambda: processes.shutdown(timeout=stop.seconds_left + TO_END_SECONDS))
             launch.watched_frontend_processes = processes.processes
         sock.close()  # the processes', which inherited it, stay open
         try:
-            wait_for_completion_or_failure(processes, launch.engine_manager)  # returns on a KeyboardInterrupt
+            wait_for_completion_or_failure(
+                processes, launch.engine_manager, coordinator
+            )  # returns on a KeyboardInterrupt
         except RuntimeError:  # it has logged who died
             return int(stop.deadline is None)
     return 0

@@ -228,15 +228,18 @@ class HidropServingMessages(HidropServingChat, AnthropicServingMessages):
         message = super().messages_full_converter(generator)
         return HidropMessage.model_construct(**dict(message), hidrop=getattr(generator, REPORT_KEY, None))
 
-    async def message_stream_converter(self, generator: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-        """Stock events, and ``hidrop`` beside the ``usage`` of ``message_delta``."""
+    async def message_stream_converter(self, generator: AsyncGenerator[Any, None]) -> AsyncGenerator[str, None]:
+        """Stock events, and ``hidrop`` beside the ``usage`` of ``message_delta``.
+
+        From vLLM 0.33 on, the chunks are no text and have no report: ``with_report`` puts it into the events.
+        """
         report: dict[str, Any] | None = None
 
-        async def noting() -> AsyncGenerator[str, None]:
+        async def noting() -> AsyncGenerator[Any, None]:
             nonlocal report
             async with aclosing(generator):
                 async for chunk in generator:
-                    report = report_in_chunk(chunk) or report
+                    report = (report_in_chunk(chunk) if isinstance(chunk, str) else None) or report
                     yield chunk
 
         async with aclosing(super().message_stream_converter(noting())) as events:

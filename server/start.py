@@ -44,7 +44,10 @@ def configure(model: str | None, choice: "HidropConfig", vllm_args: list[str]) -
     is_shipped = model in [str(directory) for directory in CHECKPOINTS.values()]
     set_variables(embedded=is_shipped or (not model and not any(arg == "--model" for arg in vllm_args)))
 
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    try:
+        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    except ImportError:  # vLLM 0.33
+        from vllm.entrypoints.common.startup import cli_env_setup
     from vllm.logger import configure_logging_from_args
 
     from hidrop_server.control import arguments

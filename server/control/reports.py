@@ -50,20 +50,20 @@ class ReportSeen:
 async def with_report(chunks: AsyncGenerator[str, None], seen: ReportSeen) -> AsyncGenerator[str, None]:
     """Put the report into the last chunk of a stream: that of the usage if there is one, else of the finish reason.
 
-    No chunk is held back before the engine has finished.
+    No chunk is held back before the engine has finished. From vLLM 0.33 on, a message comes as its events.
     """
     held: str | None = None
     async with aclosing(chunks):
         async for chunk in chunks:
             if held is not None:
-                yield _with_report(held, seen.report) if chunk == DONE else held
+                yield _with_report(held, seen.report) if chunk == DONE else in_message_delta(held, seen.report)
                 held = None
             if seen.finished and chunk != DONE:
                 held = chunk
             else:
                 yield chunk
     if held is not None:
-        yield held
+        yield in_message_delta(held, seen.report)
 
 
 def _with_report(chunk: str, report: dict[str, Any] | None) -> str:

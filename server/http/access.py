@@ -39,11 +39,12 @@ SCALE_OUT = ("/inference/v1/generate", "/render", "/derender")  # path endings; 
 
 
 REPLACED = "/v1/models"  # by ours, in `hidrop_server.control.routes`
+UNKNOWN = "/v1/decisions"  # of vLLM 0.33: what its bodies may have, our checks do not know
 
 
 def hide_routes(app: FastAPI, admin_too: bool) -> None:
-    """Remove vLLM's scale-out routes, :data:`REPLACED`, and the administrator's if wished."""
-    hidden = {REPLACED, *(ADMIN_ROUTES if admin_too else ())}
+    """Remove vLLM's scale-out routes, :data:`REPLACED`, :data:`UNKNOWN`, and the administrator's if wished."""
+    hidden = {REPLACED, UNKNOWN, *(ADMIN_ROUTES if admin_too else ())}
     paths = [(route, getattr(route, "path", "")) for route in app.router.routes]
     app.router.routes[:] = [route for route, path in paths if path not in hidden and not path.endswith(SCALE_OUT)]
 

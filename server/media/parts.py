@@ -4,10 +4,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.renderers.chat_utils import MM_PARSER_MAP
-
 from hidrop_server.errors import BodyRefused
 from hidrop_server.http.body_limits import MAX_ID_CHARS
+
+try:
+    from vllm.renderers.chat_utils import MM_PARSER_MAP
+except ImportError:  # vLLM 0.33
+    from vllm.renderers.chat_utils.chat_message import MM_PARSER_MAP
 
 
 @dataclass(frozen=True)

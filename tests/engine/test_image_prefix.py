@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from tests.engine.harness import Answer, Ask, Engine, engine, prompt
 from tests.engine.test_blocks import count_preemptions
@@ -16,6 +17,7 @@ from tests.engine.test_oracle_parity import OWN, check_equal, reference, selecti
 from tests.engine.test_prefix import CHOICES, reused
 from tests.tiny_models import IMAGE_TOKEN, TOKENS_PER_IMAGE, make_llava
 from vllm_hidrop.engine.image_prefix import prefix_keys
+from vllm_hidrop.engine.scheduler import StagedScheduler
 from vllm_hidrop.plan.places import Span
 from vllm_hidrop.plan.plan import Plan
 
@@ -67,6 +69,26 @@ def conversation(rng: np.random.Generator, start: str) -> list[tuple[Ask, int]]:
         (Ask((*first, IMAGE_TOKEN, *other), (1, 1)), 2),
         (Ask((*first, *other), (2,)), 1),
     ]
+
+
+def test_a_limit_on_a_hits_length_holds_for_images_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM 0.33 gives one; 0.32 takes none."""
+    limits: list[tuple[int, ...]] = []
+
+    def stock(_: Any, __: Any, *limit: int) -> tuple[str, int, int, bool]:
+        limits.append(limit)
+        return "stock", 0, 0, False
+
+    monkeypatch.setattr(Scheduler, "_get_local_prefix_cache_hit", stock)
+    monkeypatch.setattr(StagedScheduler, "_find_image_prefix", lambda *_: SimpleNamespace(num_tokens=40))
+    scheduler: Any = object.__new__(StagedScheduler)
+    scheduler.records = {"r": SimpleNamespace(plan=SimpleNamespace(is_pruned=True))}
+    scheduler.prefixes = SimpleNamespace(blocks_of=lambda _: "image")
+    request = SimpleNamespace(request_id="r", num_prompt_tokens=50)
+    asked = [(), (40,), (39,)]
+    hits = [scheduler._get_local_prefix_cache_hit(request, *limit)[:2] for limit in asked]
+    assert hits == [("image", 40), ("image", 40), ("stock", 0)]
+    assert limits == asked
 
 
 @pytest.mark.parametrize("choice", (CHOICES | MORE).values(), ids=list(CHOICES | MORE))

@@ -58,7 +58,10 @@ CUTS_RENUMBERED = {
 }
 REFUSED: dict[str, list[dict[str, Any]]] = {
     "--pipeline-parallel-size > 1": [{"pipeline_parallel_size": 2}],
-    "--data-parallel-size > 1": [{"data_parallel_size": 2}],
+    "--data-parallel-size-local below --data-parallel-size": [
+        {"data_parallel_size": 4, "data_parallel_size_local": 2, "data_parallel_hybrid_lb": True},
+        {"data_parallel_size": 2, "data_parallel_size_local": 1, "data_parallel_address": "127.0.0.1"},
+    ],
     "--decode-context-parallel-size > 1": [{"decode_context_parallel_size": 2, "tensor_parallel_size": 2}],
     "--prefill-context-parallel-size > 1": [{"prefill_context_parallel_size": 2}],
     "--compilation-config.cudagraph_mm_encoder": [{"compilation_config": {"cudagraph_mm_encoder": True}}],
@@ -247,6 +250,26 @@ def test_another_vllm_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(compat, "installed_vllm_version", lambda: "0.33.1")
     with pytest.raises(RuntimeError, match=r"needs vLLM 0\.32\.0, found 0\.33\.1"):
         register()
+
+
+def test_a_version_that_was_read_and_never_run_needs_a_word_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "installed_vllm_version", lambda: "0.33.0")
+    with pytest.raises(RuntimeError, match=r"found 0\.33\.0, which is read, not run: HIDROP_ALLOW_UNRUN_VLLM=1 tries"):
+        register()
+    monkeypatch.setenv("HIDROP_ALLOW_UNRUN_VLLM", "1")
+    with pytest.warns(RuntimeWarning, match=r"vLLM 0\.33\.0 is read, not run"):
+        register()
+    monkeypatch.setattr(compat, "installed_vllm_version", lambda: "0.34.0")
+    with pytest.raises(RuntimeError, match=r"needs vLLM 0\.32\.0, found 0\.34\.0$"):
+        register()
+
+
+@pytest.mark.parametrize("failing", [set(), {}], ids=["0.32", "0.33"])
+def test_a_request_can_be_ended_with_an_error_in_either_version(failing: Any) -> None:
+    compat.end_with_error(SimpleNamespace(grammar_compile_error_reqs=failing), "r", "no such method")
+    assert set(failing) == {"r"}
+    if isinstance(failing, dict):
+        assert (failing["r"].code, failing["r"].message) == ("validation_error", "no such method")
 
 
 def test_registering_first_in_a_fresh_process_and_twice_leaves_vllms_own_specs_known() -> None:

@@ -28,6 +28,7 @@ REPORT_FIELDS = {
     "vision_tokens",
     "reused_tokens",
     "reuse_off",
+    "engine",
     "stages",
     "kv_blocks",
     "kv_blocks_returned",

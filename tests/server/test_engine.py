@@ -62,6 +62,14 @@ def test_outputs_of_a_request_that_is_gone_are_left_alone(processor: Any) -> Non
     assert processor.reports == {}
 
 
+def test_findings_of_several_engines_name_theirs() -> None:
+    from hidrop_server.engine import merged
+
+    sound, faulty = ({"checks": 2, "failed_checks": len(faults), "findings": faults} for faults in ([], ["a leak"]))
+    assert merged([faulty]) == faulty
+    assert merged([sound, faulty]) == {"checks": 4, "failed_checks": 1, "findings": ["engine 1: a leak"]}
+
+
 def test_an_object_of_a_class_that_vllm_no_longer_builds_is_not_subclassed() -> None:
     with pytest.raises(TypeError, match="extends another class"):
         subclass(object.__new__(type("Other", (), {})), dict, why="")

@@ -119,6 +119,7 @@ REPORT: dict[str, Any] = {
     "exit_layer": None,
     "reused_tokens": 3,
     "reuse_off": "adaptive",
+    "engine": 0,
     "selection_ms": 1.5,
     "stages": [
         {"first_layer": 0, "end_layer": 4, "kept": 5, "cached": 5},
@@ -180,6 +181,25 @@ def counted(
         for family in registry.collect()
         for sample in family.samples
     }
+
+
+def test_engines_of_one_server_are_counted_apart() -> None:
+    registry = CollectorRegistry()
+    info = {"preset": "p", "positions": "persistent", "version": "1"}
+    metrics = HidropMetrics("m", "hidrop", [0, 4], info, registry, num_engines=2)
+    before = {tuple(sample.labels.items()) for family in registry.collect() for sample in family.samples}
+    for report in (REPORT, REPORT | {"engine": 1}, REPORT | {"engine": 1}, None):
+        metrics.ended(report)
+    after = {tuple(sample.labels.items()) for family in registry.collect() for sample in family.samples}
+    assert after == before, "every series is there before the first request"
+
+    def value(name: str, engine: str, **labels: str) -> float | None:
+        return registry.get_sample_value(name, {"model_name": "m", "method": "hidrop", "engine": engine, **labels})
+
+    assert [value("vllm_hidrop_vision_tokens_in_total", engine) for engine in "01"] == [5, 10]
+    assert [value("vllm_hidrop_prefix_reuse_off_total", engine, reuse_off="adaptive") for engine in "01"] == [1, 2]
+    assert [value("vllm_hidrop_requests_total", engine, mode="unreported") for engine in "01"] == [1, 0]
+    assert [value("vllm_hidrop_plan_info", engine, **info) for engine in "01"] == [1, 1]
 
 
 def test_the_keep_ratio_is_the_mean_over_layers() -> None:

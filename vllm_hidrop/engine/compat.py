@@ -1,4 +1,4 @@
-"""The vLLM version this package is written for, the check that it is installed, and what is done to vLLM's classes.
+"""The vLLM versions this package is written for, the check that one is installed, and what is done to vLLM's classes.
 
 Some objects of vLLM get a subclass of their class (:func:`subclass`), ``EngineCore`` gets one more method
 (:func:`let_clients_ask`), and vLLM's processes end with their server (:func:`end_with_parent`).
@@ -9,10 +9,15 @@ import os
 import signal
 import threading
 import time
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 VLLM_VERSION = "0.32.0"
+READ_NOT_RUN = ("0.33.0",)
+"""Versions to whose source this package is adapted, and on which nothing of it has run (CONTRIBUTING.md)."""
+ALLOW_UNRUN = "HIDROP_ALLOW_UNRUN_VLLM"
+"""Environment variable, 1 in every process, that allows :data:`READ_NOT_RUN`."""
 T = TypeVar("T")
 END_WITH_PARENT = "HIDROP_END_WITH_PARENT"
 """Environment variable by which a server asks its processes to end when it is killed."""
@@ -29,10 +34,31 @@ def installed_vllm_version() -> str | None:
 
 
 def check_vllm_version() -> None:
-    """Raise RuntimeError for any other version: the hooks this package overrides move between releases."""
+    """Raise RuntimeError for any other version: the hooks this package overrides move between releases.
+
+    One of :data:`READ_NOT_RUN` gives a warning where :data:`ALLOW_UNRUN` is set.
+    """
     found = installed_vllm_version()
-    if found != VLLM_VERSION:
-        raise RuntimeError(f"vllm_hidrop needs vLLM {VLLM_VERSION}, found {found or 'none'}")
+    if found == VLLM_VERSION:
+        return
+    needs = f"vllm_hidrop needs vLLM {VLLM_VERSION}, found {found or 'none'}"
+    if found not in READ_NOT_RUN:
+        raise RuntimeError(needs)
+    if os.environ.get(ALLOW_UNRUN) != "1":
+        raise RuntimeError(f"{needs}, which is read, not run: {ALLOW_UNRUN}=1 tries it all the same")
+    told = f"vLLM {found} is read, not run: vllm_hidrop is adapted to its source, and has never run on it"
+    warnings.warn(told, RuntimeWarning, stacklevel=2)
+
+
+def end_with_error(scheduler: Any, request_id: str, reason: str) -> None:
+    """Have vLLM's scheduler end a request with an error at its next update."""
+    failing = scheduler.grammar_compile_error_reqs
+    if isinstance(failing, set):
+        failing.add(request_id)
+    else:  # vLLM 0.33
+        from vllm.outputs import RequestError
+
+        failing[request_id] = RequestError("validation_error", reason)
 
 
 def subclass(instance: Any, cls: type[T], *, why: str, **state: Any) -> T:
@@ -57,7 +83,7 @@ def subclass(instance: Any, cls: type[T], *, why: str, **state: Any) -> T:
 
 
 INTEGRITY_CALL = "hidrop_integrity"
-"""Name of the method, for ``engine_core.call_utility_async``."""
+"""Name of the method, for ``engine_core.call_utility_all_async``."""
 
 
 def let_clients_ask() -> None:

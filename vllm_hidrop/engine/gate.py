@@ -67,9 +67,9 @@ RULES = (
         lambda c: c.parallel_config.pipeline_parallel_size > 1,
     ),
     Rule(
-        "--data-parallel-size > 1",
-        "not tested yet; run several servers behind a router",
-        lambda c: c.parallel_config.data_parallel_size > 1,
+        "--data-parallel-size-local below --data-parallel-size",
+        "not run: a server starts all of its engines, on one machine; run several servers behind a router",
+        lambda c: c.parallel_config.data_parallel_size_local < c.parallel_config.data_parallel_size,
     ),
     Rule(
         "--decode-context-parallel-size > 1",
@@ -82,7 +82,11 @@ RULES = (
         lambda c: c.parallel_config.prefill_context_parallel_size > 1,
     ),
     Rule("--enable-dbo", "micro-batches cut a step's full rows", lambda c: c.parallel_config.use_ubatching),
-    Rule("--enable-lora", "its indices are made once per step, for unpruned rows", lambda c: c.lora_config is not None),
+    Rule(
+        "--enable-lora",
+        "rows are mapped to adapters once per step; stages run fewer, and a cut changes them between two projections",
+        lambda c: c.lora_config is not None,
+    ),
     Rule("--speculative-config", "drafts index unpruned rows", lambda c: c.speculative_config is not None),
     Rule(
         "--kv-transfer-config",
@@ -191,6 +195,10 @@ BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "FLASHINFER")
 
 CHECKED = (
     Checked("--tensor-parallel-size 2", "test_tensor_parallel.py::test_two_ranks_select_and_answer_as_one_does"),
+    Checked(
+        "--data-parallel-size 2, also with --api-server-count 2",
+        "test_data_parallel.py::test_two_engines_answer_and_count_as_one_does",
+    ),
     Checked(
         "--distributed-executor-backend mp, uni",
         "test_tensor_parallel.py::test_a_worker_process_answers_as_the_engine_in_one_process",

@@ -46,7 +46,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_hidrop.engine.compat import let_clients_ask
+from vllm_hidrop.engine.compat import end_with_error, let_clients_ask
 from vllm_hidrop.engine.image_prefix import Entry, ImagePrefixes
 from vllm_hidrop.engine.integrity import IntegrityLog, find_faults
 from vllm_hidrop.engine.kv_cache import block_size_of, count_by
@@ -99,8 +99,7 @@ class StagedScheduler(Scheduler):
                 _rename_features(request, plan, self.hash_block_size)
             if refusal is not None:
                 logger.error("request %s refused: %s", request.request_id, refusal)
-                # vLLM ends the requests in this set with an error at its next update.
-                self.grammar_compile_error_reqs.add(request.request_id)
+                end_with_error(self, request.request_id, refusal)
                 self.failures[request.request_id] = refusal
         super().add_request(request)
 
@@ -147,13 +146,16 @@ class StagedScheduler(Scheduler):
             return [], self._chunk(request, num_computed_tokens, scheduled[1]), encoder_compute_budget, [], []
         return scheduled
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(
+        self, request: Request, max_cache_hit_length: int | None = None
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
         """The cached blocks that a request may start behind, and their number of tokens (rules 6 and 10)."""
-        hit = super()._get_local_prefix_cache_hit(request)
+        limit = () if max_cache_hit_length is None else (max_cache_hit_length,)  # from vLLM 0.33 on
+        hit = super()._get_local_prefix_cache_hit(request, *limit)
         record = self.records[request.request_id]
         plan = record.plan
         entry = self._find_image_prefix(request, plan)
-        if entry is not None:
+        if entry is not None and (max_cache_hit_length is None or entry.num_tokens <= max_cache_hit_length):
             hit = self.prefixes.blocks_of(entry), entry.num_tokens, 0, False
         elif plan.is_pruned and hit[1]:
             num_blocks = min(hit[1], plan.prefix_tokens) // self.block_size
@@ -304,6 +306,7 @@ class StagedScheduler(Scheduler):
             plan = record.prefill_plan
             run = Run(record.rows_run, record.num_reused, frozenset(record.encoded), record.patches)
             record.report = what_ran(self.costing, plan, run, request) | {
+                "engine": self.vllm_config.parallel_config.data_parallel_index,
                 "selection_ms": record.selection_ms,
                 "reuse_off": self._reuse_off(plan),
             }

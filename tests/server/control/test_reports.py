@@ -84,6 +84,19 @@ def test_the_first_choice_wins_and_the_rest_of_the_parameters_stays() -> None:
     assert seen.finished
 
 
+def test_events_of_a_message_get_the_report_where_the_usage_is() -> None:
+    """As vLLM 0.33 hands them on; 0.32 hands on chunks."""
+    delta = 'event: message_delta\ndata: {"type":"message_delta","usage":{"output_tokens":3}}\n\n'
+    stop = 'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+    events = ["event: message_start\ndata: {}\n\n", delta, stop, DONE]
+    assert collect(events, finished_after=1, seen=ReportSeen()) == [
+        events[0],
+        in_message_delta(delta, REPORT),
+        stop,
+        DONE,
+    ]
+
+
 def test_a_report_is_found_in_the_chunk_that_has_it() -> None:
     assert report_in_chunk(chunk(choices=[], hidrop=REPORT)) == REPORT
     for other in (chunk(choices=[1]), chunk(choices=[{"text": '"hidrop":'}]), DONE, ": a comment\n\n"):

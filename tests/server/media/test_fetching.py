@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from ipaddress import ip_network
+from types import SimpleNamespace
 
 import pytest
 from vllm import envs
@@ -73,6 +74,16 @@ def test_an_address_that_is_not_of_the_open_internet_is_not_public(address: str)
 @pytest.mark.parametrize("address", ["8.8.8.8", "93.184.216.34", "2606:4700:4700::1111"])
 def test_an_address_of_the_open_internet_is_public(address: str) -> None:
     assert is_public(address)
+
+
+def test_every_byte_counts_in_the_requests_budget(files: type[Files]) -> None:
+    charged: list[int] = []
+    connection = CheckedConnection(["localhost"], LOOPBACK)
+    url = f"http://localhost:{files.port}/picture"
+    budget = SimpleNamespace(charge=charged.append)
+    assert sum(charged) == 0
+    found = connection.get_bytes(url, timeout=30, request_budget=budget)
+    assert sum(charged) == len(found) > 0
 
 
 def test_an_allowed_network_is_allowed_and_no_other() -> None:
