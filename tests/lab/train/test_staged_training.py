@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from tests.oracles.renumbered import RenumberedOracle
-from tests.tiny_models import IMAGE_TOKEN, NUM_LAYERS, TOKENS_PER_IMAGE, text_config, vision_config
 from vllm_hidrop.config import make_method
 from vllm_hidrop.lab.train.decoder import Decoder, query_attention
 from vllm_hidrop.lab.train.dtopk import SMOOTH, gates, hard_rank, soft_mask, soft_rank
@@ -23,6 +22,7 @@ from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.methods.scoring import select_top
 from vllm_hidrop.verify.reference.masked import Oracle, Positions
 from vllm_hidrop.verify.reference.stages import OracleStage, Rule
+from vllm_hidrop.verify.tiny_models import IMAGE_TOKEN, NUM_LAYERS, TOKENS_PER_IMAGE, text_config, vision_config
 
 SHAPE = ModelShape(NUM_LAYERS, TOKENS_PER_IMAGE)
 OWN = {"shape": [NUM_LAYERS, TOKENS_PER_IMAGE]}

@@ -13,8 +13,6 @@ import pytest
 import torch
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
-from tests.tiny_models import IMAGE_SIZE, IMAGE_TOKEN, NUM_LAYERS, make_llava
-from tests.tiny_models import TOKENS_PER_IMAGE as V
 from vllm_hidrop.verify.reference.llama import Kept
 from vllm_hidrop.verify.reference.mustdrop import (
     MustDropOracle,
@@ -30,6 +28,8 @@ from vllm_hidrop.verify.reference.mustdrop_tower import (
     smallest,
     window_patches,
 )
+from vllm_hidrop.verify.tiny_models import IMAGE_SIZE, IMAGE_TOKEN, NUM_LAYERS, make_llava
+from vllm_hidrop.verify.tiny_models import TOKENS_PER_IMAGE as V
 
 SIDE = 8
 BETWEEN = [20, 21, 22]

@@ -12,8 +12,6 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from tests.tiny_models import IMAGE_SIZE, IMAGE_TOKEN, NUM_LAYERS, make_llava
-from tests.tiny_models import TOKENS_PER_IMAGE as V
 from vllm_hidrop.verify.reference.llama import Heads, Rope, project_heads
 from vllm_hidrop.verify.reference.masked import Prompt
 from vllm_hidrop.verify.reference.visipruner import (
@@ -29,6 +27,8 @@ from vllm_hidrop.verify.reference.visipruner import (
     layer_weights,
     softmax_of,
 )
+from vllm_hidrop.verify.tiny_models import IMAGE_SIZE, IMAGE_TOKEN, NUM_LAYERS, make_llava
+from vllm_hidrop.verify.tiny_models import TOKENS_PER_IMAGE as V
 
 ONE_IMAGE = [1, 5, 7, *[IMAGE_TOKEN] * V, 11, 12, 13, 9]
 TWO_IMAGES = [1, 5, 7, *[IMAGE_TOKEN] * V, 11, 12, *[IMAGE_TOKEN] * V, 13, 14, 9]
