@@ -61,6 +61,7 @@ RULES = {
     "vllm_hidrop.outputs": Rule(),
     "vllm_hidrop.terminal": Rule(),
     "vllm_hidrop.cli": Rule(("vllm_hidrop.bench", "vllm_hidrop.lab.evaluate", *EDGES, *CONFIG), lazily=EVERYTHING),
+    "vllm_hidrop.cli.verify": Rule(("vllm_hidrop.cli", "vllm_hidrop.verify", *EDGES), lazily=("torch",)),
     "vllm_hidrop.embedded": Rule((*MODELS, "torch", "vllm")),
     "vllm_hidrop.lab": Rule((*MODELS, *EDGES, "vllm_hidrop.embedded", "torch", "vllm")),
     "vllm_hidrop.lab.convert": Rule((*CONFIG, "vllm_hidrop.json_text", "vllm_hidrop.lab.atomic_write", "torch")),
@@ -75,7 +76,8 @@ RULES = {
         EDGES, lazily=("vllm_hidrop.engine.compat", "hidrop_loadtests.pictures", "torch", "vllm")
     ),
     "vllm_hidrop.verify": Rule(
-        ("vllm_hidrop.bench", *EDGES, *CONFIG, "torch"), lazily=("vllm_hidrop.cli", *MODELS, "vllm")
+        ("vllm_hidrop.bench", "vllm_hidrop.models.families", *EDGES, *CONFIG, "torch"),
+        lazily=("vllm_hidrop.cli", "vllm_hidrop.embedded", "vllm"),
     ),
     "vllm_hidrop.verify.tiny_models": Rule(("vllm_hidrop.bench", "torch")),
     # An independent second opinion: what it shares with the engine it cannot judge.
