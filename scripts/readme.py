@@ -28,7 +28,7 @@ FIVE = (  # the README's rows of docs/bench.json; the fifth is accuracy, from do
     ("one image: KV cache held", "kv hidrop, bytes held, 1 image + 64 text"),
     ("HTTP server, every request with an image", "serve hidrop, requests/s"),
 )
-TINY_MODELS = "LlavaForConditionalGeneration"  # the family of the checkpoints that tests/tiny_models.py makes
+TINY_MODELS = "LlavaForConditionalGeneration"  # the family of vllm_hidrop/verify/tiny_models.py
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

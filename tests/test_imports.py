@@ -61,6 +61,7 @@ RULES = {
     "vllm_hidrop.outputs": Rule(),
     "vllm_hidrop.terminal": Rule(),
     "vllm_hidrop.cli": Rule(("vllm_hidrop.bench", "vllm_hidrop.lab.evaluate", *EDGES, *CONFIG), lazily=EVERYTHING),
+    "vllm_hidrop.cli.verify": Rule(("vllm_hidrop.cli", "vllm_hidrop.verify", *EDGES), lazily=("torch",)),
     "vllm_hidrop.embedded": Rule((*MODELS, "torch", "vllm")),
     "vllm_hidrop.lab": Rule((*MODELS, *EDGES, "vllm_hidrop.embedded", "torch", "vllm")),
     "vllm_hidrop.lab.convert": Rule((*CONFIG, "vllm_hidrop.json_text", "vllm_hidrop.lab.atomic_write", "torch")),
@@ -74,6 +75,13 @@ RULES = {
     "vllm_hidrop.bench": Rule(
         EDGES, lazily=("vllm_hidrop.engine.compat", "hidrop_loadtests.pictures", "torch", "vllm")
     ),
+    "vllm_hidrop.verify": Rule(
+        ("vllm_hidrop.bench", "vllm_hidrop.models.families", *EDGES, *CONFIG, "torch"),
+        lazily=("vllm_hidrop.cli", "vllm_hidrop.embedded", "vllm"),
+    ),
+    "vllm_hidrop.verify.tiny_models": Rule(("vllm_hidrop.bench", "torch")),
+    # An independent second opinion: what it shares with the engine it cannot judge.
+    "vllm_hidrop.verify.reference": Rule(("torch",)),
     "hidrop_server": Rule(
         (*MODELS, "vllm_hidrop.json_text", "vllm_hidrop.plugin", "vllm_hidrop.embedded", "torch", "vllm")
     ),
@@ -184,6 +192,8 @@ def test_every_module_imports_only_what_its_rule_allows() -> None:
         ("hidrop_loadtests.run", "from vllm.benchmarks import serve"),
         ("hidrop_loadtests.run", "def late():\n    from vllm import LLM"),
         ("vllm_hidrop.somewhere", "import json"),
+        ("vllm_hidrop.verify.reference.masked", "from vllm_hidrop.methods.scoring import select_top"),
+        ("vllm_hidrop.verify.reference.llama", "def late():\n    import vllm"),
     ],
 )
 def test_a_broken_arrow_is_found(module: str, source: str) -> None:

@@ -17,10 +17,10 @@ from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from scripts import figure
-from tests.tiny_models import make_llava
 from vllm_hidrop.cli.app import app
 from vllm_hidrop.engine import configure as configure_module
 from vllm_hidrop.engine import gate
+from vllm_hidrop.verify.tiny_models import make_llava
 
 pytestmark = pytest.mark.engine
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny_models import IMAGE_TOKEN
+from vllm_hidrop.verify.tiny_models import IMAGE_TOKEN
 
 FIRST = 4
 """Token of the first printable character, the space; those before are special."""

@@ -16,10 +16,10 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.triton_utils import dispatcher
 
-from tests.tiny_models import IMAGE_SIZE, IMAGE_TOKEN
 from vllm_hidrop.methods.scoring import Signals, select_top
 from vllm_hidrop.models.families import hidrop_architecture
 from vllm_hidrop.plan.signal import Signal
+from vllm_hidrop.verify.tiny_models import IMAGE_SIZE, IMAGE_TOKEN
 
 TOWER_SIZE = (IMAGE_SIZE, IMAGE_SIZE)
 ARCHITECTURE = "HidropLlavaForConditionalGeneration"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.engine.harness import Ask, Engine, engine, prompt
 from tests.engine.test_blocks import blocks_held, count_preemptions, internal_id
-from tests.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
+from vllm_hidrop.verify.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 
 pytestmark = pytest.mark.engine
 

@@ -9,8 +9,8 @@ import pytest
 from vllm.platforms import current_platform
 
 from tests.engine.harness import Ask, engine, prompt
-from tests.tiny_models import make_llava
 from vllm_hidrop.engine.kv_cache import block_size_of
+from vllm_hidrop.verify.tiny_models import make_llava
 
 pytestmark = pytest.mark.engine
 

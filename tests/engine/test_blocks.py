@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.engine.harness import Ask, Engine, engine, prompt
-from tests.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
+from vllm_hidrop.verify.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 
 pytestmark = pytest.mark.engine
 

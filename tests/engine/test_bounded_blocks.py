@@ -20,8 +20,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from tests.engine.harness import engine
-from tests.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 from vllm_hidrop.engine.scheduler import StagedAsyncScheduler, StagedScheduler
+from vllm_hidrop.verify.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 
 pytestmark = pytest.mark.engine
 

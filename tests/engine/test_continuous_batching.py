@@ -11,7 +11,7 @@ from tests.engine.harness import Ask, engine, prompt
 from tests.engine.test_adaptive_blocks import CHOICES as ADAPTIVE
 from tests.engine.test_blocks import HIDROP, count_preemptions
 from tests.engine.traffic import Traffic, Wanted, alone
-from tests.tiny_models import make_llava
+from vllm_hidrop.verify.tiny_models import make_llava
 
 pytestmark = pytest.mark.engine
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.engine.harness import Answer, Ask, Engine, engine, prompt
-from tests.tiny_models import make_llava
 from vllm_hidrop.plan.plan import DENSE
 from vllm_hidrop.runners.tower_attention import KERNEL
+from vllm_hidrop.verify.tiny_models import make_llava
 
 pytestmark = pytest.mark.engine
 

@@ -15,11 +15,11 @@ from tests.engine.harness import Answer, Ask, Engine, engine, prompt
 from tests.engine.test_blocks import count_preemptions
 from tests.engine.test_oracle_parity import OWN, check_equal, reference, selections_of
 from tests.engine.test_prefix import CHOICES, reused
-from tests.tiny_models import IMAGE_TOKEN, TOKENS_PER_IMAGE, make_llava
 from vllm_hidrop.engine.image_prefix import prefix_keys
 from vllm_hidrop.engine.scheduler import StagedScheduler
 from vllm_hidrop.plan.places import Span
 from vllm_hidrop.plan.plan import Plan
+from vllm_hidrop.verify.tiny_models import IMAGE_TOKEN, TOKENS_PER_IMAGE, make_llava
 
 pytestmark = pytest.mark.engine
 

@@ -13,7 +13,7 @@ from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from tests.engine.harness import Ask, Engine, engine, prompt
 from tests.engine.test_blocks import HIDROP, count_preemptions
 from tests.engine.traffic import Traffic, Wanted, alone
-from tests.tiny_models import IMAGE_TOKEN, TOKENS_PER_IMAGE, make_llava
+from vllm_hidrop.verify.tiny_models import IMAGE_TOKEN, TOKENS_PER_IMAGE, make_llava
 
 pytestmark = pytest.mark.engine
 

@@ -9,11 +9,11 @@ import pytest
 from vllm.v1.engine.core import EngineCore
 
 from tests.engine.harness import Ask, Engine, engine, prompt
-from tests.tiny_models import make_llava
 from vllm_hidrop.engine import integrity as integrity_module
 from vllm_hidrop.engine import scheduler as scheduler_module
 from vllm_hidrop.engine.compat import INTEGRITY_CALL
 from vllm_hidrop.engine.integrity import MAX_FINDINGS, IntegrityLog
+from vllm_hidrop.verify.tiny_models import make_llava
 
 pytestmark = pytest.mark.engine
 

@@ -11,7 +11,7 @@ from transformers import AutoProcessor
 
 from tests.engine.harness import Ask, engine, prompt
 from tests.engine.test_oracle_parity import check_equal, reference, selections_of
-from tests.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
+from vllm_hidrop.verify.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 
 pytestmark = pytest.mark.engine
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.engine.harness import Ask, engine, prompt
-from tests.tiny_models import make_llava
+from vllm_hidrop.verify.tiny_models import make_llava
 
 pytestmark = pytest.mark.engine
 

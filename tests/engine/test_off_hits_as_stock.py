@@ -13,7 +13,7 @@ from vllm import SamplingParams
 from vllm.v1.core.kv_cache_utils import get_block_hash
 
 from tests.engine.harness import Ask, Engine, engine, prompt
-from tests.tiny_models import IMAGE_TOKEN, make_llava
+from vllm_hidrop.verify.tiny_models import IMAGE_TOKEN, make_llava
 
 pytestmark = pytest.mark.engine
 

@@ -15,10 +15,10 @@ from tests.engine.harness import engine, in_any_order
 from tests.engine.test_oracle_parity import OWN, asks, check_equal, reference, selections_of
 from tests.engine.test_start import configure
 from tests.lab.train.llava_data import make_talking_llava, write_data
-from tests.tiny_models import make_llava
 from vllm_hidrop.cli.app import app
 from vllm_hidrop.engine.model_checks import check_rope
 from vllm_hidrop.plan.positions import PositionScheme
+from vllm_hidrop.verify.tiny_models import make_llava
 
 pytestmark = pytest.mark.engine
 

@@ -13,7 +13,7 @@ import torch
 from tests.engine.harness import Answer, Ask, Engine, engine, prompt
 from tests.engine.test_blocks import count_preemptions, record_chunks
 from tests.engine.test_oracle_parity import OWN, check_equal, reference, selections_of
-from tests.tiny_models import IMAGE_TOKEN, TOKENS_PER_IMAGE, make_llava
+from vllm_hidrop.verify.tiny_models import IMAGE_TOKEN, TOKENS_PER_IMAGE, make_llava
 
 pytestmark = pytest.mark.engine
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.engine.harness import Ask, engine, prompt
-from tests.tiny_models import make_llava
 from vllm_hidrop.bench.engine_process import MeasuredEngine
+from vllm_hidrop.verify.tiny_models import make_llava
 
 REASONS: dict[str, tuple[dict[str, Any], str]] = {
     "too few keeps": ({"hidrop_keep": [7]}, "this server has 2 stages, got 1 keeps"),

@@ -10,8 +10,8 @@ import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.engine.harness import Ask, Engine, engine, prompt
-from tests.tiny_models import make_llava
 from vllm_hidrop.staged.timer import Timer
+from vllm_hidrop.verify.tiny_models import make_llava
 
 pytestmark = pytest.mark.engine
 

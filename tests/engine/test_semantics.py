@@ -19,7 +19,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from tests.engine.characters import save_character_tokenizer, token_of
 from tests.engine.harness import Ask, Engine, engine, prompt
-from tests.tiny_models import EOS_TOKEN, IMAGE_TOKEN, TOKENS_PER_IMAGE, make_llava
+from vllm_hidrop.verify.tiny_models import EOS_TOKEN, IMAGE_TOKEN, TOKENS_PER_IMAGE, make_llava
 
 pytestmark = [
     pytest.mark.engine,

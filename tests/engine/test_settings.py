@@ -13,7 +13,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from tests.engine.harness import Ask, Engine, engine, prompt
 from tests.engine.test_oracle_parity import pixel_values
-from tests.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, VOCABULARY, make_llava
+from vllm_hidrop.verify.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, VOCABULARY, make_llava
 
 pytestmark = pytest.mark.engine
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from tests.engine.harness import Ask, engine, prompt
-from tests.tiny_models import make_llava
 from vllm_hidrop.lab.train.staged import check_trainable
 from vllm_hidrop.methods import METHODS, Method, ModelShape
 from vllm_hidrop.methods.scoring import Contribution, Signals, TextAttention
 from vllm_hidrop.plan.schedule import Schedule
 from vllm_hidrop.plan.signal import Signal
+from vllm_hidrop.verify.tiny_models import make_llava
 
 PREFIX = "999999999"  # 81 tokens and the first one: two blocks of 32 and more
 

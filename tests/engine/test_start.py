@@ -13,13 +13,13 @@ from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.engine.harness import ARCHITECTURE
-from tests.tiny_models import make_llava
 from vllm_hidrop.engine import compat, gate
 from vllm_hidrop.engine.gate import RULES
 from vllm_hidrop.models.families import family_of
 from vllm_hidrop.plan.places import Span
 from vllm_hidrop.plan.planner import Planner
 from vllm_hidrop.plugin import register
+from vllm_hidrop.verify.tiny_models import make_llava
 
 pytestmark = pytest.mark.engine
 

@@ -9,11 +9,11 @@ import pytest
 
 from tests.engine.harness import Ask, Engine, engine, prompt
 from tests.engine.test_blocks import HIDROP
-from tests.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 from vllm_hidrop.engine.step_budget import StepBudget, most_tokens
 from vllm_hidrop.plan.places import Span
 from vllm_hidrop.plan.plan import make_plan
 from vllm_hidrop.plan.schedule import Schedule
+from vllm_hidrop.verify.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 
 KEPT = (0, 64, 20, 3, 0)
 LAYERS = (2, 1, 2, 1, NUM_LAYERS - 6)

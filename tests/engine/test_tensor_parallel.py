@@ -16,9 +16,9 @@ import torch
 from vllm import envs
 
 from tests.engine.harness import Answer, Ask, Engine, engine, prompt
-from tests.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 from vllm_hidrop.staged.image_runs import ImageRun
 from vllm_hidrop.staged.loop import StagedLoop
+from vllm_hidrop.verify.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 
 pytestmark = pytest.mark.engine
 

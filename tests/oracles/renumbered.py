@@ -37,7 +37,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from tests.oracles.llama import (
+from vllm_hidrop.verify.reference.llama import (
     Heads,
     Kept,
     Rope,
@@ -47,18 +47,15 @@ from tests.oracles.llama import (
     top_indices,
     uniform_indices,
 )
-from tests.oracles.masked import Oracle, OracleStage, Rule, check_stages
-from tests.oracles.mustdrop import (
+from vllm_hidrop.verify.reference.masked import Oracle
+from vllm_hidrop.verify.reference.mustdrop import (
     MARGINS,
     MustDropOracle,
-    MustDropSettings,
-    _run_tower_layer,
-    check_settings,
     dual_filter,
-    similarity,
-    smallest,
-    window_patches,
 )
+from vllm_hidrop.verify.reference.mustdrop_settings import MustDropSettings, check_settings
+from vllm_hidrop.verify.reference.mustdrop_tower import run_tower_layer, similarity, smallest, window_patches
+from vllm_hidrop.verify.reference.stages import OracleStage, Rule, check_stages
 
 Positions = Literal["renumbered", "persistent"]
 """The ids of the n rows of a layer: 0 .. n - 1, or their places in the full prompt."""
@@ -269,7 +266,7 @@ class RenumberedOracle:
         """Of one image [channels, height, width]: the patch that holds a merged window's mean -> its similarity."""
         tower = self._mustdrop._tower
         hidden = tower._embed(pixels.float())
-        hidden = _run_tower_layer(tower._layers[0], hidden, torch.ones(len(hidden), dtype=torch.bool))
+        hidden = run_tower_layer(tower._layers[0], hidden, torch.ones(len(hidden), dtype=torch.bool))
         patches = hidden[tower._num_class_tokens :]
         windows = window_patches(math.isqrt(len(patches)), settings.merge_window)
         return {

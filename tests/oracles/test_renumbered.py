@@ -9,10 +9,8 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from tests.oracles import renumbered as renumbered_oracle
-from tests.oracles.masked import Oracle, OracleStage, Rule
-from tests.oracles.mustdrop import MustDropOracle, MustDropSettings
 from tests.oracles.renumbered import DecodeIds, Order, Positions, RenumberedOracle, RenumberedResult, gap, merged_first
-from tests.oracles.test_mustdrop import (
+from tests.verify.reference.test_mustdrop import (
     ALL_STAGES,
     FILTERS,
     NO_KEYS,
@@ -24,8 +22,12 @@ from tests.oracles.test_mustdrop import (
     load,
     pixels,
 )
-from tests.tiny_models import IMAGE_TOKEN, NUM_LAYERS, make_llava
-from tests.tiny_models import TOKENS_PER_IMAGE as V
+from vllm_hidrop.verify.reference.masked import Oracle
+from vllm_hidrop.verify.reference.mustdrop import MustDropOracle
+from vllm_hidrop.verify.reference.mustdrop_settings import MustDropSettings
+from vllm_hidrop.verify.reference.stages import OracleStage, Rule
+from vllm_hidrop.verify.tiny_models import IMAGE_TOKEN, NUM_LAYERS, make_llava
+from vllm_hidrop.verify.tiny_models import TOKENS_PER_IMAGE as V
 
 THREE_IMAGES = [1, *[IMAGE_TOKEN] * V, 5, *[IMAGE_TOKEN] * (2 * V), 11, 12]
 ALL_PROMPTS = [*PROMPTS, (THREE_IMAGES, 3), ([1, 5, 7, 11, 12, 13, 3], 0)]

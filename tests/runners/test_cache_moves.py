@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.engine.harness import engine
-from tests.tiny_models import make_llava
 from vllm_hidrop.runners.cache_moves import SlotLayout
+from vllm_hidrop.verify.tiny_models import make_llava
 
 pytestmark = pytest.mark.engine
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.engine.harness import Ask, engine, prompt
-from tests.tiny_models import make_llava
 from vllm_hidrop.runners.tower_attention import KERNEL, TowerKernel
+from vllm_hidrop.verify.tiny_models import make_llava
 
 pytestmark = pytest.mark.engine
 CHOICE = {"method": "fastv", "options": {"layer": 2, "keep": 4}}

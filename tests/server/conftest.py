@@ -12,8 +12,8 @@ from openai import OpenAI
 
 from tests.engine.characters import save_character_tokenizer
 from tests.server.harness import Server
-from tests.tiny_models import make_llava
 from vllm_hidrop.cli.local_server import local_server
+from vllm_hidrop.verify.tiny_models import make_llava
 
 KEY = "a-secret-of-the-tests"
 TEMPLATE = """\

@@ -13,7 +13,7 @@ from openai import OpenAI
 from pydantic import BaseModel
 
 from tests.server.harness import Server, image_url, kept, picture, user
-from tests.tiny_models import TOKENS_PER_IMAGE
+from vllm_hidrop.verify.tiny_models import TOKENS_PER_IMAGE
 
 pytestmark = pytest.mark.server
 

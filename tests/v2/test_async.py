@@ -15,9 +15,9 @@ import pytest
 from vllm.platforms.cpu import CpuPlatform
 
 from tests.engine.harness import Ask, Engine, engine, prompt
-from tests.tiny_models import make_llava
 from vllm_hidrop.engine import configure
 from vllm_hidrop.engine.scheduler import StagedAsyncScheduler, StagedScheduler
+from vllm_hidrop.verify.tiny_models import make_llava
 
 pytestmark = pytest.mark.engine
 

@@ -10,10 +10,10 @@ import pytest
 from vllm.model_executor.models.llama import LlamaDecoderLayer
 
 from tests.engine.harness import Ask, Engine, engine, prompt
-from tests.tiny_models import make_llava
 from tests.v2.graph_emulation import Emulation, Graph, NotCapturableError
 from vllm_hidrop.runners import v2
 from vllm_hidrop.runners.stage_inputs import StageInputs
+from vllm_hidrop.verify.tiny_models import make_llava
 
 pytestmark = pytest.mark.engine
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.engine.harness import Ask, Engine, engine, prompt
-from tests.tiny_models import make_llava
 from tests.v2.host_waits import Watch
 from vllm_hidrop.runners.stage_inputs import StageInputs
 from vllm_hidrop.staged import image_runs, loop
+from vllm_hidrop.verify.tiny_models import make_llava
 
 pytestmark = pytest.mark.engine
 

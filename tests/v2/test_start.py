@@ -8,7 +8,7 @@ from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 from vllm.v1.worker.gpu.warmup import warmup_kernels
 
 from tests.engine.harness import Ask, engine, prompt
-from tests.tiny_models import make_llava
+from vllm_hidrop.verify.tiny_models import make_llava
 
 pytestmark = pytest.mark.engine
 

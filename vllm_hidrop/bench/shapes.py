@@ -42,18 +42,22 @@ SHAPES = {
 }
 
 
-def make_checkpoint(shape: BenchShape, directory: Path, dtype: str = "bfloat16") -> Path:
-    """Write a checkpoint that vLLM and Hugging Face load, unless it is there; returns ``directory``."""
+def make_checkpoint(shape: BenchShape, directory: Path, dtype: str = "bfloat16", *, weights: bool = True) -> Path:
+    """Write a checkpoint that vLLM and Hugging Face load, unless it is there; returns ``directory``.
+
+    One without ``weights`` is for vLLM's ``load_format`` "dummy".
+    """
     if (directory / "complete").exists():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
     config = _config(shape, dtype)
     config.save_pretrained(directory)
     _save_processor(directory, save_word_tokenizer(directory, IMAGE_TOKEN))
-    model = _build(config, dtype)
-    if shape.peaked_layer is not None:
-        model.model.language_model.layers[shape.peaked_layer].self_attn.q_proj.weight.data.mul_(PEAK)
-    save_hub_weights(model, directory)
+    if weights:
+        model = _build(config, dtype)
+        if shape.peaked_layer is not None:
+            model.model.language_model.layers[shape.peaked_layer].self_attn.q_proj.weight.data.mul_(PEAK)
+        save_hub_weights(model, directory)
     (directory / "complete").touch()
     return directory
 

@@ -24,6 +24,7 @@ from vllm_hidrop.cli.options import (
     output_folder,
     parse_address,
     parse_counts,
+    parse_names,
     server_address,
 )
 from vllm_hidrop.json_text import parse_object
@@ -141,6 +142,37 @@ def train_model(
     from vllm_hidrop.cli import train as command
 
     raise typer.Exit(command.run(config))
+
+
+@app.command()
+def verify(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help='A directory, a hub name, or "embedded"; after the tiny ones.'),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|bfloat16|float16", help="The type to serve in; the tiny models run in float32 as well."
+        ),
+    ] = "auto",
+    shape: Annotated[
+        str, typer.Option(help='Of the table of times: "tiny", "bench", "2.7b", "7b" or "auto", the largest that fits.')
+    ] = "auto",
+    minutes: Annotated[
+        float,
+        typer.Option(min=0, max=MOST, help="Of MODEL and the table, what has not begun by then is left out and named."),
+    ] = 6,
+    json_file: JsonFile = None,
+) -> None:
+    """Prove this machine's engine: against stock vLLM, against references, then how fast it is (docs/verify.md).
+
+    Exit status: 0 if all that ran passed, 1 if a check failed, 2 if none could run.
+    """
+    from vllm_hidrop.cli import verify as command
+
+    chosen = parse_names(dtype, "--dtype", ("auto", "bfloat16", "float16"))[0]
+    raise typer.Exit(command.run(command.Wish(model, chosen, shape, minutes, json_file)))
 
 
 @app.command()

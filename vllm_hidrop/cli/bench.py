@@ -48,6 +48,7 @@ class Bench:
     pairs: int  # fresh pairs of processes; the median of their medians counts
     compiled: bool  # vLLM's default; otherwise ``enforce_eager`` for both engines
     hidrop: dict[str, Any]  # the pruning choice, as HidropConfig takes it
+    dummy: bool = False  # both engines make their weights up as they load: no file of gigabytes
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
@@ -57,7 +58,8 @@ class Bench:
     def model(self) -> Path:
         """Directory of the checkpoint, written when it is missing."""
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vllm_hidrop"
-        return make_checkpoint(SHAPES[self.shape], cache / f"bench-{self.shape}")
+        name = f"bench-{self.shape}" + ("-dummy" if self.dummy else "")
+        return make_checkpoint(SHAPES[self.shape], cache / name, weights=not self.dummy)
 
     @cached_property
     def known(self) -> costing.Model:
@@ -124,7 +126,7 @@ class Bench:
             "distributed_executor_backend": "uni",
             "kv_cache_memory_bytes": kv_bytes,
             "limit_mm_per_prompt": {"image": 16},
-        }
+        } | ({"load_format": "dummy"} if self.dummy else {})
         ours = stock | {
             "hf_overrides": {"architectures": ["HidropLlavaForConditionalGeneration"]},
             "additional_config": {"hidrop": self.hidrop},

@@ -9,11 +9,11 @@ from typer.testing import CliRunner, Result
 
 from tests.lab.calibrate.tiny_qwen import NUM_LAYERS as QWEN_LAYERS
 from tests.lab.calibrate.tiny_qwen import make_qwen
-from tests.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 from vllm_hidrop.cli.app import app
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.embedded import MODEL_DIR
 from vllm_hidrop.methods import ModelShape
+from vllm_hidrop.verify.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 
 QUICK = ("--samples", "4", "--data", "synthetic")
 

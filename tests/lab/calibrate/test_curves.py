@@ -13,12 +13,12 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForImageTextToText
 
 from tests.lab.calibrate.tiny_qwen import make_qwen
-from tests.tiny_models import make_llava
 from vllm_hidrop.embedded import MODEL_DIR
 from vllm_hidrop.lab.calibrate.checkpoint import Checkpoint, check_family
 from vllm_hidrop.lab.calibrate.curves import Curves, Settings, check_settings, measure
 from vllm_hidrop.lab.calibrate.recording import recorded, states_without_vision
 from vllm_hidrop.lab.calibrate.samples import Sample, read_samples
+from vllm_hidrop.verify.tiny_models import make_llava
 
 SETTINGS = Settings(windows=(2, 3), top_tokens=9, max_answer_tokens=4)
 MODELS: dict[str, Callable[[Path], Path]] = {

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.tiny_models import make_llava
+from vllm_hidrop.verify.tiny_models import make_llava
 
 TEMPLATE = (
     "{% for message in messages %}"

@@ -23,7 +23,6 @@ from tests.lab.train.test_train_command import (
     train,
     trained,
 )
-from tests.tiny_models import TOKENS_PER_IMAGE
 from vllm_hidrop.config import HidropConfig, make_method, resolve
 from vllm_hidrop.lab.train.decoder import Decoder
 from vllm_hidrop.lab.train.dtopk import SMOOTH, gates, hard_rank, soft_mask
@@ -31,6 +30,7 @@ from vllm_hidrop.lab.train.llava_training import LlavaTraining, load_checkpoint
 from vllm_hidrop.lab.train.ratio import Ratio, learnt_options, make_ratio
 from vllm_hidrop.lab.train.staged import Selection, StagedTraining
 from vllm_hidrop.lab.train.train_config import parse_train_config
+from vllm_hidrop.verify.tiny_models import TOKENS_PER_IMAGE
 
 __all__ = ["data", "settings", "tiny"]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from tests.oracles.masked import Oracle, OracleStage, Positions, Rule
 from tests.oracles.renumbered import RenumberedOracle
-from tests.tiny_models import IMAGE_TOKEN, NUM_LAYERS, TOKENS_PER_IMAGE, text_config, vision_config
 from vllm_hidrop.config import make_method
 from vllm_hidrop.lab.train.decoder import Decoder, query_attention
 from vllm_hidrop.lab.train.dtopk import SMOOTH, gates, hard_rank, soft_mask, soft_rank
@@ -22,6 +20,9 @@ from vllm_hidrop.lab.train.rows import Rows, packed_starts
 from vllm_hidrop.lab.train.staged import Selection, StagedTraining
 from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.methods.scoring import select_top
+from vllm_hidrop.verify.reference.masked import Oracle, Positions
+from vllm_hidrop.verify.reference.stages import OracleStage, Rule
+from vllm_hidrop.verify.tiny_models import IMAGE_TOKEN, NUM_LAYERS, TOKENS_PER_IMAGE, text_config, vision_config
 
 SHAPE = ModelShape(NUM_LAYERS, TOKENS_PER_IMAGE)
 OWN = {"shape": [NUM_LAYERS, TOKENS_PER_IMAGE]}

@@ -10,13 +10,13 @@ import torch
 from transformers import AutoProcessor
 
 from tests.lab.train.llava_data import make_talking_llava, said, write_data
-from tests.tiny_models import IMAGE_TOKEN, TOKENS_PER_IMAGE
 from vllm_hidrop.lab.train.conversations import LlavaFile, Sample, SyntheticScenes, Turn
 from vllm_hidrop.lab.train.data_loader import Share, ShuffledPositions
 from vllm_hidrop.lab.train.prompts import IGNORED, PromptEncoder
 from vllm_hidrop.lab.train.scenes import NUM_PATCHES
 from vllm_hidrop.lab.train.train_config import parse_train_config, read_train_config
 from vllm_hidrop.lab.train.vocabulary import IMAGE, TOKEN_IDS, build_tokenizer
+from vllm_hidrop.verify.tiny_models import IMAGE_TOKEN, TOKENS_PER_IMAGE
 
 ROOT = Path(__file__).parents[3]
 SYNTHETIC = {"format": "synthetic", "num_samples": 4}

@@ -18,8 +18,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from tests.oracles.llama import additive_mask, random_scores, top_indices, uniform_indices
-from tests.oracles.masked import Oracle, OracleStage, Rule, check_stages
+from vllm_hidrop.verify.reference.llama import additive_mask, random_scores, top_indices, uniform_indices
+from vllm_hidrop.verify.reference.masked import Oracle
+from vllm_hidrop.verify.reference.stages import OracleStage, Rule, check_stages
 
 V = 16  # vision tokens of one 56 x 56 image in patches of 14
 IMAGE_TOKEN = 99

@@ -13,22 +13,23 @@ import pytest
 import torch
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
-from tests.oracles.llama import Kept
-from tests.oracles.mustdrop import (
-    KeySet,
+from vllm_hidrop.verify.reference.llama import Kept
+from vllm_hidrop.verify.reference.mustdrop import (
     MustDropOracle,
     MustDropResult,
-    MustDropSettings,
-    check_settings,
     dual_filter,
+)
+from vllm_hidrop.verify.reference.mustdrop_settings import MustDropSettings, check_settings
+from vllm_hidrop.verify.reference.mustdrop_tower import (
+    KeySet,
     key_set,
     merge_windows,
     similarity,
     smallest,
     window_patches,
 )
-from tests.tiny_models import IMAGE_SIZE, IMAGE_TOKEN, NUM_LAYERS, make_llava
-from tests.tiny_models import TOKENS_PER_IMAGE as V
+from vllm_hidrop.verify.tiny_models import IMAGE_SIZE, IMAGE_TOKEN, NUM_LAYERS, make_llava
+from vllm_hidrop.verify.tiny_models import TOKENS_PER_IMAGE as V
 
 SIDE = 8
 BETWEEN = [20, 21, 22]

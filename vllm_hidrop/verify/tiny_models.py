@@ -1,4 +1,4 @@
-"""Random-weight LLaVA checkpoints small enough for a test, in the hub's format, for vLLM and Hugging Face alike.
+"""Random-weight LLaVA checkpoints that run in seconds, in the hub's format, for vLLM and Hugging Face alike.
 
 Weights are wide (std 0.15), so attention is far from flat and a wrong selection changes the tokens.
 """

@@ -1,12 +1,14 @@
-"""A Llama decoder layer by hand, in float32, and the choice of tokens: what all references share.
+"""A Llama decoder layer by hand, and the choice of tokens: what all references share.
 
 Axes: T rows of one pass, H query heads, G key/value heads, D head size, C hidden size.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 Kept = list[list[int]]
@@ -78,6 +80,16 @@ def run_layer(layer: Any, hidden: torch.Tensor, heads: Heads, visible: torch.Ten
     """One decoder layer on the residual stream [T, C], dense over all T rows."""
     weights = attention_weights(heads.query, heads.key, additive_mask(visible))
     value = heads.value.repeat_interleave(weights.shape[0] // heads.value.shape[0], dim=0)
-    hidden = hidden + layer.self_attn.o_proj((weights @ value).transpose(0, 1).flatten(1))
+    hidden = hidden + layer.self_attn.o_proj((weights.to(value.dtype) @ value).transpose(0, 1).flatten(1))
     update: torch.Tensor = layer.mlp(layer.post_attention_layernorm(hidden))
     return hidden + update
+
+
+def load_model(model: str | Path | LlavaForConditionalGeneration, dtype: torch.dtype) -> Any:
+    """A model in evaluation mode, from its directory or as it is. Raises ValueError: weights of another type."""
+    if isinstance(model, str | Path):
+        model = LlavaForConditionalGeneration.from_pretrained(model, dtype=dtype)
+    if any(parameter.dtype != dtype for parameter in model.parameters()):
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"the oracle computes in {name}, got a model in another dtype")
+    return model.eval()

@@ -1,4 +1,4 @@
-"""Dense float32 reference for MustDrop; merging, filtering and cutting the cache are attention masks here.
+"""Dense reference for MustDrop; merging, filtering and cutting the cache are attention masks here.
 
 Knows Hugging Face modules only: nothing of the engine, of vLLM, of caches, batches or method names.
 
@@ -16,50 +16,26 @@ D head size, C hidden size.
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from tests.oracles.llama import (
+from vllm_hidrop.verify.reference.llama import (
     Heads,
     Kept,
     Rope,
     additive_mask,
     attention_weights,
+    load_model,
     project_heads,
     run_layer,
-    top_indices,
 )
+from vllm_hidrop.verify.reference.mustdrop_settings import MustDropSettings, check_settings
+from vllm_hidrop.verify.reference.mustdrop_tower import EncodedImage, Tower, smallest
 
-KeyLayer = Literal["last", "feature"]
 MARGINS = ("merge", "key", "global", "individual")
-
-
-@dataclass(frozen=True)
-class MustDropSettings:
-    """The three stages of MustDrop; layers are zero-based.
-
-    * ``global_threshold`` (gamma), ``individual_threshold`` (alpha): a vision token goes if its share of the
-      attention of the text is below gamma AND no text row pays it alpha AND it is no key token.
-    * ``filter_layers``: ascending; the attention of layer F judges, the survivors run from layer F + 1.
-    * ``merge_threshold``: windows of ``merge_window`` x ``merge_window`` patches at least this similar merge;
-      None merges nothing.
-    * ``key_rate``: the share of the tokens after merging that are key tokens, rounded up; 0 for none.
-    * ``key_layer``: whose class token chooses them, the tower's last layer or the last one behind the features.
-    * ``cut_cache``: from the first filter layer on, generated tokens see only the survivors of the last filter.
-    """
-
-    global_threshold: float
-    individual_threshold: float
-    filter_layers: tuple[int, ...]
-    merge_threshold: float | None = 0.8
-    merge_window: int = 3
-    key_rate: float = 0.08
-    key_layer: KeyLayer = "last"
-    cut_cache: bool = True
 
 
 @dataclass(frozen=True)
@@ -84,21 +60,6 @@ class MustDropResult:
     margins: dict[str, float]
 
 
-class Merged(NamedTuple):
-    """Patch rows [V, C] with the means in place, the patches that are left, the smallest distance to the threshold."""
-
-    patches: torch.Tensor
-    alive: list[int]
-    margin: float
-
-
-class KeySet(NamedTuple):
-    """The chosen patches, ascending, and by how much the last of them beat the first other one."""
-
-    patches: list[int]
-    margin: float
-
-
 class Verdict(NamedTuple):
     """``goes`` [N] (bool) and the smallest distances of the two tests to their thresholds."""
 
@@ -108,21 +69,11 @@ class Verdict(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Image:
-    """Projector output [V, C] of one image; rows of patches that merged away mean nothing."""
-
-    features: torch.Tensor
-    alive: list[int]
-    keys: list[int]
-    margins: dict[str, float]
-
-
-@dataclass(frozen=True)
 class _Prompt:
     """``rows`` [P, C] enter layer 0; per image its rows [V] in the prompt and the text rows [R] after it."""
 
     rows: torch.Tensor
-    images: list[_Image]
+    images: list[EncodedImage]
     image_rows: list[torch.Tensor]
     judging_rows: list[torch.Tensor]
 
@@ -134,48 +85,6 @@ class _Prefill(NamedTuple):
     kept: list[Kept]
     survivors: Kept
     margins: dict[str, float]
-
-
-def window_patches(side: int, window: int) -> Kept:
-    """The patches of each window of a ``side`` x ``side`` grid, ascending: the bottom-right one is the last."""
-    starts = range(0, side, window)
-    return [
-        [(top + row) * side + left + column for row in range(window) for column in range(window)]
-        for top in starts
-        for left in starts
-    ]
-
-
-def similarity(rows: torch.Tensor) -> torch.Tensor:
-    """Mean cosine over all ordered pairs of two different rows of [M, C], a scalar."""
-    unit = torch.nn.functional.normalize(rows, dim=-1)
-    cosines = unit @ unit.T
-    return (cosines.sum() - cosines.trace()) / (len(rows) * (len(rows) - 1))
-
-
-def merge_windows(patches: torch.Tensor, threshold: float, window: int) -> Merged:
-    """Merge the windows of [V, C] whose similarity is at least ``threshold``."""
-    side = math.isqrt(len(patches))
-    if side**2 != len(patches) or window < 2 or side % window:
-        raise ValueError(f"windows of {window} x {window} must divide a square grid of {len(patches)} patches")
-    result, gone, distances = patches.clone(), set[int](), []
-    for members in window_patches(side, window):
-        score = similarity(patches[members])
-        distances.append((score - threshold).abs())
-        if score >= threshold:
-            result[members[-1]] = patches[members].mean(dim=0)
-            gone.update(members[:-1])
-    alive = [patch for patch in range(len(patches)) if patch not in gone]
-    return Merged(result, alive, smallest(torch.stack(distances)))
-
-
-def key_set(scores: torch.Tensor, alive: list[int], key_rate: float) -> KeySet:
-    """The patches with the highest of [V] ``scores`` among those ``alive``; of equal ones the lowest."""
-    ranks = top_indices(scores[alive], math.ceil(key_rate * len(alive)))
-    chosen = [alive[rank] for rank in ranks]
-    others = [patch for patch in alive if patch not in chosen]
-    margin = float(scores[chosen].min() - scores[others].max()) if chosen and others else math.inf
-    return KeySet(chosen, margin)
 
 
 def dual_filter(attention: torch.Tensor, is_key: torch.Tensor, gamma: float, alpha: float) -> Verdict:
@@ -194,11 +103,6 @@ def dual_filter(attention: torch.Tensor, is_key: torch.Tensor, gamma: float, alp
     )
 
 
-def smallest(distances: torch.Tensor) -> float:
-    """The smallest of [M] distances: infinite if there is none, 0 if one is NaN."""
-    return float(distances.nan_to_num(nan=0.0, posinf=math.inf).min()) if len(distances) else math.inf
-
-
 def visible_columns(prompt: _Prompt, kept: Kept, num_rows: int) -> torch.Tensor:
     """[T]: all text and generated tokens, and the ``kept`` vision tokens."""
     visible = torch.ones(num_rows, dtype=torch.bool, device=prompt.rows.device)
@@ -208,116 +112,18 @@ def visible_columns(prompt: _Prompt, kept: Kept, num_rows: int) -> torch.Tensor:
     return visible
 
 
-def check_settings(settings: MustDropSettings, num_layers: int) -> None:
-    """Raise ValueError for settings that mean nothing in a language model of ``num_layers``."""
-    layers = settings.filter_layers
-    if any(not 0 <= layer < num_layers for layer in layers) or any(a >= b for a, b in pairwise(layers)):
-        raise ValueError(f"filter layers must rise inside [0, {num_layers}), got {layers}")
-    if not 0 <= settings.key_rate <= 1:
-        raise ValueError(f"key rate must be in [0, 1], got {settings.key_rate}")
-    if settings.key_layer not in get_args(KeyLayer):
-        raise ValueError(f"unknown key layer {settings.key_layer!r}, known: {get_args(KeyLayer)}")
-
-
-class _Tower:
-    """CLIP or SigLIP with the projector behind it, one image at a time, dense over all its patches."""
-
-    def __init__(self, model: Any) -> None:
-        self._tower = model.model.vision_tower
-        self._projector = model.model.multi_modal_projector
-        self._layers: list[Any] = list(self._tower.encoder.layers)
-        self._num_class_tokens = int(hasattr(self._tower.embeddings, "class_embedding"))
-        self._feature_layer = self._check(model.config)
-
-    def encode(self, pixels: torch.Tensor, settings: MustDropSettings) -> _Image:
-        """Features and decisions for one image, ``pixels`` [channels, height, width]."""
-        if settings.key_rate and not self._num_class_tokens:
-            raise ValueError("a key set needs a tower with a class token")
-        hidden = self._embed(pixels)
-        num_class = self._num_class_tokens
-        alive, merge_margin = list(range(len(hidden) - num_class)), math.inf
-        visible = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-        entering = [hidden]
-        for index, layer in enumerate(self._layers):
-            hidden = _run_tower_layer(layer, hidden, visible)
-            if index == 0 and settings.merge_threshold is not None:
-                merged = merge_windows(hidden[num_class:], settings.merge_threshold, settings.merge_window)
-                hidden = torch.cat([hidden[:num_class], merged.patches])
-                visible[num_class:] = False
-                visible[[num_class + patch for patch in merged.alive]] = True
-                alive, merge_margin = merged.alive, merged.margin
-            entering.append(hidden)
-        keys = KeySet([], math.inf)
-        if settings.key_rate:
-            index = len(self._layers) - 1 if settings.key_layer == "last" else self._feature_layer
-            keys = key_set(_class_attention(self._layers[index], entering[index], visible), alive, settings.key_rate)
-        features = self._projector(entering[self._feature_layer + 1][num_class:])
-        return _Image(features, alive, keys.patches, {"merge": merge_margin, "key": keys.margin})
-
-    def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[T, C] entering the first layer; CLIP alone has a norm there (and its name a typo)."""
-        hidden: torch.Tensor = self._tower.embeddings(pixels[None])[0]
-        return self._tower.pre_layrnorm(hidden) if hasattr(self._tower, "pre_layrnorm") else hidden
-
-    def _check(self, config: Any) -> int:
-        """The index of the layer whose output the projector takes; ValueError for what has no meaning here."""
-        selected, num_layers = config.vision_feature_layer, len(self._layers)
-        if not isinstance(selected, int):
-            raise ValueError(f"the features must come from one layer, got {selected}")
-        index = selected - 1 if selected >= 0 else num_layers + selected
-        if not 1 <= index < num_layers:
-            raise ValueError(f"the features must come from a layer after the first, got {selected}")
-        strategy = config.vision_feature_select_strategy
-        if strategy != ("default" if self._num_class_tokens else "full"):
-            raise ValueError(f"the features must be those of all patches alone, got strategy {strategy!r}")
-        return index
-
-
-def _project_tower_heads(layer: Any, hidden: torch.Tensor) -> Heads:
-    """What a tower layer makes of [T, C]: input norm and projections, no RoPE."""
-    attention = layer.self_attn
-    normed = layer.layer_norm1(hidden)
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    heads = [projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(0, 1) for projection in projections]
-    return Heads(*heads)
-
-
-def _hide(visible: torch.Tensor) -> torch.Tensor:
-    """[1, T] additive mask, 0 or -inf, for rows that all see the ``visible`` [T] columns."""
-    return torch.zeros(1, len(visible), device=visible.device).masked_fill(~visible, -torch.inf)
-
-
-def _run_tower_layer(layer: Any, hidden: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """One encoder layer on [T, C]; all rows see the ``visible`` [T] columns."""
-    heads = _project_tower_heads(layer, hidden)
-    weights = attention_weights(heads.query, heads.key, _hide(visible))
-    hidden = hidden + layer.self_attn.out_proj((weights @ heads.value).transpose(0, 1).flatten(1))
-    update: torch.Tensor = layer.mlp(layer.layer_norm2(hidden))
-    return hidden + update
-
-
-def _class_attention(layer: Any, hidden: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """[V]: what the class token pays to each patch in ``layer`` on the [T, C] that enter it, mean over heads."""
-    heads = _project_tower_heads(layer, hidden)
-    return attention_weights(heads.query[:, :1], heads.key, _hide(visible)).mean(dim=0)[0, 1:]
-
-
 class MustDropOracle:
     """Greedy generation of one LLaVA request under MustDrop, every image on its own.
 
     Text models: Llama, Mistral, Qwen2 (RMSNorm, GQA, optional biases; no sliding window). Towers: CLIP, and
-    SigLIP without a key set. A model that is passed in must be float32; it is put into eval mode.
+    SigLIP without a key set. A model that is passed in must be of ``dtype``; it is put into eval mode.
     """
 
-    def __init__(self, model: str | Path | LlavaForConditionalGeneration) -> None:
-        if isinstance(model, str | Path):
-            model = LlavaForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
-        if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
-            raise ValueError("the oracle computes in float32, got a model in another dtype")
-        self._model: Any = model.eval()
+    def __init__(self, model: str | Path | LlavaForConditionalGeneration, dtype: torch.dtype = torch.float32) -> None:
+        self._model = load_model(model, dtype)
         self._text: Any = self._model.model.language_model
         self._layers: list[Any] = list(self._text.layers)
-        self._tower = _Tower(self._model)
+        self._tower = Tower(self._model)
 
     @torch.no_grad()
     def generate(
@@ -372,7 +178,7 @@ class MustDropOracle:
         is_image = tokens == self._model.config.image_token_id
         if not token_ids or is_image[-1]:
             raise ValueError("the prompt must end with text")
-        pixels = () if pixel_values is None else pixel_values.to(tokens.device, torch.float32)
+        pixels = () if pixel_values is None else pixel_values.to(tokens.device, self._model.dtype)
         images = [self._tower.encode(of_image, settings) for of_image in pixels]
         sizes = [len(image.features) for image in images]
         if sum(sizes) != int(is_image.sum()):
@@ -420,7 +226,8 @@ class MustDropOracle:
         return self._head(hidden)
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._model.lm_head(self._text.norm(hidden[-1]))
+        logits: torch.Tensor = self._model.lm_head(self._text.norm(hidden[-1]))
+        return logits.float()
 
     def _rope(self, hidden: torch.Tensor) -> Rope:
         positions = torch.arange(len(hidden), device=hidden.device)[None]

@@ -1,56 +1,42 @@
-"""Dense float32 reference for pruning vision tokens in stages; here pruning is an attention mask.
+"""Dense reference for pruning vision tokens in stages; here pruning is an attention mask.
 
 Knows Hugging Face modules only: nothing of the engine, of vLLM, of caches, batches or method names.
 
 Every layer runs ALL rows of the sequence, always, at the positions 0, 1, 2, ... of the full prompt,
 or at the ids of one of the paper's two rejected schemes. A stage decides only which vision columns
-can be seen. No row is gathered or moved, so
-nothing here can share a mistake with code that makes sequences physically shorter. For every
-generated token the whole sequence is computed again; what was selected for the prompt stays.
+can be seen. No row is gathered or moved, so nothing here can share a mistake with code that makes
+sequences physically shorter. For every generated token the whole sequence is computed again; what was
+selected for the prompt stays.
 
 Axes: P prompt rows, T rows of one pass (P + tokens generated so far), V vision tokens of one image,
 H query heads, G key/value heads, D head size, C hidden size, L layers.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from tests.oracles.llama import (
+from vllm_hidrop.verify.reference.llama import (
     Heads,
     Kept,
     Rope,
     attention_weights,
+    load_model,
     project_heads,
-    random_scores,
     run_layer,
-    top_indices,
-    uniform_indices,
 )
+from vllm_hidrop.verify.reference.stages import OracleStage, Rule, Selector, check_stages
 
-Rule = Literal["attention_next", "attention_previous", "random", "uniform"]
 Positions = Literal["persistent", "compacted", "grouped"]
 
 
 @dataclass(frozen=True)
-class OracleStage:
-    """Layers that see the same vision tokens: from ``first_layer`` to the next stage's first layer.
-
-    ``first_layer`` is zero-based and inclusive. ``keep`` counts the vision tokens of each image.
-    """
-
-    first_layer: int
-    keep: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class OracleResult:
-    """What one request produced; all tensors are float32 (``visible``: bool) and on the CPU.
+    """What one request produced; logits and scores are float32, all tensors on the CPU.
 
     * ``token_ids``: greedy tokens, a stop id included.
     * ``logits``: [generated, vocabulary], the logits that chose each token.
@@ -72,7 +58,7 @@ class OracleResult:
 
 
 @dataclass(frozen=True)
-class _Prompt:
+class Prompt:
     """``rows`` [P, C] enter layer 0; per image its prompt rows [V] and projector output [V, C]."""
 
     rows: torch.Tensor
@@ -82,8 +68,7 @@ class _Prompt:
 
 @dataclass
 class _Pass:
-    """Per layer: ``entering`` [T, C] (after injection), ``heads``, ``visible`` [T]; ``logits``
-    [vocabulary] of the last row."""
+    """Per layer: ``entering`` [T, C] (after injection), ``heads``, ``visible`` [T]; ``logits`` of the last row."""
 
     logits: torch.Tensor
     entering: list[torch.Tensor] = field(default_factory=list)
@@ -91,123 +76,16 @@ class _Pass:
     visible: list[torch.Tensor] = field(default_factory=list)
 
 
-def check_stages(stages: Sequence[OracleStage], image_sizes: list[int], num_layers: int) -> None:
-    """Raise ValueError unless keep starts at any count, rises at most once, from 0 ever to all."""
-    first_layers = [stage.first_layer for stage in stages]
-    if not stages or first_layers[0] != 0 or first_layers[-1] >= num_layers:
-        raise ValueError(f"stages must start at layer 0 and before {num_layers}: {first_layers}")
-    if any(before >= after for before, after in pairwise(first_layers)):
-        raise ValueError(f"first layers must rise, got {first_layers}")
-    for stage in stages:
-        if len(stage.keep) != len(image_sizes):
-            raise ValueError(f"{len(image_sizes)} images, but keep is {stage.keep}")
-    for image, size in enumerate(image_sizes):
-        keeps = [stage.keep[image] for stage in stages]
-        if min(keeps) < 0 or max(keeps) > size:
-            raise ValueError(f"keep must be in [0, {size}], got {keeps} for image {image}")
-        for index, (before, after) in enumerate(pairwise(keeps)):
-            if after > before and (any(keeps[: index + 1]) or after != size):
-                raise ValueError(f"keep may rise only from 0 ever to all {size}, got {keeps}")
-
-
-class _Selector:
-    """Decides at each stage what stays visible: once, in the prompt pass; later passes replay it.
-
-    ``attention(layer, hidden, visible, ids)`` returns the scores [T] of ``layer`` on ``hidden`` [T, C].
-    """
-
-    def __init__(
-        self,
-        rule: Rule,
-        seed: int,
-        image_rows: list[torch.Tensor],
-        attention: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-    ) -> None:
-        self._rule = rule
-        self._seed = seed
-        self._image_rows = image_rows
-        self._attention = attention
-        self._decided: dict[int, Kept] = {}
-        self.selections: dict[int, Kept] = {}
-        self.scores: dict[int, dict[int, torch.Tensor]] = {}
-
-    def kept_at(
-        self,
-        stage: OracleStage,
-        kept: Kept,
-        entering: list[torch.Tensor],
-        visible: torch.Tensor,
-        ids: torch.Tensor,
-    ) -> Kept:
-        """What ``stage`` keeps, given what was ``kept`` and ``visible`` [T] until now, under the ``ids`` [T] until now.
-
-        ``entering`` holds the hidden states entering the layers 0 .. ``stage.first_layer``.
-        """
-        layer = stage.first_layer
-        if layer not in self._decided:
-            is_cut = [0 < keep < len(old) for keep, old in zip(stage.keep, kept, strict=True)]
-            if any(is_cut) and self._rule != "uniform":
-                self.scores[layer] = self._score(layer, kept, is_cut, entering, visible, ids)
-            self._decided[layer] = [
-                self._keep(layer, image, keep, kept[image]) for image, keep in enumerate(stage.keep)
-            ]
-            if any(is_cut):
-                self.selections[layer] = self._decided[layer]
-        return self._decided[layer]
-
-    def _keep(self, layer: int, image: int, keep: int, survivors: list[int]) -> list[int]:
-        if keep == 0:
-            return []
-        if not survivors:  # injection
-            return list(range(len(self._image_rows[image])))
-        if keep == len(survivors):
-            return survivors
-        if self._rule == "uniform":
-            ranks = uniform_indices(len(survivors), keep)
-        else:
-            ranks = top_indices(self.scores[layer][image][survivors], keep)
-        return [survivors[rank] for rank in ranks]
-
-    def _score(
-        self,
-        layer: int,
-        kept: Kept,
-        is_cut: list[bool],
-        entering: list[torch.Tensor],
-        visible: torch.Tensor,
-        ids: torch.Tensor,
-    ) -> dict[int, torch.Tensor]:
-        """Per image to cut its scores [V], on the CPU, NaN for tokens that are not survivors."""
-        if self._rule != "random":
-            scoring_layer = layer if self._rule == "attention_next" else layer - 1
-            if scoring_layer < 0:
-                raise ValueError("attention_previous cannot cut at layer 0")
-            row_scores = self._attention(scoring_layer, entering[scoring_layer], visible, ids)
-        scores = {}
-        for image, rows in enumerate(self._image_rows):
-            if not is_cut[image]:
-                continue
-            is_random = self._rule == "random"
-            of_all = random_scores(self._seed, layer, len(rows)) if is_random else row_scores[rows].cpu()
-            scores[image] = torch.full_like(of_all, torch.nan)
-            scores[image][kept[image]] = of_all[kept[image]]
-        return scores
-
-
 class Oracle:
     """Greedy generation of one LLaVA request with vision tokens hidden stage by stage.
 
     Text models: Llama, Mistral, Qwen2 (RMSNorm, GQA, optional biases; no sliding window). A model
-    that is passed in must be float32; it is put into eval mode with eager attention.
+    that is passed in must be of ``dtype``; it is put into eval mode with eager attention.
     """
 
-    def __init__(self, model: str | Path | LlavaForConditionalGeneration) -> None:
-        if isinstance(model, str | Path):
-            model = LlavaForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
-        if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
-            raise ValueError("the oracle computes in float32, got a model in another dtype")
-        model.set_attn_implementation("eager")
-        self._model: Any = model.eval()
+    def __init__(self, model: str | Path | LlavaForConditionalGeneration, dtype: torch.dtype = torch.float32) -> None:
+        self._model = load_model(model, dtype)
+        self._model.set_attn_implementation("eager")
         self._text: Any = self._model.model.language_model
         self._layers: list[Any] = list(self._text.layers)
 
@@ -239,7 +117,7 @@ class Oracle:
         self._check_window(len(token_ids) + max_tokens)
         prompt = self._prepare(token_ids, pixel_values)
         check_stages(stages, [len(rows) for rows in prompt.image_rows], len(self._layers))
-        selector = _Selector(rule, seed, prompt.image_rows, self._last_row_attention)
+        selector = Selector(rule, seed, prompt.image_rows, self._last_row_attention)
 
         prompt_pass = self._run(prompt, [], stages, selector, positions)
         generated: list[int] = []
@@ -264,7 +142,7 @@ class Oracle:
         if window is not None and window < num_rows:
             raise ValueError(f"{num_rows} rows exceed the sliding window of {window}")
 
-    def _prepare(self, token_ids: list[int], pixel_values: torch.Tensor | None) -> _Prompt:
+    def _prepare(self, token_ids: list[int], pixel_values: torch.Tensor | None) -> Prompt:
         """Embed the text and put the projector rows at the image tokens, image after image."""
         tokens = torch.tensor(token_ids, device=self._model.device)
         is_image = tokens == self._model.config.image_token_id
@@ -272,7 +150,7 @@ class Oracle:
             raise ValueError("the prompt must end with text")
         features: list[torch.Tensor] = []
         if pixel_values is not None:
-            pixels = pixel_values.to(tokens.device, torch.float32)
+            pixels = pixel_values.to(tokens.device, self._model.dtype)
             features = list(self._model.get_image_features(pixel_values=pixels).pooler_output)
         sizes = [len(rows) for rows in features]
         if sum(sizes) != int(is_image.sum()):
@@ -281,14 +159,14 @@ class Oracle:
         rows = self._text.embed_tokens(tokens.masked_fill(is_image, 0))
         for target, source in zip(image_rows, features, strict=True):
             rows[target] = source
-        return _Prompt(rows, image_rows, features)
+        return Prompt(rows, image_rows, features)
 
     def _run(
         self,
-        prompt: _Prompt,
+        prompt: Prompt,
         generated: list[int],
         stages: Sequence[OracleStage],
-        selector: _Selector,
+        selector: Selector,
         positions: Positions,
     ) -> _Pass:
         """Run prompt and generated tokens through all layers; return every layer's tensors."""
@@ -305,14 +183,14 @@ class Oracle:
                 before = kept
                 kept = selector.kept_at(stage_at[index], before, [*result.entering, hidden], visible, ids)
                 hidden = _inject(hidden, prompt, before, kept)
-                visible = _show(visible, prompt, kept)
+                visible = show(visible, prompt, kept)
                 ids = _compacted_ids(ids, prompt, before, kept, visible) if positions == "compacted" else ids
             heads = project_heads(layer, hidden, self._rope(hidden, ids))
             result.entering.append(hidden)
             result.heads.append(heads)
             result.visible.append(visible)
             hidden = run_layer(layer, hidden, heads, visible)
-        result.logits = self._model.lm_head(self._text.norm(hidden[-1]))
+        result.logits = self._model.lm_head(self._text.norm(hidden[-1])).float()
         return result
 
     def _rope(self, hidden: torch.Tensor, ids: torch.Tensor) -> Rope:
@@ -328,7 +206,7 @@ class Oracle:
         return attention_weights(heads.query[:, -1:], heads.key, mask[None]).mean(dim=0)[0]
 
 
-def _inject(hidden: torch.Tensor, prompt: _Prompt, before: Kept, after: Kept) -> torch.Tensor:
+def _inject(hidden: torch.Tensor, prompt: Prompt, before: Kept, after: Kept) -> torch.Tensor:
     """Replace the rows of images that enter now by the raw projector output."""
     hidden = hidden.clone()
     for image, rows in enumerate(prompt.image_rows):
@@ -337,7 +215,7 @@ def _inject(hidden: torch.Tensor, prompt: _Prompt, before: Kept, after: Kept) ->
     return hidden
 
 
-def _show(visible: torch.Tensor, prompt: _Prompt, kept: Kept) -> torch.Tensor:
+def show(visible: torch.Tensor, prompt: Prompt, kept: Kept) -> torch.Tensor:
     """Of the rows [T]: all text and generated tokens, and the kept vision tokens."""
     visible = torch.ones_like(visible)
     for rows, survivors in zip(prompt.image_rows, kept, strict=True):
@@ -346,7 +224,7 @@ def _show(visible: torch.Tensor, prompt: _Prompt, kept: Kept) -> torch.Tensor:
     return visible
 
 
-def _grouped_ids(prompt: _Prompt, num_rows: int) -> torch.Tensor:
+def _grouped_ids(prompt: Prompt, num_rows: int) -> torch.Tensor:
     """[T]: text counts text, generated tokens included; vision has its places in the full prompt."""
     vision = {int(row) for rows in prompt.image_rows for row in rows}
     ids, num_text = [], 0
@@ -356,9 +234,7 @@ def _grouped_ids(prompt: _Prompt, num_rows: int) -> torch.Tensor:
     return torch.tensor(ids, device=prompt.rows.device)
 
 
-def _compacted_ids(
-    ids: torch.Tensor, prompt: _Prompt, before: Kept, after: Kept, visible: torch.Tensor
-) -> torch.Tensor:
+def _compacted_ids(ids: torch.Tensor, prompt: Prompt, before: Kept, after: Kept, visible: torch.Tensor) -> torch.Tensor:
     """[T]: the survivors of an image that was cut count on from the id of the visible row before them."""
     new = ids.clone()
     for rows, old, survivors in zip(prompt.image_rows, before, after, strict=True):

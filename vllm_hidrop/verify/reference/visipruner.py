@@ -1,4 +1,4 @@
-"""Dense float32 reference for VisiPruner: per-image cuts and exits that the data decide, and edited weights before.
+"""Dense reference for VisiPruner: per-image cuts and exits that the data decide, and edited weights before.
 
 Like ``masked``, whose helpers it uses, it knows Hugging Face modules only: every layer runs ALL rows at their
 original positions, a pruned token is a column that later layers cannot see (masked before softmax), and for every
@@ -7,7 +7,7 @@ generated token the whole sequence is computed again while the decisions of the 
 Statistics follow their definitions on explicit vectors: c_j = concat over heads of a_{h,j} v_{h,j}, for the last prompt
 row; a closed form beside an attention kernel cannot share a mistake with them.
 
-Axes as in ``tests/oracles/masked.py``: P prompt rows, T rows of one pass, V vision tokens of one image, H query heads,
+Axes as in ``masked``: P prompt rows, T rows of one pass, V vision tokens of one image, H query heads,
 D head size, L layers; E = H * D.
 """
 
@@ -19,8 +19,8 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from tests.oracles.llama import Heads, Kept, additive_mask, attention_weights, project_heads, top_indices
-from tests.oracles.masked import Oracle, _Prompt, _show
+from vllm_hidrop.verify.reference.llama import Heads, Kept, additive_mask, attention_weights, project_heads, top_indices
+from vllm_hidrop.verify.reference.masked import Oracle, Prompt, show
 
 Sink = Literal["first", "half"]
 Form = Literal["substitution", "pre_softmax"]
@@ -224,10 +224,10 @@ class Decisions:
 
 
 class VisiPrunerOracle:
-    """Greedy generation of one LLaVA request under VisiPruner; models as for ``tests.oracles.masked.Oracle``."""
+    """Greedy generation of one LLaVA request under VisiPruner; models as for ``masked.Oracle``."""
 
-    def __init__(self, model: str | Path | LlavaForConditionalGeneration) -> None:
-        self._dense = Oracle(model)
+    def __init__(self, model: str | Path | LlavaForConditionalGeneration, dtype: torch.dtype = torch.float32) -> None:
+        self._dense = Oracle(model, dtype)
         self._text: Any = self._dense._text
         self._layers: list[Any] = self._dense._layers
 
@@ -266,7 +266,7 @@ class VisiPrunerOracle:
         )
 
     def _run(
-        self, prompt: _Prompt, generated: list[int], settings: VisiPrunerSettings, decisions: Decisions
+        self, prompt: Prompt, generated: list[int], settings: VisiPrunerSettings, decisions: Decisions
     ) -> torch.Tensor:
         """Run prompt and generated tokens through all layers: the logits [vocabulary] of the last row."""
         device = prompt.rows.device
@@ -278,17 +278,17 @@ class VisiPrunerOracle:
             heads = project_heads(layer, hidden, self._dense._rope(hidden, ids))
             weights = layer_weights(index, heads, prompt, decisions.kept_in(index), settings)
             value = heads.value.repeat_interleave(weights.shape[0] // heads.value.shape[0], dim=0)
-            output = (weights @ value).transpose(0, 1).flatten(1)
+            output = (weights.to(value.dtype) @ value).transpose(0, 1).flatten(1)
             if not generated:
                 vectors = [contributions(weights[:, last, rows], value[:, rows]) for rows in prompt.image_rows]
                 decisions.observe(index, output[last], vectors)
             hidden = hidden + layer.self_attn.o_proj(output)
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         logits: torch.Tensor = self._dense._model.lm_head(self._text.norm(hidden[-1]))
-        return logits
+        return logits.float()
 
     def _ids(
-        self, layer: int, prompt: _Prompt, num_generated: int, kept: Kept, settings: VisiPrunerSettings
+        self, layer: int, prompt: Prompt, num_generated: int, kept: Kept, settings: VisiPrunerSettings
     ) -> torch.Tensor:
         """[T]: the ids of all rows in ``layer``, places in the full sequence."""
         return torch.arange(len(prompt.rows) + num_generated, device=prompt.rows.device)
@@ -298,22 +298,22 @@ class RenumberedVisiPrunerOracle(VisiPrunerOracle):
     """The same where each layer numbers the rows it sees 0, 1, 2, ..., and generated ones by its cache's length."""
 
     def _ids(
-        self, layer: int, prompt: _Prompt, num_generated: int, kept: Kept, settings: VisiPrunerSettings
+        self, layer: int, prompt: Prompt, num_generated: int, kept: Kept, settings: VisiPrunerSettings
     ) -> torch.Tensor:
         everything = torch.ones(len(prompt.rows), dtype=torch.bool, device=prompt.rows.device)
-        visible = _show(everything, prompt, kept)
+        visible = show(everything, prompt, kept)
         is_dropped = layer < settings.shallow_layers and settings.drop_shallow_kv
-        cached = _show(everything, prompt, [[] for _ in kept]) if is_dropped else visible
+        cached = show(everything, prompt, [[] for _ in kept]) if is_dropped else visible
         generated = torch.arange(num_generated, device=prompt.rows.device) + cached.sum()
         return torch.cat([visible.cumsum(0) - 1, generated])
 
 
-def layer_weights(layer: int, heads: Heads, prompt: _Prompt, kept: Kept, settings: VisiPrunerSettings) -> torch.Tensor:
+def layer_weights(layer: int, heads: Heads, prompt: Prompt, kept: Kept, settings: VisiPrunerSettings) -> torch.Tensor:
     """[H, T, T]: what the rows of ``layer`` pay to each column, after the edits of a shallow layer."""
     num_prompt, num_rows = len(prompt.rows), heads.query.shape[1]
     everything = torch.ones(num_rows, dtype=torch.bool, device=prompt.rows.device)
-    mask = additive_mask(_show(everything, prompt, kept))
-    text = _show(everything, prompt, [[] for _ in kept])
+    mask = additive_mask(show(everything, prompt, kept))
+    text = show(everything, prompt, [[] for _ in kept])
     is_shallow = layer < settings.shallow_layers
     if is_shallow and settings.drop_shallow_kv:
         mask[num_prompt:, ~text] = -torch.inf

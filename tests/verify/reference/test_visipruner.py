@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from tests.oracles.llama import Heads, Rope, project_heads
-from tests.oracles.masked import _Prompt
-from tests.oracles.visipruner import (
+from vllm_hidrop.verify.reference.llama import Heads, Rope, project_heads
+from vllm_hidrop.verify.reference.masked import Prompt
+from vllm_hidrop.verify.reference.visipruner import (
     Decisions,
     Form,
     Sink,
@@ -27,8 +27,8 @@ from tests.oracles.visipruner import (
     layer_weights,
     softmax_of,
 )
-from tests.tiny_models import IMAGE_SIZE, IMAGE_TOKEN, NUM_LAYERS, make_llava
-from tests.tiny_models import TOKENS_PER_IMAGE as V
+from vllm_hidrop.verify.tiny_models import IMAGE_SIZE, IMAGE_TOKEN, NUM_LAYERS, make_llava
+from vllm_hidrop.verify.tiny_models import TOKENS_PER_IMAGE as V
 
 ONE_IMAGE = [1, 5, 7, *[IMAGE_TOKEN] * V, 11, 12, 13, 9]
 TWO_IMAGES = [1, 5, 7, *[IMAGE_TOKEN] * V, 11, 12, *[IMAGE_TOKEN] * V, 13, 14, 9]
@@ -407,7 +407,7 @@ IMAGE_ROWS = [torch.tensor([2, 3]), torch.tensor([4, 5])]
 def flat_weights(layer: int, settings: VisiPrunerSettings) -> torch.Tensor:
     """[8, 8] in units of 1 / (row + 1): every visible column weighs the same before the edit."""
     flat = Heads(torch.zeros(1, 8, 4), torch.randn(1, 8, 4), torch.randn(1, 8, 4))
-    prompt = _Prompt(torch.zeros(7, 4), IMAGE_ROWS, [])
+    prompt = Prompt(torch.zeros(7, 4), IMAGE_ROWS, [])
     weights = layer_weights(layer, flat, prompt, [[0, 1], [0, 1]], settings)[0]
     return weights * torch.arange(1, 9)[:, None]
 
