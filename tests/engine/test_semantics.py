@@ -5,6 +5,7 @@ ask for is recomputed here from their raw logits.
 """
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +61,13 @@ CASES: dict[str, dict[str, Any]] = {
     "choice": {"structured_outputs": StructuredOutputsParams(choice=["red", "green"]), "ignore_eos": False},
     "json": {"structured_outputs": StructuredOutputsParams(json=SCHEMA), "max_tokens": 60, "ignore_eos": False},
 }
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if IS_INTERPRETED:  # where the kernel of grammars' bitmasks does not run, and others are slow
+    CASES = {name: case for name, case in CASES.items() if "structured_outputs" not in case}
 LAYOUTS = {"pruned": ["3i5", "2i3i4"], "off": ["3i5", "2i3i4"], "text": ["9", "99"]}
+if IS_INTERPRETED:
+    LAYOUTS = {kind: layouts[1:] for kind, layouts in LAYOUTS.items()}
+NUMBERS = range(len(LAYOUTS["pruned"]))
 PLACES = [(kind, i) for kind, layouts in LAYOUTS.items() for i in range(len(layouts))]
 
 
@@ -157,7 +164,7 @@ def test_off_and_text_equal_stock_beside_pruned_requests(stock: Results, pruning
 
 @pytest.mark.parametrize("case", CASES)
 def test_pruned_under_load_equals_pruned_alone(pruning: Pruning, case: str) -> None:
-    for number in range(2):
+    for number in NUMBERS:
         check_same(pruning.together[case, "pruned", number], pruning.alone[case, "pruned", number])
 
 
@@ -175,7 +182,7 @@ def test_every_choice_of_n_has_the_seed_vllm_gives_it(pruning: Pruning) -> None:
     assert choices[0].token_ids != choices[1].token_ids
 
 
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", NUMBERS)
 def test_stops_cut_what_greedy_yields(pruning: Pruning, number: int) -> None:
     def of(case: str) -> Choice:
         return pruning.together[case, "pruned", number][0]
@@ -195,7 +202,7 @@ def test_stops_cut_what_greedy_yields(pruning: Pruning, number: int) -> None:
     assert of("one token").ended == ("length", None)
 
 
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", NUMBERS)
 def test_the_end_token_ends_unless_it_may_not(pruning: Pruning, number: int) -> None:
     def of(case: str) -> Choice:
         return pruning.together[case, "pruned", number][0]
@@ -238,7 +245,7 @@ def processed(case: str, logits: torch.Tensor, prompt_ids: list[int], generated:
         "allowed_token_ids",
     ],
 )
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", NUMBERS)
 def test_processing_of_pruned_requests_is_what_is_asked(pruning: Pruning, case: str, number: int) -> None:
     """A penalty on the prompt's tokens counts the whole prompt, with its image tokens: they are in no row, but sent."""
     choice = pruning.together[case, "pruned", number][0]
@@ -254,7 +261,7 @@ def test_processing_of_pruned_requests_is_what_is_asked(pruning: Pruning, case: 
     assert case == "greedy" or choice.token_ids != plain, "nothing was processed"
 
 
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", NUMBERS)
 def test_pruned_requests_follow_a_grammar(pruning: Pruning, number: int) -> None:
     def of(case: str) -> str:
         choice = pruning.together[case, "pruned", number][0]

@@ -21,6 +21,7 @@ from vllm_hidrop.verify.timing import ON_CPU, ON_GPU, Timing, Unmeasured, choose
 
 SHAPES_ON_GPU = ("7b", "2.7b", "bench")  # the largest of which two engines fit
 ROOM = 1.25  # memory of a reference over that of its text model's weights
+BFLOAT16 = 0.02  # how far gradients in bfloat16 may be from float32's, of the largest value
 AUTO = "auto"
 
 
@@ -51,7 +52,7 @@ def run(wish: Wish) -> int:
             for model in (tiny_model(Path(folder)), *models):
                 dtypes = ("float32", machine.served_dtype) if model.is_tiny else (machine.served_dtype,)
                 _verify(model, tuple(dict.fromkeys(dtypes)), machine, report, progress)
-            # Training back ends against PyTorch: vllm_hidrop.lab.train's checks become rows here.
+            report.add(_training_backends())
             _time(timing, machine, report, progress)
     finally:
         report.seconds = time.monotonic() - began
@@ -88,6 +89,24 @@ def _verify(model: Model, dtypes: tuple[str, ...], machine: Machine, report: Rep
 
         torch.cuda.empty_cache()  # of the references, for the engines to come
     report.add(checks, ran)
+
+
+def _training_backends() -> list[Check]:
+    """The attention of ``hidrop train`` by other kernels than PyTorch's."""
+    from vllm_hidrop.lab.train.packed_attention import PYTORCH, checked_backends
+
+    checks = []
+    for found in checked_backends():
+        name = f"{found.name} = PyTorch's"
+        if found.name == PYTORCH.name:
+            continue
+        if found.max_error is None:
+            status = Status.FAILED if found.is_usable else Status.NOT_RUN
+            checks.append(Check("training", name, status, found.reason or ""))
+        else:
+            problem = f"differs by {found.max_error:.2g} of the largest value" if found.max_error > BFLOAT16 else None
+            checks.append(passed_or(problem, "training", name, f"within {found.max_error:.2g} of the largest value"))
+    return checks
 
 
 def _references(model: Model, machine: Machine) -> Callable[[str], References | None]:

@@ -192,7 +192,7 @@ def test_the_check_finds_a_wrong_result_and_a_kernel_that_fails() -> None:
     assert error is not None
     assert error > 0.5
     found = checked(Backend("failing", failing), "cpu", torch.float32)
-    assert found == ("failing", False, None, "NotImplementedError: No operator found for these inputs")
+    assert found == ("failing", True, None, "NotImplementedError: No operator found for these inputs")
 
 
 @pytest.mark.gpu
