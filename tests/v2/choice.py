@@ -11,7 +11,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ENGINE = HERE.parent / "engine"
-WHOLE = ("blocks", "off_equals_stock", "explain", "tensor_parallel", "semantics", "many_images")
+WHOLE = ("blocks", "off_equals_stock", "tensor_parallel", "semantics")
 ONE_PER_METHOD = (
     "oracle_parity",
     "adaptive_parity",
@@ -22,6 +22,7 @@ ONE_PER_METHOD = (
     "images_again",
     "encodings",
     "continuous_batching",
+    "explain",
 )
 INTERPRETER = {
     "test_pruned_requests_follow_a_grammar": "the kernel of grammars' bitmasks does not run in Triton's interpreter",
