@@ -30,7 +30,7 @@ INTERPRETER = {
 """Tests that stay on V1 only, and why."""
 OTHERWISE = {
     "test_a_seeded_prompt_in_chunks_draws_as_it_does_in_one_piece": "V2 draws by position, not by generators",
-    "test_any_order_of_requests_in_a_small_pool_changes_nothing": "takes a minute; tests/v2/test_async.py has a small pool",
+    "test_any_order_of_requests_in_a_small_pool_changes_nothing": "takes a minute; test_async.py has a small pool",
     "test_every_pair_of_methods_in_both_orders_answers_as_alone": "takes a minute; each encoding is tried once",
 }
 """Tests of V1 that V2 does without; test_images_again.py too: V2 sends the pixels of a prompt that starts again."""
