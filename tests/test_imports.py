@@ -61,7 +61,9 @@ RULES = {
     "vllm_hidrop.outputs": Rule(),
     "vllm_hidrop.terminal": Rule(),
     "vllm_hidrop.cli": Rule(("vllm_hidrop.bench", "vllm_hidrop.lab.evaluate", *EDGES, *CONFIG), lazily=EVERYTHING),
-    "vllm_hidrop.cli.verify": Rule(("vllm_hidrop.cli", "vllm_hidrop.verify", *EDGES), lazily=("torch",)),
+    "vllm_hidrop.cli.verify": Rule(
+        ("vllm_hidrop.cli", "vllm_hidrop.verify", *EDGES), lazily=("torch", "vllm_hidrop.lab.train.packed_attention")
+    ),
     "vllm_hidrop.embedded": Rule((*MODELS, "torch", "vllm")),
     "vllm_hidrop.lab": Rule((*MODELS, *EDGES, "vllm_hidrop.embedded", "torch", "vllm")),
     "vllm_hidrop.lab.convert": Rule((*CONFIG, "vllm_hidrop.json_text", "vllm_hidrop.lab.atomic_write", "torch")),
