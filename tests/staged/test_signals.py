@@ -194,9 +194,22 @@ def test_every_signal_under_a_layer_is_computed() -> None:
     assert set(signals.SIGNALS) == {signal for signal in Signal if signal.under is not Under.NO_LAYER}
 
 
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 200))
+def test_prompts_padded_together_never_exceed_the_bound(lengths: list[int], most: int) -> None:
+    groups = signals._alike(lengths, most)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    assert all(len(group) == 1 or len(group) * max(lengths[i] for i in group) <= most for group in groups)
+    if len(lengths) * max(lengths) <= most:
+        assert len(groups) == 1
+
+
+@pytest.mark.parametrize("most", [1 << 25, 26 * 16])  # all together; the two short ones, then the long one
 @pytest.mark.parametrize("cached", [(0, 0, 0), (0, 5, 2)])
-def test_prompts_together_attend_as_each_alone(cached: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_together_attend_as_each_alone(
+    cached: tuple[int, ...], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Several prompts of unequal lengths among a stage's rows, a decoding request between them."""
+    monkeypatch.setattr(signals, "MAX_KEYS", most)
     monkeypatch.setattr(signals, "mean_over_ranks", lambda part: part)
     stage = random_rows(30, 4, 0), random_rows(30, 2, 1), random_rows(30, 2, 2)
     rows = slice(0, 9), slice(10, 13), slice(13, 30)

@@ -21,22 +21,23 @@ READS = {"item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float
 UPLOAD = "async_tensor_h2d"
 
 
-def site() -> str:
-    """File and function outside PyTorch and this file that is running."""
+def caller() -> str:
+    """Path and function outside PyTorch and this file that is running."""
     frame = sys._getframe(1)
     while "/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__:
         assert frame.f_back is not None
         frame = frame.f_back
-    return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_code.co_name}"
+    return f"{frame.f_code.co_filename}:{frame.f_code.co_name}"
+
+
+def site() -> str:
+    """File and function that are running."""
+    return caller().rpartition("/")[2]
 
 
 def is_ours() -> bool:
-    """Whether the nearest caller outside PyTorch is of this project."""
-    frame = sys._getframe(2)
-    while "/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__:
-        assert frame.f_back is not None
-        frame = frame.f_back
-    return "/vllm_hidrop/" in frame.f_code.co_filename
+    """Whether they are of this project."""
+    return "/vllm_hidrop/" in caller()
 
 
 class Watch:

@@ -22,6 +22,8 @@ AcrossRanks = Callable[[torch.Tensor], torch.Tensor]
 
 MAX_WEIGHTS = 1 << 22
 """Attention weights computed at a time, all heads together: 16 MiB in float32."""
+MAX_KEYS = 1 << 25
+"""Elements of padded K of several prompts computed at a time: 128 MiB in float32."""
 NOTHING_LEFT = 1e-5
 """Where ||o - c||^2 is a smaller share of ||o||^2, float32 cannot tell it from 0: the token is all of the output, and
 the cosine counts as 0."""
@@ -154,12 +156,32 @@ class PromptAttention:
 
 
 def _row_attention(prompts: Sequence[PromptAttention]) -> list[RowAttention]:
-    if len(prompts) == 1:
-        (prompt,) = prompts
-        return [RowAttention(mean_over_ranks(row_attention(prompt.query[-1], prompt.key, *prompt.shape)))]
     lengths = [prompt.places.count(prompt.num_prompt_tokens) for prompt in prompts]
-    together = mean_over_ranks(_row_attentions(prompts, lengths))
-    return [RowAttention(weights[:length]) for weights, length in zip(together, lengths, strict=True)]
+    found: dict[int, RowAttention] = {}
+    for together in _alike(lengths, MAX_KEYS // prompts[0].stage_key.shape[1]):
+        several = [prompts[index] for index in together]
+        if len(several) == 1:
+            (prompt,) = several
+            weights = row_attention(prompt.query[-1], prompt.key, *prompt.shape)[None]
+        else:
+            weights = _row_attentions(several, [lengths[index] for index in together])
+        for index, weight in zip(together, mean_over_ranks(weights), strict=True):
+            found[index] = RowAttention(weight[: lengths[index]])
+    return [found[index] for index in range(len(prompts))]
+
+
+def _alike(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Indices of prompts to pad to one length together: at most ``most`` rows, padding included, or one prompt alone.
+
+    Shortest first, so that one long prompt does not pad all others to its length.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if groups and (len(groups[-1]) + 1) * lengths[index] <= most:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
 
 
 def _row_attentions(prompts: Sequence[PromptAttention], lengths: Sequence[int]) -> torch.Tensor:
