@@ -18,7 +18,8 @@ from vllm_hidrop.cli.methods import about
 from vllm_hidrop.config import HidropConfig
 from vllm_hidrop.engine.gate import CHECKED, RULES
 from vllm_hidrop.methods import METHODS, Method
-from vllm_hidrop.models.families import FAMILIES, Family
+from vllm_hidrop.models.families import FAMILIES
+from vllm_hidrop.models.family import Family
 from vllm_hidrop.plan.planner import REQUEST_KEYS
 
 ROOT = Path(__file__).parents[1]
@@ -97,8 +98,8 @@ def families_table() -> str:
     rows = (
         [f"`{family.stock}`", f"`{text}`", f"`{tower}`", _tests_with(sources, family, f"{text}-{tower.split('_')[0]}")]
         for family in FAMILIES.values()
-        for text in family.text_models
-        for tower in family.vision_towers
+        for text in family.layers
+        for tower in family.towers
     )
     return table(("architecture", "text model", "vision tower", "run with random weights in"), rows)
 
@@ -117,8 +118,8 @@ def family_names() -> str:
 def _family_row(family: Family) -> list[str]:
     return [
         f"`{family.stock}`",
-        ", ".join(f"`{tower}`" for tower in family.vision_towers),
-        ", ".join(f"`{text}`" for text in family.text_models),
+        ", ".join(f"`{tower}`" for tower in family.towers),
+        ", ".join(f"`{text}`" for text in family.layers),
     ]
 
 

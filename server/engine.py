@@ -11,6 +11,7 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.outputs import RequestOutput
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreOutput, FinishReason
@@ -119,7 +120,7 @@ class HidropLLM(AsyncLLM):
             if isinstance(prompt, dict) and "prompt_token_ids" in prompt:
                 self.planner.plan(
                     len(prompt["prompt_token_ids"]),
-                    spans_in(prompt),
+                    spans_in(prompt, self.planner),
                     params.extra_args,
                     wants_prompt_logprobs=params.prompt_logprobs is not None,
                 )
@@ -291,10 +292,14 @@ def times_of(stats: RequestStateStats | None) -> Times | None:
     )
 
 
-def spans_in(prompt: dict[str, Any]) -> tuple[Span, ...]:
-    """The images' places in a rendered prompt."""
-    places = (place for each in prompt.get("mm_placeholders", {}).values() for place in each)
-    return tuple(Span(place.offset, place.length) for place in places)
+def spans_in(prompt: dict[str, Any], planner: Planner) -> tuple[Span, ...]:
+    """The spans of a rendered prompt's images and frames."""
+    data = prompt.get("mm_kwargs", {})
+    return planner.spans(
+        MultiModalFeatureSpec(item, modality, identifier="", mm_position=place)
+        for modality, places in prompt.get("mm_placeholders", {}).items()
+        for place, item in zip(places, data.get(modality) or [None] * len(places), strict=True)
+    )
 
 
 def metrics_of(vllm_config: Any, planner: Planner) -> HidropMetrics:

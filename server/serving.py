@@ -65,7 +65,7 @@ class _Generating:
     def beam_search(self, prompt: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
         """Stock beam search with the request's options; VLLMValidationError if they are bad or would prune a step."""
         wishes = WISHES.get()
-        spans = spans_in(prompt)
+        spans = spans_in(prompt, self.engine_client.planner)
         self.engine_client.check_options(prompt, SamplingParams(extra_args=dict(wishes or {})))
         if spans and self.engine_client.planner.plan(len(prompt["prompt_token_ids"]), spans, wishes).is_pruned:
             self.engine_client.metrics.refused("options")

@@ -16,15 +16,22 @@ def register() -> None:
     end_with_parent()
     register_stage_spec()
 
-    class HidropModelConfig(VerifyAndUpdateConfig):
-        @staticmethod
-        def verify_and_update_config(vllm_config: Any) -> None:
-            from vllm_hidrop.engine.configure import configure
-            from vllm_hidrop.models.families import family_of
-
-            configure(vllm_config, family_of(vllm_config.model_config.architecture))
-
     for family in FAMILIES.values():
         if family.staged not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(family.staged, family.path)
-        MODELS_CONFIG_MAP[family.staged] = HidropModelConfig
+        stock = MODELS_CONFIG_MAP.get(family.stock, VerifyAndUpdateConfig)
+        MODELS_CONFIG_MAP[family.staged] = _configuring(family, stock)
+
+
+def _configuring(family: Any, stock: Any) -> Any:
+    """The configuration hook of a family: that of vLLM's own architecture, then ours."""
+
+    class HidropModelConfig(stock):
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            from vllm_hidrop.engine.configure import configure
+
+            stock.verify_and_update_config(vllm_config)
+            configure(vllm_config, family)
+
+    return HidropModelConfig

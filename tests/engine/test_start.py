@@ -73,6 +73,7 @@ REFUSED: dict[str, list[dict[str, Any]]] = {
     "--kv-events-config": [{"kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"}}],
     "--ec-transfer-config": [{"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}}],
     "--ec-manager-config": [{"ec_manager_config": {"encoder_cache_manager_cls": "a.Manager"}}],
+    "--video-pruning-rate": [{"video_pruning_rate": 0.5}],
     "--mm-encoder-only": [{"mm_encoder_only": True}],
     "--kv-cache-dtype other than auto, the model's own or fp8": [
         {"kv_cache_dtype": "bfloat16"},

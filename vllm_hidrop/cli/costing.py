@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_hidrop.cli.options import Prompt
 from vllm_hidrop.config import HidropConfig, Resolved, resolve, training_warning
@@ -14,7 +14,10 @@ from vllm_hidrop.plan.costs import RequestCosts
 from vllm_hidrop.plan.names import nearest
 from vllm_hidrop.plan.places import Span
 from vllm_hidrop.plan.plan import make_plan
-from vllm_hidrop.plan.shapes import TextShape, VisionShape, text_shape, vision_shape
+from vllm_hidrop.plan.shapes import TextShape, VisionShape, text_shape
+
+if TYPE_CHECKING:
+    from vllm_hidrop.models.family import Family
 
 EMBEDDED = "embedded"
 HUB_SECONDS = 5.0  # for one request to the hub; a download would try six times, for half a minute
@@ -25,20 +28,21 @@ class Model:
     """What planning needs of a checkpoint; ``trained`` is the ``hidrop`` entry of its configuration."""
 
     text: TextShape
-    vision: VisionShape
-    tokens_per_image: int
+    vision: VisionShape | None  # None where the tower's FLOPs are not counted
+    shape: ModelShape
     trained: Mapping[str, Any] | None = None
     hf_config: Any = None  # None where no file was read
+    family: "Family | None" = None
 
     @property
-    def shape(self) -> ModelShape:
-        """Number of layers and tokens per image."""
-        return ModelShape(self.text.num_layers, self.tokens_per_image)
+    def tokens_per_image(self) -> int:
+        """Of every image, or of a typical one."""
+        return self.shape.tokens_per_image
 
 
 SHAPES = {
-    "7b": Model(shapes.LLAVA_7B, shapes.LLAVA_7B_VISION, 576),
-    "13b": Model(shapes.LLAVA_13B, shapes.LLAVA_13B_VISION, 576),
+    "7b": Model(shapes.LLAVA_7B, shapes.LLAVA_7B_VISION, ModelShape(32, 576)),
+    "13b": Model(shapes.LLAVA_13B, shapes.LLAVA_13B_VISION, ModelShape(40, 576)),
 }  # LLaVA-1.5, known without any file
 
 
@@ -63,10 +67,10 @@ def planned(
     known = SHAPES.get(model) or read_model(model)
     workload = Workload(tuple(prompt.images or [known.tokens_per_image]), prompt.text, block_size)
     resolved = resolve(config, known.shape, known.trained)
-    if known.hf_config is not None:
+    if known.family is not None:
         from vllm_hidrop.engine.model_checks import check_model
 
-        check_model(resolved, known.hf_config)
+        check_model(resolved, known.family, known.hf_config)
     if warning := training_warning(resolved, known.trained):
         print(f"hidrop: warning: {warning}", file=sys.stderr)
     return known, resolved, workload, request_costs(known, resolved, workload)
@@ -101,10 +105,8 @@ def read_model(model: str) -> Model:
     config = _read_config(str(MODEL_DIR) if model == EMBEDDED else model)
     family = family_of(next(iter(config.architectures or []), None))
     family.check(config)
-    text = text_shape(config.get_text_config())
-    vision = vision_shape(config, text)
-    assert vision is not None, "every tower of a family is known"
-    return Model(text, vision, family.shape(config).tokens_per_image, getattr(config, "hidrop", None), config)
+    text, vision = text_shape(family.text_config(config)), family.vision_shape(config)
+    return Model(text, vision, family.shape(config), getattr(config, "hidrop", None), config, family)
 
 
 def _read_config(source: str) -> Any:

@@ -1,7 +1,7 @@
 """The configuration hook of our architectures: resolves the user's choice for one model and sets vLLM up for it."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.logger import init_logger
@@ -9,25 +9,37 @@ from vllm.platforms import current_platform
 
 from vllm_hidrop.config import HidropConfig, Resolved, make_method, resolve, training_warning
 from vllm_hidrop.engine.gate import check_gate
-from vllm_hidrop.engine.model_checks import check_model, reduction_of
+from vllm_hidrop.engine.model_checks import ModelFamily, check_model, reduction_of
 from vllm_hidrop.engine.step_budget import most_tokens
 from vllm_hidrop.methods import METHODS, Adaptive, Method, ModelShape
+from vllm_hidrop.plan.form import Form
 from vllm_hidrop.plan.planner import Alternative, Planner
 from vllm_hidrop.plan.schedule import Cached, Schedule
-from vllm_hidrop.plan.shapes import text_shape, vision_shape
+from vllm_hidrop.plan.shapes import VisionShape, text_shape
 from vllm_hidrop.runners.tower_attention import KERNEL, has_tower_kernel
 
 logger = init_logger(__name__)
 
 
-class Family(Protocol):
-    """What the hook asks of a model family, see ``models.families``."""
+class Family(ModelFamily, Protocol):
+    """What the hook asks of a model family, see ``models.family``."""
 
-    def check(self, hf_config: Any) -> None:
+    has_tower_kernel: ClassVar[bool]
+
+    def check(self, config: Any) -> None:
         """Refuse a checkpoint that cannot run staged."""
 
-    def shape(self, hf_config: Any) -> ModelShape:
+    def shape(self, config: Any) -> ModelShape:
         """Layers and tokens per image."""
+
+    def frame_tokens(self, config: Any) -> int | None:
+        """Vision tokens of a video's frame, where all are the same."""
+
+    def num_levels(self, config: Any) -> int:
+        """Decoder layers behind which a later tower layer's features are added."""
+
+    def vision_shape(self, config: Any) -> VisionShape | None:
+        """Sizes of the tower."""
 
 
 def configure(vllm_config: Any, family: Family) -> None:
@@ -39,13 +51,15 @@ def configure(vllm_config: Any, family: Family) -> None:
     hf_config = vllm_config.model_config.hf_config
     family.check(hf_config)
     config = HidropConfig.parse({k: v for k, v in chosen.items() if k != "resolved"})
-    resolved = resolve(config, family.shape(hf_config), getattr(hf_config, "hidrop", None))
-    check_model(resolved, hf_config)
+    shape = family.shape(hf_config)
+    resolved = resolve(config, shape, getattr(hf_config, "hidrop", None))
+    check_model(resolved, family, hf_config)
     _warn_of_trained_positions(config, resolved, getattr(hf_config, "hidrop", None))
     if warning := training_warning(resolved, getattr(hf_config, "hidrop", None)):
         logger.warning_once("%s.", warning)
-    has_kernel = has_tower_kernel(hf_config.vision_config, vllm_config.model_config.dtype)
-    methods = alternatives(resolved, family.shape(hf_config), has_kernel)
+    dtype = vllm_config.model_config.dtype
+    has_kernel = family.has_tower_kernel and has_tower_kernel(hf_config.vision_config, dtype)
+    methods = alternatives(resolved, shape, has_kernel)
     vllm_config.additional_config["hidrop"] = {
         **config.model_dump(mode="json"),
         "resolved": {
@@ -54,8 +68,10 @@ def configure(vllm_config: Any, family: Family) -> None:
             "options": resolved.options,
             "methods": {name: method.dump() for name, method in methods.items()},
             "positions": str(resolved.positions),
-            "shapes": _shapes(hf_config),
-            "model_shape": dataclasses.asdict(family.shape(hf_config)),
+            "shapes": _shapes(family, hf_config),
+            "model_shape": dataclasses.asdict(shape),
+            "frame_tokens": family.frame_tokens(hf_config),
+            "num_levels": family.num_levels(hf_config),
             # The first call's value, where vLLM calls again: _set_limits has raised the limit since.
             "step_rows": chosen.get("resolved", {}).get("step_rows") or _step_tokens(vllm_config.scheduler_config),
         },
@@ -64,7 +80,7 @@ def configure(vllm_config: Any, family: Family) -> None:
     _set_engine_classes(vllm_config)
     _set_image_cache(vllm_config.model_config.multimodal_config)
     if Planner.from_vllm_config(vllm_config).is_staged:
-        _set_limits(vllm_config, resolved.schedule, family.shape(hf_config).tokens_per_image)
+        _set_limits(vllm_config, resolved.schedule, shape.tokens_per_image)
         _set_kernels(vllm_config)
         if not current_platform.is_cpu():
             _set_graphs(vllm_config)
@@ -82,10 +98,9 @@ def _warn_of_trained_positions(config: HidropConfig, resolved: Resolved, checkpo
         )
 
 
-def _shapes(hf_config: Any) -> dict[str, Any]:
+def _shapes(family: Family, hf_config: Any) -> dict[str, Any]:
     """The sizes that reports count FLOPs by, as JSON values."""
-    text = text_shape(hf_config.text_config)
-    vision = vision_shape(hf_config, text)
+    text, vision = text_shape(family.text_config(hf_config)), family.vision_shape(hf_config)
     return {"text": dataclasses.asdict(text), "vision": vision and dataclasses.asdict(vision)}
 
 
@@ -167,13 +182,13 @@ def methods_of(vllm_config: Any) -> dict[str, Method]:
     return {own.name: own, **others}
 
 
-def staged_decoder(vllm_config: Any, layers: Any, norm: Any) -> Any:
+def staged_decoder(vllm_config: Any, layers: Any, norm: Any, form: Form) -> Any:
     """A model's decoder layers and final norm as the staged loop runs them, a ``staged.loop.Decoder``."""
     from vllm_hidrop.staged.loop import Decoder
     from vllm_hidrop.staged.position_ids import ids_of
 
     planner = Planner.from_vllm_config(vllm_config)
-    return Decoder(layers, norm, planner.schedule, ids_of(planner.positions))
+    return Decoder(layers, norm, planner.schedule, ids_of(planner.positions), form)
 
 
 def _alternative(method: Method, schedule: Schedule, has_kernel: bool) -> Alternative:

@@ -113,6 +113,11 @@ RULES = (
         "the worker forgets what a tower reduced when vLLM's own manager frees it",
         lambda c: c.ec_manager_config.encoder_cache_manager_cls is not None,
     ),
+    Rule(
+        "--video-pruning-rate",
+        "it drops tokens of a video before the plan is made, and rewrites the RoPE ids of those left",
+        lambda c: bool(_multimodal(c, "video_pruning_rate")),
+    ),
     Rule("--mm-encoder-only", "no language model is loaded to prune in", lambda c: _multimodal(c, "mm_encoder_only")),
     Rule(
         "--kv-cache-dtype other than auto, the model's own or fp8",

@@ -76,10 +76,11 @@ class _State:
 class ImagePrefixes:
     """The scheduler's book of reusable prefixes.
 
-    A row's hidden state has ``row_bytes``, all kept states at most ``capacity_bytes`` together; 0 keeps none.
+    A row of the state that enters stage s has ``row_bytes[s]``, all kept states at most ``capacity_bytes`` together; 0
+    keeps none.
     """
 
-    def __init__(self, managers: Sequence[Any], block_pool: Any, row_bytes: int, capacity_bytes: int) -> None:
+    def __init__(self, managers: Sequence[Any], block_pool: Any, row_bytes: Sequence[int], capacity_bytes: int) -> None:
         self.managers = [manager for manager in managers if isinstance(manager, StageManager)]
         self.block_pool = block_pool
         self.row_bytes = row_bytes
@@ -142,7 +143,8 @@ class ImagePrefixes:
         for request, plan, first in cutting:
             has_rows = first <= plan.carried_from or first > plan.prefix_tokens
             if has_rows and any(key not in self.entries for key, _ in self._keys(request, plan)):
-                self._keep(request.request_id, plan.num_carried(plan.spans[-1].end) * self.row_bytes)
+                row_bytes = self.row_bytes[plan.first_cut]
+                self._keep(request.request_id, plan.num_carried(plan.spans[-1].end) * row_bytes)
 
     def _keep(self, request_id: str, num_bytes: int) -> None:
         if num_bytes > self.capacity_bytes:
@@ -234,9 +236,12 @@ def prefix_keys(request: Any, plan: Plan) -> Iterator[tuple[bytes, int]]:
     tokens = np.asarray(request.prompt_token_ids, dtype=np.int64)
     features = sorted(request.mm_features, key=lambda feature: feature.mm_position.offset)
     start = 0
-    for image, (span, feature) in enumerate(zip(plan.spans, features, strict=True)):
-        digest.update(tokens[start : span.end].tobytes())
-        kept = tuple(stage[image] for stage in plan.kept[: plan.first_cut])
-        digest.update(repr((feature.identifier, span.offset, span.length, kept)).encode())
-        start = span.end
-        yield digest.digest(), span.end
+    for item, feature in enumerate(features):
+        indices = [index for index, span in enumerate(plan.spans) if span.item == item]
+        spans, end = [plan.spans[index] for index in indices], plan.spans[indices[-1]].end
+        digest.update(tokens[start:end].tobytes())
+        kept = tuple(tuple(stage[index] for index in indices) for stage in plan.kept[: plan.first_cut])
+        places = tuple((span.offset, span.length) for span in spans)
+        digest.update(repr((feature.identifier, places, kept)).encode())
+        start = end
+        yield digest.digest(), end

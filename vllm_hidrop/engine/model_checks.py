@@ -1,42 +1,50 @@
 """What a choice of method and positions asks of a model, read from its Hugging Face configuration; imports no vLLM."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from vllm_hidrop.config import Resolved
 from vllm_hidrop.methods import Adaptive, Method
 from vllm_hidrop.methods.adaptive import EncoderReduction
+from vllm_hidrop.plan.form import Form
 from vllm_hidrop.plan.positions import PositionScheme
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """RoPE types that rotate a row by its one id and nothing else."""
 
 
-def check_model(resolved: Resolved, hf_config: Any) -> None:
+class ModelFamily(Protocol):
+    """What the checks ask of a model family, see ``models.family``."""
+
+    def text_config(self, config: Any) -> Any:
+        """The text model's part of a configuration."""
+
+    def form(self, config: Any) -> Form:
+        """The form of the decoder layers."""
+
+    def check_reduction(self, config: Any, reduction: EncoderReduction) -> None:
+        """Refuse a reduction that cannot run in the vision tower."""
+
+
+def check_model(resolved: Resolved, family: ModelFamily, hf_config: Any) -> None:
     """Raise ValueError, which names the obstacle, where a model cannot run by a choice that fits its shape."""
     if resolved.positions is not PositionScheme.PERSISTENT:
-        check_rope(hf_config.text_config, resolved.positions)
-    check_adaptive(resolved, hf_config)
+        if family.form(hf_config) is not Form.STANDARD:
+            raise ValueError(f"{resolved.positions} positions need decoder layers of the standard form")
+        check_rope(family.text_config(hf_config), resolved.positions)
+    check_adaptive(resolved, family, hf_config)
 
 
-def check_adaptive(resolved: Resolved, hf_config: Any) -> None:
+def check_adaptive(resolved: Resolved, family: ModelFamily, hf_config: Any) -> None:
     """Raise ValueError, which names the obstacle, where an adaptive method cannot run with this model or scheme."""
     if isinstance(resolved.method, Adaptive) and resolved.positions is PositionScheme.COMPACTED:
         raise ValueError(f"method {resolved.method.name!r} needs persistent positions, not compacted ones")
     reduction = reduction_of([resolved.method])
     if reduction is not None:
-        vision = hf_config.vision_config
-        has_class_token = vision.model_type == "clip_vision_model"
-        if has_class_token and not _features_are_patches(hf_config):
-            raise ValueError(f"method {resolved.method.name!r} needs one feature layer, its patches alone")
         try:
-            reduction.check((vision.image_size // vision.patch_size) ** 2, has_class_token)
+            family.check_reduction(hf_config, reduction)
         except ValueError as error:
             raise ValueError(f"method {resolved.method.name!r}: {error}") from None
-
-
-def _features_are_patches(hf_config: Any) -> bool:
-    return isinstance(hf_config.vision_feature_layer, int) and hf_config.vision_feature_select_strategy == "default"
 
 
 def check_rope(text_config: Any, positions: PositionScheme) -> None:

@@ -86,7 +86,9 @@ class StagedScheduler(Scheduler):
             count_by(self.kv_cache_manager, self.records)
         managers, pool = self.kv_cache_manager.coordinator.single_type_managers, self.kv_cache_manager.block_pool
         model = self.vllm_config.model_config
-        row_bytes = model.get_hidden_size() * model.dtype.itemsize
+        hidden_bytes = model.get_hidden_size() * model.dtype.itemsize
+        levels_left = (self.planner.num_levels - stage.first_layer for stage in self.planner.schedule.stages)
+        row_bytes = [hidden_bytes * (1 + max(0, num_levels)) for num_levels in levels_left]
         self.prefixes = ImagePrefixes(managers, pool, row_bytes, self.planner.state_bytes)
 
     def add_request(self, request: Request) -> None:
@@ -193,8 +195,9 @@ class StagedScheduler(Scheduler):
     def _images_again(self, output: SchedulerOutput) -> dict[str, dict[int, Any]]:
         """By request id and image, pixels that this step encodes and the worker does not have (rule 11)."""
         for new in output.scheduled_new_reqs:
+            features = zip(new.mm_features, self.requests[new.req_id].mm_features, strict=True)
             self.records[new.req_id].withheld = {
-                image for image, feature in enumerate(new.mm_features) if feature.data is None
+                image for image, (sent, own) in enumerate(features) if sent.data is not own.data
             }
         again = {}
         for request_id, encoded in output.scheduled_encoder_inputs.items():

@@ -16,10 +16,20 @@ from vllm_hidrop.plan.signal import Signal
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The two numbers of a model that a schedule depends on."""
+    """What a schedule depends on of a model.
+
+    ``tokens_per_image`` are those of every image, or of a typical one where ``is_dynamic``: images of another size or
+    form have another number of tokens there, and counts become shares.
+    """
 
     num_layers: int
     tokens_per_image: int
+    is_dynamic: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Number of layers and tokens per image, for which a method is written."""
+        return self.num_layers, self.tokens_per_image
 
 
 def check_shape(shape: tuple[int, int]) -> None:
@@ -71,7 +81,7 @@ class Method:
     @classmethod
     def preset_for(cls, shape: ModelShape) -> str | None:
         """The default preset; where another preset is written for this shape and the default is not, the first such."""
-        fits = [name for name, values in cls.presets.items() if values.get("shape") == dataclasses.astuple(shape)]
+        fits = [name for name, values in cls.presets.items() if values.get("shape") == shape.size]
         default = cls.default_preset
         return default if default is None or default in fits or not fits else fits[0]
 

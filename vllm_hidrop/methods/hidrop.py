@@ -1,6 +1,6 @@
 """HiDrop: late injection, concave pyramid, early exit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -28,9 +28,9 @@ class HiDrop(Method):
 
     **Differs** the paper's text (section 3.3) scores against the vision tokens only; the code, and we, take the softmax
     over the whole row and cut the vision part out of it, which ranks otherwise where heads put weight on text. Exactly
-    ``keep`` tokens stay at ties (the code keeps every tied one) and scores are float32. Several images and other token
-    counts than 576, undefined in the paper, keep the counts per image. Against the released code on equal float32
-    weights every set and answer is the same.
+    ``keep`` tokens stay at ties (the code keeps every tied one) and scores are float32. Several images, undefined in
+    the paper, keep the counts per image; where images have other numbers of tokens, the same share of them. Against the
+    released code on equal float32 weights every set and answer is the same.
 
     **Options** ``inject_layer`` (one-based, 1 = no late injection), ``filter_layers`` (one-based), ``keeps`` (tokens
     per image after each filter, a count or a fraction), ``exit_layer`` (one-based; None = no early exit), ``shape`` the
@@ -82,9 +82,11 @@ class HiDrop(Method):
 
     def schedule(self, shape: ModelShape) -> Schedule:
         """The stages as written for ``self.shape``, or scaled to this shape where ``scale`` is set."""
-        own = ModelShape(*self.shape)
         depth_ratio(self.name, self.shape, shape, self.scale)
-        return self._build(own) if shape == own or not self.scale else self.scaled(shape)._build(shape)
+        fitted = replace(self, keeps=tuple(map(self._share, self.keeps))) if shape.is_dynamic else self
+        if self.scale and shape.size != self.shape:
+            fitted = fitted.scaled(shape)
+        return fitted._build(shape.num_layers)
 
     def scaled(self, shape: ModelShape) -> "HiDrop":
         """The method with the same relative depths and shares for another shape.
@@ -113,12 +115,16 @@ class HiDrop(Method):
             shape=(shape.num_layers, shape.tokens_per_image),
         )
 
-    def _build(self, shape: ModelShape) -> Schedule:
+    def _build(self, num_layers: int) -> Schedule:
         keeps: dict[int, KeepValue] = {0: 0, self.inject_layer - 1: "all"}
         keeps |= dict(zip(self.filter_layers, self.keeps, strict=True))
-        if self.exit_layer is not None and self.exit_layer <= shape.num_layers:
+        if self.exit_layer is not None and self.exit_layer <= num_layers:
             keeps[self.exit_layer - 1] = 0
-        return Schedule.of(keeps, shape.num_layers)
+        return Schedule.of(keeps, num_layers)
+
+    def _share(self, keep: KeepValue) -> KeepValue:
+        """A count as a share of the tokens per image for which it is written."""
+        return f"{keep}/{self.shape[1]}" if isinstance(keep, int) and 0 < keep <= self.shape[1] else keep
 
     def score(self, signals: Signals) -> torch.Tensor:
         """The last prompt row's attention under the first layer of the new stage (section 3.3)."""

@@ -1,60 +1,43 @@
 """The table of model families. To add one: write ``models/<family>.py`` and add a row here. Imports nothing heavy."""
 
-from dataclasses import dataclass
-from typing import Any
+from vllm_hidrop.models.family import Family
+from vllm_hidrop.models.glm4v import Glm4v, Glm4vMoe
+from vllm_hidrop.models.idefics3 import Idefics3, SmolVLM
+from vllm_hidrop.models.internvl import InternVL, InternVLChat
+from vllm_hidrop.models.llava import Llava
+from vllm_hidrop.models.llava_next import LlavaNext, LlavaNextVideo
+from vllm_hidrop.models.llava_onevision import LlavaOnevision
+from vllm_hidrop.models.mistral3 import Mistral3
+from vllm_hidrop.models.qwen3_vl import Qwen3VL, Qwen3VLMoe
+from vllm_hidrop.models.qwen_vl import Qwen2VL, Qwen25VL
 
-from vllm_hidrop.methods import ModelShape
-
-
-@dataclass(frozen=True)
-class Family:
-    """A model architecture that can run staged.
-
-    Attributes:
-        stock: vLLM's architecture name.
-        staged: our architecture name.
-        path: ``module:class`` of the staged model, imported when the engine loads it.
-        vision_towers: ``model_type`` of the vision towers it can run with.
-        text_models: ``model_type`` of the text models whose decoder layers have the standard form.
-    """
-
-    stock: str
-    staged: str
-    path: str
-    vision_towers: tuple[str, ...]
-    text_models: tuple[str, ...]
-
-    def check(self, hf_config: Any) -> None:
-        """Raise ValueError, which names the part and the supported ones, where a checkpoint cannot run staged."""
-        parts = (
-            ("vision tower", hf_config.vision_config.model_type, self.vision_towers),
-            ("text model", hf_config.text_config.model_type, self.text_models),
-        )
-        for part, found, known in parts:
-            if found not in known:
-                raise ValueError(f"{self.stock} with {part} {found!r} cannot run staged; supported: {', '.join(known)}")
-
-    def shape(self, hf_config: Any) -> ModelShape:
-        """Layers and tokens per image of a LLaVA-1.5 style configuration."""
-        vision = hf_config.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2
-        has_class_token = vision.model_type == "clip_vision_model"
-        keeps_class_token = has_class_token and hf_config.vision_feature_select_strategy == "full"
-        return ModelShape(hf_config.text_config.num_hidden_layers, patches + keeps_class_token)
-
-
-FAMILIES = {
+FAMILIES: dict[str, Family] = {
     family.stock: family
     for family in (
-        Family(
-            stock="LlavaForConditionalGeneration",
-            staged="HidropLlavaForConditionalGeneration",
-            path="vllm_hidrop.models.llava:HidropLlavaForConditionalGeneration",
-            vision_towers=("clip_vision_model", "siglip_vision_model"),
-            text_models=("llama", "mistral", "qwen2"),
-        ),
+        Llava(),
+        LlavaNext(),
+        LlavaNextVideo(),
+        LlavaOnevision(),
+        Qwen2VL(),
+        Qwen25VL(),
+        Qwen3VL(),
+        Qwen3VLMoe(),
+        InternVL(),
+        InternVLChat(),
+        Mistral3(),
+        Glm4v(),
+        Glm4vMoe(),
+        Idefics3(),
+        SmolVLM(),
     )
 }
+UNSUPPORTED = {
+    "Gemma3ForConditionalGeneration": "an image's rows attend both ways, by their places in the full prompt",
+    "Gemma4ForConditionalGeneration": "layers take inputs of their own for every row, and share KV caches",
+    "KimiVLForConditionalGeneration": "its layers cache latents, not keys (MLA)",
+    "Phi4MMForCausalLM": "an adapter (LoRA) runs on an image's rows",
+}
+"""Architectures that people ask for, and why they cannot run staged."""
 
 
 def hidrop_architecture(stock_architecture: str) -> str | None:
@@ -73,4 +56,5 @@ def family_of(architecture: str | None) -> Family:
         if architecture in (family.stock, family.staged):
             return family
     named = architecture or "a model that names no architecture"
-    raise ValueError(f"{named} is not a family that can run staged; supported: {', '.join(FAMILIES)}")
+    why = f" ({UNSUPPORTED[named]})" if named in UNSUPPORTED else ""
+    raise ValueError(f"{named} is not a family that can run staged{why}; supported: {', '.join(FAMILIES)}")

@@ -18,10 +18,14 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Span:
-    """Where one image's vision tokens stand: ``[offset, offset + length)``."""
+    """Where the vision tokens of one image, or of one frame of a video, stand: ``[offset, offset + length)``.
+
+    ``item`` is the index, in prompt order, of the image or video among a prompt's.
+    """
 
     offset: int
     length: int
+    item: int = 0
 
     @property
     def end(self) -> int:

@@ -61,6 +61,8 @@ class Planner:
         cache_is_exact: whether K is read from the KV cache as it was computed.
         block_size: slots of a KV block.
         state_bytes: upper bound of the worker's carried hidden states, see ``engine.image_prefix``.
+        frame_tokens: vision tokens of a video's frame; None where they follow from the prompt or the video's grid.
+        num_levels: decoder layers behind which a later tower layer's features are added (deepstack).
     """
 
     method: str
@@ -71,6 +73,8 @@ class Planner:
     cache_is_exact: bool = True
     block_size: int = 1
     state_bytes: int = 0
+    frame_tokens: int | None = None
+    num_levels: int = 0
 
     @classmethod
     def from_vllm_config(cls, vllm_config: Any) -> "Planner":
@@ -86,6 +90,8 @@ class Planner:
             cache_is_exact=_cache_is_exact(vllm_config),
             block_size=vllm_config.cache_config.block_size,
             state_bytes=vllm_config.additional_config["hidrop"]["prefix_state_bytes"],
+            frame_tokens=resolved["frame_tokens"],
+            num_levels=resolved["num_levels"],
         )
 
     @property
@@ -192,7 +198,7 @@ class Planner:
             mm_features: its ``MultiModalFeatureSpec`` list.
             params: its sampling parameters; None where it has none.
         """
-        spans = spans_of(mm_features)
+        spans = self.spans(mm_features)
         try:
             extra_args = params.extra_args if params else None
             wants_prompt_logprobs = params is not None and params.prompt_logprobs is not None
@@ -200,6 +206,11 @@ class Planner:
         except ValueError as error:
             plan = make_plan(self.schedule, num_prompt_tokens, spans, keep_all=True)
             return replace(plan, method=self.method), str(error)
+
+    def spans(self, mm_features: Iterable[Any]) -> tuple[Span, ...]:
+        """The spans of the images and frames in vLLM's ``MultiModalFeatureSpec`` list of a request, in prompt order."""
+        ordered = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
+        return tuple(span for item, each in enumerate(ordered) for span in spans_of(each, item, self.frame_tokens))
 
     def _wished_method(self, wishes: Mapping[str, Any]) -> tuple[str, Alternative]:
         name = wishes.get("hidrop_method", self.method)
@@ -251,7 +262,28 @@ def _cache_is_exact(vllm_config: Any) -> bool:
     return dtype == "auto" or dtype == str(vllm_config.model_config.dtype).removeprefix("torch.")
 
 
-def spans_of(mm_features: Iterable[Any]) -> tuple[Span, ...]:
-    """The images' spans, from vLLM's ``MultiModalFeatureSpec`` list of a request, in prompt order."""
-    places = (feature.mm_position for feature in mm_features)
-    return tuple(sorted((Span(p.offset, p.length) for p in places), key=lambda span: span.offset))
+def spans_of(feature: Any, item: int, frame_tokens: int | None) -> list[Span]:
+    """The spans of one of vLLM's ``MultiModalFeatureSpec``, the prompt's image or video number ``item``.
+
+    An image is one span, from its first embedding to its last: row breaks and the text between tiles stay with it. A
+    video has a span per frame, and the timestamps between frames are text; frames without text between them have
+    ``frame_tokens`` each, or equal parts by the video's grid.
+    """
+    runs = [(start, end + 1) for start, end in feature.mm_position.extract_embeds_range()]
+    if feature.modality != "video":
+        return [Span(runs[0][0], runs[-1][1] - runs[0][0], item)]
+    if len(runs) == 1:
+        runs = _frames(*runs[0], feature.data, frame_tokens)
+    return [Span(start, end - start, item) for start, end in runs]
+
+
+def _frames(start: int, end: int, data: Any, frame_tokens: int | None) -> list[tuple[int, int]]:
+    """A video's run of embeddings cut into frames; what is left over, a newline, goes to the last one."""
+    if frame_tokens is not None:
+        num_frames = (end - start) // frame_tokens
+    else:
+        grid = data["video_grid_thw"].data if data and "video_grid_thw" in data else (1,)
+        num_frames = int(grid[0])
+    size = (end - start) // num_frames
+    starts = [start + size * frame for frame in range(num_frames)]
+    return list(zip(starts, [*starts[1:], end], strict=True))

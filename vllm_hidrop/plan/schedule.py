@@ -1,5 +1,6 @@
 """Schedules: which layers keep how many vision tokens, as host data."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -9,34 +10,42 @@ from itertools import pairwise
 from typing import Any, Self
 
 KeepValue = str | int | float
-"""What a user writes for a keep: ``"all"``, a token count (int) or a fraction (float in [0, 1])."""
+"""What a user writes for a keep: ``"all"``, a count (int), a fraction (float in [0, 1]) or a share (``"10/576"``)."""
+
+SHARE = re.compile(r"(\d{1,9})/(\d{1,9})", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Keep:
-    """How many vision tokens of each image a stage may hold: a count, a fraction, or all.
+    """How many vision tokens of each image a stage may hold: a count, a fraction, a share, or all.
 
-    At most one of ``count`` (tokens) and ``fraction`` (of the image's tokens) is set; both ``None`` means all.
+    At most one of ``count`` (tokens) and ``fraction`` (of the image's tokens) is set; neither means all. A count
+    ``per`` so many tokens is a share: images of another size keep as many in proportion, rounded, but at least one.
     """
 
     count: int | None = None
     fraction: Fraction | None = None
+    per: int | None = None
 
     def __post_init__(self) -> None:
         if self.count is not None and self.fraction is not None:
             raise ValueError("a keep is a count or a fraction, not both")
         if self.count is not None and self.count < 0:
             raise ValueError(f"keep count must be >= 0, got {self.count}")
+        if self.per is not None and (self.count is None or not 1 <= self.count <= self.per):
+            raise ValueError(f"a share must be of 1 to all tokens, got {self.count}/{self.per}")
         if self.fraction is not None and not 0 <= self.fraction <= 1:
             raise ValueError(f"keep fraction must be in [0, 1], got {float(self.fraction)}")
 
     @classmethod
     def parse(cls, value: KeepValue) -> Self:
-        """Read a keep as users write it; ValueError unless it is "all", an int >= 0 or a finite float in [0, 1]."""
+        """Read a keep as users write it; ValueError unless it is "all", a share, an int >= 0 or a float in [0, 1]."""
         if value == "all":
             return cls()
+        if isinstance(value, str) and (share := SHARE.fullmatch(value)):
+            return cls(count=int(share[1]), per=int(share[2]))
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f'keep must be "all", a count or a fraction, got {value!r}')
+            raise ValueError(f'keep must be "all", a count, a fraction or a share such as "10/576", got {value!r}')
         if isinstance(value, int):
             return cls(count=value)
         if not 0 <= value <= 1:
@@ -46,19 +55,25 @@ class Keep:
     def dump(self) -> KeepValue:
         """The keep as users write it; :meth:`parse` reads it."""
         if self.count is not None:
-            return self.count
+            return self.count if self.per is None else f"{self.count}/{self.per}"
         return "all" if self.fraction is None else float(self.fraction)
 
     def resolve(self, num_tokens: int) -> int:
         """Tokens kept of an image of ``num_tokens`` tokens; fractions round down."""
         if self.count is not None:
-            return min(self.count, num_tokens)
+            count = self.count if self.per is None else max(1, round(Fraction(self.count * num_tokens, self.per)))
+            return min(count, num_tokens)
         return num_tokens if self.fraction is None else int(self.fraction * num_tokens)
 
     @property
     def is_all(self) -> bool:
         """Whether every token is kept, whatever the image."""
-        return self.count is None and self.fraction in (None, Fraction(1))
+        return self.count == self.per and self.fraction in (None, Fraction(1))
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether the number of tokens depends on the image's."""
+        return self.count is None or self.per is not None
 
     @property
     def is_none(self) -> bool:
@@ -191,7 +206,7 @@ def check_keeps(keeps: Sequence[Keep]) -> None:
             )
     first_kept = next((i for i, keep in enumerate(keeps) if not keep.is_none), len(keeps))
     for before, after in pairwise(keeps[first_kept:]):
-        same_kind = (before.count is None) == (after.count is None)
+        same_kind = before.is_relative == after.is_relative
         rises = (after.is_all and not before.is_all) or (before.is_none and not after.is_none)
         if rises or (same_kind and _amount(after) > _amount(before)):
             raise ValueError(f"keep must not rise after injection, got {before.dump()} then {after.dump()}")
@@ -199,5 +214,5 @@ def check_keeps(keeps: Sequence[Keep]) -> None:
 
 def _amount(keep: Keep) -> Fraction:
     if keep.count is not None:
-        return Fraction(keep.count)
+        return Fraction(keep.count, keep.per or 1)
     return Fraction(1) if keep.fraction is None else keep.fraction

@@ -207,13 +207,22 @@ class StagedRunner(GPUModelRunner):
         assert positions is not None
         step = replace(step, prefills=tuple(map(self._with_caches, step.prefills)))
         carrying = (prefill for prefill in step.prefills if prefill.carried is not None)
-        carried = [async_tensor_h2d(self.staged.carried_ids(prefill), device=self.device) for prefill in carrying]
+        carried = [async_tensor_h2d(self._carried_ids(prefill), device=self.device) for prefill in carrying]
         num_tokens = step.full.num_tokens
-        positions = torch.cat((positions[:num_tokens], *carried))
-        self.outcome = run_staged(self.model.decoder, step, inputs_embeds[:num_tokens], positions, self._enter)
+        positions = torch.cat((positions[..., :num_tokens], *carried), dim=-1)
+        embeds = inputs_embeds[:num_tokens]
+        with self.model.levels(num_tokens) as levels:
+            self.outcome = run_staged(self.model.decoder, step, embeds, positions, self._enter, levels)
         for index, record in self.staged.ran(self.outcome):
             self.caches.close_up(index, record)
         return self.outcome.hidden
+
+    def _carried_ids(self, prefill: PrunedPrefill) -> Any:
+        """RoPE ids of the rows that a prompt carries into its first cut, int64 [n], or [3, n] under M-RoPE."""
+        if not self.uses_mrope:
+            return self.staged.carried_ids(prefill)
+        places = prefill.plan.places_carried(prefill.num_computed)
+        return self.requests[prefill.request_id].mrope_positions[:, places]
 
     def _with_caches(self, prefill: PrunedPrefill) -> PrunedPrefill:
         """The prompt with what the tower left of its images, and the function that reads its K from the caches."""

@@ -312,7 +312,7 @@ class StagedRunner(GPUModelRunner):
     # The model: layers, RoPE ids, sampling.
 
     def run_staged(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Run the step's staged loop, given input embeddings [T, C] and RoPE ids int64 [T]; T may be padded.
+        """Run the step's staged loop, given input embeddings [T, C] and RoPE ids int64 [T] or [3, T]; T may be padded.
 
         Returns:
             The final hidden states [T, C], without padding.
@@ -320,16 +320,27 @@ class StagedRunner(GPUModelRunner):
         assert self.step is not None
         step = replace(self.step, prefills=tuple(map(self._with_caches, self.step.prefills)))
         carrying = (prefill for prefill in step.prefills if prefill.carried is not None)
-        carried = [async_tensor_h2d(self.staged.carried_ids(each), device=self.device) for each in carrying]
+        carried = [self._carried_ids(prefill) for prefill in carrying]
         num_tokens = step.full.num_tokens
-        positions = torch.cat((positions[:num_tokens], *carried))
-        self.outcome = run_staged(self.model.decoder, step, embeds[:num_tokens], positions, self._enter)
+        positions = torch.cat((positions[..., :num_tokens], *carried), dim=-1)
+        with self.model.levels(num_tokens) as levels:
+            self.outcome = run_staged(self.model.decoder, step, embeds[:num_tokens], positions, self._enter, levels)
         for index, record in self.staged.ran(self.outcome):
             self.caches.close_up(index, record)
         for prefill in step.prefills:
             index = self.req_states.req_id_to_index[prefill.request_id]
             self.inputs.dropped.set(index, self.staged.records[prefill.request_id].cached.dropped)
         return self.outcome.hidden
+
+    def _carried_ids(self, prefill: PrunedPrefill) -> torch.Tensor:
+        """RoPE ids of the rows that a prompt carries into its first cut, int64 [n], or [3, n] under M-RoPE."""
+        rope = self.model_state.rope_state
+        if rope is None:
+            return async_tensor_h2d(self.staged.carried_ids(prefill), device=self.device)
+        places = async_tensor_h2d(prefill.plan.places_carried(prefill.num_computed), device=self.device)
+        index = self.req_states.req_id_to_index[prefill.request_id]
+        ids = rope.read_prefill_positions(index, prefill.plan.num_prompt_tokens)
+        return ids[:, places].to(torch.int64)
 
     def _with_caches(self, prefill: PrunedPrefill) -> PrunedPrefill:
         """The prompt with what the tower left of its images, and the function that reads its K from the caches."""

@@ -13,17 +13,24 @@ from vllm_hidrop.methods.adaptive import AttentionEdit
 from vllm_hidrop.staged.adaptive import AdaptiveImages, decider
 from vllm_hidrop.staged.attention_edits import Heads, edited_rows
 from vllm_hidrop.staged.image_runs import ImageRun, Key, PromptRows, ScoredPrompt, prompt_rows
-from vllm_hidrop.staged.loop import QKV, Decoder, Editor, Enter, Outcome, StagedLoop
+from vllm_hidrop.staged.layers import QKV, Editor
+from vllm_hidrop.staged.levels import Levels
+from vllm_hidrop.staged.loop import Decoder, Enter, Outcome, StagedLoop
 from vllm_hidrop.staged.step import StagedStep, Survivors
 
 
 def run_staged(
-    decoder: Decoder, step: StagedStep, embeds: torch.Tensor, positions: torch.Tensor, enter: Enter
+    decoder: Decoder,
+    step: StagedStep,
+    embeds: torch.Tensor,
+    positions: torch.Tensor,
+    enter: Enter,
+    levels: Levels = (),
 ) -> Outcome:
     """Run a step that prefills pruned prompts; for the arguments see :class:`StagedLoop` and :data:`Enter`."""
     if any(prefill.plan.adaptive for prefill in step.prefills):
-        return AdaptiveLoop(decoder, step, embeds, positions, enter).run()
-    return StagedLoop(decoder, step, embeds, positions).run()
+        return AdaptiveLoop(decoder, step, embeds, positions, enter, levels).run()
+    return StagedLoop(decoder, step, embeds, positions, levels).run()
 
 
 class AdaptiveLoop(StagedLoop):
@@ -33,9 +40,15 @@ class AdaptiveLoop(StagedLoop):
     """
 
     def __init__(
-        self, decoder: Decoder, step: StagedStep, embeds: torch.Tensor, positions: torch.Tensor, enter: Enter
+        self,
+        decoder: Decoder,
+        step: StagedStep,
+        embeds: torch.Tensor,
+        positions: torch.Tensor,
+        enter: Enter,
+        levels: Levels,
     ) -> None:
-        super().__init__(decoder, step, embeds, positions)
+        super().__init__(decoder, step, embeds, positions, levels)
         self.enter = enter
         self.images = AdaptiveImages(step)
         self.laid_out = step.stages

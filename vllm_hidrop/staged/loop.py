@@ -1,13 +1,12 @@
 """The staged loop: every stage's layers on that stage's rows, cuts between them.
 
-Where a signal is under the next layer, the first layer of the new stage computes Q, K and V of all current rows once,
-the method scores, and the layer goes on with the Q, K, V and residual of the rows that stay: nothing is projected
-twice. Else the rows are cut before that layer, by the last layer of the old stage. An injected row is the projector's
-output with residual 0. A decoder layer has the standard form: norm, attention, norm, MLP on vLLM's residual pair.
+Where a signal is under the next layer, the first layer of the new stage computes Q, K and V of all current rows, the
+method scores, and the layer goes on with the Q, K, V and residual of the rows that stay (standard form), or runs once
+more on those rows (black box). Else the rows are cut before that layer, by the last layer of the old stage. An injected
+row is the projector's output, and what the skipped layers' levels add to it, with residual 0.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -19,6 +18,7 @@ from torch import nn
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_hidrop.methods.scoring import Signals, Statistic
+from vllm_hidrop.plan.form import Form
 from vllm_hidrop.plan.schedule import Schedule
 from vllm_hidrop.plan.signal import Signal, Under
 from vllm_hidrop.staged.explain import Patches, patches_run
@@ -34,7 +34,8 @@ from vllm_hidrop.staged.image_runs import (
     scored_behind,
     scored_under,
 )
-from vllm_hidrop.staged.norm import add_norm, can_fuse, fused_add_norm
+from vllm_hidrop.staged.layers import FORMS, QKV, BlackBoxLayers, Editor, Layers, Observer
+from vllm_hidrop.staged.levels import Levels, embeds_before, with_carried
 from vllm_hidrop.staged.position_ids import PersistentIds
 from vllm_hidrop.staged.rows import Rows, carry_in, keep_states, scatter
 from vllm_hidrop.staged.selection import select_rows
@@ -42,12 +43,6 @@ from vllm_hidrop.staged.signals import SIGNALS
 from vllm_hidrop.staged.step import StagedStep, Survivors
 from vllm_hidrop.staged.timer import Timer
 
-QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Query [T, H * D], key and value [T, G * D] of one layer's attention, after RoPE."""
-Observer = Callable[[Any, QKV], QKV | None]
-"""(attention module, its Q, K and V) -> the Q, K and V to attend with; None: unchanged."""
-Editor = Callable[[Any, QKV, torch.Tensor], None]
-"""(attention module, its Q, K and V, its output [T, H * D]): changes the output in place."""
 Enter = Callable[[StagedStep, int], None]
 """(step, stage): called before a stage runs fewer rows than its slots and attention metadata were made for."""
 
@@ -60,6 +55,12 @@ class Decoder:
     norm: nn.Module
     schedule: Schedule
     ids: PersistentIds
+    form: Form = Form.STANDARD
+
+    @cached_property
+    def runnable(self) -> Layers:
+        """The layers and the norm in their form."""
+        return FORMS[self.form](self.layers, self.norm)
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,21 @@ class Outcome:
 class StagedLoop:
     """One step that prefills pruned prompts, run through all layers.
 
-    ``embeds`` [T, C] are input embeddings of the full rows, projector outputs at the vision rows; ``positions`` int64
-    [T + T_carried] are RoPE ids of the full rows and, after them, the carried rows.
+    ``embeds`` [T, C] are input embeddings of the full rows, projector outputs at the vision rows, and ``levels`` what
+    the model adds behind its first layers, [T, C] each; ``positions`` int64 [T + T_carried], or [3, T + T_carried], are
+    RoPE ids of the full rows and, after them, the carried rows.
     """
 
-    def __init__(self, decoder: Decoder, step: StagedStep, embeds: torch.Tensor, positions: torch.Tensor) -> None:
+    def __init__(
+        self, decoder: Decoder, step: StagedStep, embeds: torch.Tensor, positions: torch.Tensor, levels: Levels = ()
+    ) -> None:
         self.decoder = decoder
-        self.add_norm = fused_add_norm if can_fuse(decoder.norm) else add_norm
+        self.layers = decoder.runnable
         self.step = step
         self.embeds, self.positions = embeds, positions
+        self.levels = with_carried(levels, step)
         self.full_rows = torch.arange(len(embeds), device=embeds.device)
-        self.rows = Rows(embeds, None, self.full_rows, positions[: len(embeds)])
+        self.rows = Rows(embeds, None, self.full_rows, positions[..., : len(embeds)])
         self.statistics: dict[Key, Statistic] = {}
         """Per image, the signal for the next cut."""
         self.selecting = Timer(embeds.device)
@@ -108,8 +113,8 @@ class StagedLoop:
         for stage, layers in enumerate(self.decoder.schedule.layer_ranges):
             self.begin(stage)
             carry_in(self.rows, self.step, stage, self.positions)
-            states |= keep_states(self.rows, self.step, stage)
-            runs = self.inject(image_runs(self.step, stage))
+            states |= keep_states(self.rows, self.step, stage, layers.start, self.levels)
+            runs = self.inject(stage, image_runs(self.step, stage))
             scored_in_layer = scored_under(Under.NEXT_LAYER, runs)
             if not scored_in_layer:
                 self.cut(stage, runs)
@@ -121,18 +126,18 @@ class StagedLoop:
                     self.run_layer(layer, observe)
             rows_of_stages.append(self.rows.full)
             self.end(stage)
-        hidden, _ = self.add_norm(self.decoder.norm, self.rows.hidden, self.rows.residual)
-        hidden = scatter(hidden, self.rows.full, len(self.positions))[: len(self.embeds)]
+        hidden = scatter(self.layers.normed(self.rows), self.rows.full, self.positions.shape[-1])[: len(self.embeds)]
         patches = patches_run(self.step, rows_of_stages)
         return Outcome(hidden, self.step, self.survivors(), states, patches, self.selecting)
 
-    def inject(self, runs: list[ImageRun]) -> list[ImageRun]:
+    def inject(self, stage: int, runs: list[ImageRun]) -> list[ImageRun]:
         """Inject images' rows from the projector's output; return the other runs, where their rows stand now."""
         injected = [run for run in runs if run.injects]
         if not injected:
             return runs
         index = gather_index(self.step, injected, len(self.rows.hidden), {}, None, self.embeds.device)
-        self.rows.extend(self.embeds, self.full_rows, self.positions[: len(self.embeds)])
+        embeds = embeds_before(self.embeds, self.levels, self.decoder.schedule.stages[stage].first_layer)
+        self.rows.extend(embeds, self.full_rows, self.positions[..., : len(embeds)])
         self.rows.gather(index)
         return after_injection(runs)
 
@@ -167,16 +172,21 @@ class StagedLoop:
     @cached_property
     def places(self) -> torch.Tensor:
         """The place inside its image of every full and carried row, int64."""
-        return async_tensor_h2d(image_places(self.step, len(self.positions)), device=self.embeds.device)
+        return async_tensor_h2d(image_places(self.step, self.positions.shape[-1]), device=self.embeds.device)
 
     def run_cut_layer(
         self, stage: int, runs: list[ImageRun], scored: list[ScoredPrompt], observe: Observer | None
     ) -> None:
         """Run the first layer of a stage on all rows up to its Q, K and V, score by them, go on with the stage's rows.
 
-        ``observe`` sees the shortened Q, K and V.
+        ``observe`` sees the Q, K and V of the stage's rows.
         """
         index = self.decoder.schedule.stages[stage].first_layer
+        if isinstance(self.layers, BlackBoxLayers):
+            self.layers.probe(index, self.rows, partial(self.compute_statistics, scored))
+            self.cut(stage, runs)
+            self.run_layer(index, observe)
+            return
         layer: Any = self.decoder.layers[index]
 
         def shorten(attention: Any, qkv: QKV) -> QKV:
@@ -192,15 +202,10 @@ class StagedLoop:
             self.run_layer(index, shorten)
 
     def run_layer(self, index: int, observe: Observer | None) -> None:
-        """Run one decoder layer; ``observe`` may shorten its rows once Q, K and V are computed."""
-        layer: Any = self.decoder.layers[index]
-        rows = self.rows
-        normed, rows.residual = self.add_norm(layer.input_layernorm, rows.hidden, rows.residual)
-        rows.hidden = normed
-        with hooked(layer.self_attn.attn, observe, self.editor(index)):
-            attended = layer.self_attn(positions=rows.ids, hidden_states=normed)
-        normed, rows.residual = self.add_norm(layer.post_attention_layernorm, attended, rows.residual)
-        rows.hidden = layer.mlp(normed)
+        """Run one decoder layer, and add its level; ``observe`` may shorten its rows once Q, K and V are computed."""
+        self.layers.run(index, self.rows, observe, self.editor(index))
+        if index < len(self.levels):
+            self.rows.hidden = self.rows.hidden + self.levels[index][self.rows.full]
 
     def observer(self, stage: int) -> Observer | None:
         """What computes signals for the next cut under the last layer of a stage; None where no prompt needs any."""
@@ -249,14 +254,3 @@ class StagedLoop:
     def survivors(self) -> dict[str, Survivors]:
         """By request id, the survivors of adaptive prompts."""
         return {}
-
-
-@contextmanager
-def hooked(attention: nn.Module, observe: Observer | None, edit: Editor | None) -> Iterator[None]:
-    """Let ``observe`` see an attention module's Q, K and V, and ``edit`` change its output, until exit."""
-    with ExitStack() as handles:
-        if observe is not None:
-            handles.enter_context(attention.register_forward_pre_hook(observe))
-        if edit is not None:
-            handles.enter_context(attention.register_forward_hook(edit))
-        yield

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from vllm_hidrop.methods.base import Method
+from vllm_hidrop.staged.levels import Levels
 from vllm_hidrop.staged.loop import Decoder
 from vllm_hidrop.staged.merging import Reduced
 
@@ -23,6 +24,9 @@ class StagedModel(Protocol):
         Yields:
             The list to which a reducing tower adds, for every image that it encodes, which patches it left.
         """
+
+    def levels(self, num_rows: int) -> AbstractContextManager[Levels]:
+        """What the model adds behind its first layers to the step's full rows, [num_rows, C] each, until exit."""
 
 
 class StagedForward:

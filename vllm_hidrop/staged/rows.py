@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from vllm_hidrop.staged.levels import Levels, still_to_add
 from vllm_hidrop.staged.step import StagedStep
 
 
@@ -17,7 +18,7 @@ class Rows:
         hidden: [T, C], one of vLLM's residual pair.
         residual: [T, C], the other; None before the first layer.
         full: int64 [T], the rows' indices among the step's full rows and, after them, the carried rows.
-        ids: int64 [T], RoPE ids.
+        ids: int64 [T], RoPE ids, or [3, T] of a model with M-RoPE.
     """
 
     hidden: torch.Tensor
@@ -29,14 +30,14 @@ class Rows:
         """Keep the rows at ``index``, int64 [T']."""
         self.hidden = self.hidden[index]
         self.residual = None if self.residual is None else self.residual[index]
-        self.full, self.ids = self.full[index], self.ids[index]
+        self.full, self.ids = self.full[index], self.ids[..., index]
 
     def extend(self, hidden: torch.Tensor, full: torch.Tensor, ids: torch.Tensor) -> None:
-        """Append rows with residual 0: hidden [N, C], full and ids int64 [N]."""
+        """Append rows with residual 0: hidden [N, C], full int64 [N] and their ids."""
         assert self.residual is not None, "a layer has run before any row comes in"
         self.hidden = torch.cat((self.hidden, hidden))
         self.residual = torch.cat((self.residual, torch.zeros_like(hidden)))
-        self.full, self.ids = torch.cat((self.full, full)), torch.cat((self.ids, ids))
+        self.full, self.ids = torch.cat((self.full, full)), torch.cat((self.ids, ids), dim=-1)
 
 
 def carry_in(rows: Rows, step: StagedStep, stage: int, positions: torch.Tensor) -> None:
@@ -52,12 +53,16 @@ def carry_in(rows: Rows, step: StagedStep, stage: int, positions: torch.Tensor) 
     pieces.append(np.arange(cursor, len(rows.full)))
     indices = np.concatenate([np.arange(len(p.carried)) + step.first_carried[p.index] for p in carrying])
     full = async_tensor_h2d(indices, device=rows.full.device)
-    rows.extend(torch.cat([prefill.carried for prefill in carrying]), full, positions[full])
+    hidden_size = rows.hidden.shape[1]
+    hidden = torch.cat([prefill.carried[:, :hidden_size] for prefill in carrying])
+    rows.extend(hidden, full, positions[..., full])
     rows.gather(async_tensor_h2d(np.concatenate(pieces), device=rows.full.device))
 
 
-def keep_states(rows: Rows, step: StagedStep, stage: int) -> dict[str, torch.Tensor]:
-    """Copy the hidden states [n, C] that prompts whose first cut is ``stage`` keep for later prompts, by request id.
+def keep_states(rows: Rows, step: StagedStep, stage: int, first_layer: int, levels: Levels) -> dict[str, torch.Tensor]:
+    """Copy the hidden states [n, C * (1 + k)] that prompts whose first cut is ``stage`` keep, by request id.
+
+    The stage starts at ``first_layer``; k ``levels`` are still to be added from there on, and are copied behind them.
 
     They reach from the last block boundary before the first image to the end of the last image. The residual is added
     to these rows and set to 0, in this step too: a later prompt that carries the copies in runs the very same numbers.
@@ -76,7 +81,8 @@ def keep_states(rows: Rows, step: StagedStep, stage: int) -> dict[str, torch.Ten
         kept = slice(first, first + plan.num_carried(plan.spans[-1].end))
         rows.hidden[kept] += rows.residual[kept]
         rows.residual[kept] = 0
-        states[prefill.request_id] = rows.hidden[kept].clone()
+        later = still_to_add(levels, first_layer, rows.full[kept])
+        states[prefill.request_id] = torch.cat((rows.hidden[kept], *later), dim=1)
     return states
 
 

@@ -1,0 +1,43 @@
+"""Qwen3-VL, dense and with experts."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vllm_hidrop.models.family import Family, square_tokens
+from vllm_hidrop.plan.form import Form
+
+
+class Qwen3VL(Family):
+    """Images of any size, interleaved M-RoPE, deepstack levels; timestamps between a video's frames are text."""
+
+    stock = "Qwen3VLForConditionalGeneration"
+    title = "Qwen3-VL"
+    layers = {"qwen3_vl_text": Form.STANDARD}  # noqa: RUF012
+    towers = ("qwen3_vl", "qwen3_vl_vision")
+    has_video = True
+
+    def tokens(self, config: Any) -> int:
+        """A square image."""
+        vision = config.vision_config
+        return square_tokens(vision.patch_size, vision.spatial_merge_size)
+
+    def num_levels(self, config: Any) -> int:
+        """One per tower layer that is read besides the last."""
+        return len(config.vision_config.deepstack_visual_indexes)
+
+    @contextmanager
+    def levels(self, model: Any, num_rows: int) -> Iterator[list[Any]]:
+        """The buffers that vLLM fills with the embeddings; it clears them behind its own forward."""
+        buffers = model._get_deepstack_input_embeds(num_rows)
+        yield [] if buffers is None else [buffers[f"deepstack_input_embeds_{i}"] for i in range(len(buffers.tensors))]
+        model._clear_deepstack_input_embeds(num_rows)
+
+
+class Qwen3VLMoe(Qwen3VL):
+    """The same with experts."""
+
+    stock = "Qwen3VLMoeForConditionalGeneration"
+    title = "Qwen3-VL-MoE"
+    layers = {"qwen3_vl_moe_text": Form.STANDARD}  # noqa: RUF012
+    towers = ("qwen3_vl_moe", "qwen3_vl_moe_vision")
