@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vllm_hidrop.verify.reference.decoder import Decoder, Recorded
 from vllm_hidrop.verify.reference.llama import Heads, Kept
 from vllm_hidrop.verify.reference.pruning import Pruning, Settings, View, pruning_of
+
+_OF_ROWS = {"input_ids", "attention_mask", "position_ids"}  # what a processor makes of its own token ids
 
 Span = tuple[int, int]
 """First row of the prompt, and the first one behind."""
@@ -64,6 +67,7 @@ class Reference:
         self._directory = model if isinstance(model, str | Path) else None
         self._model: Any = load(model, dtype) if self._directory else model.eval()
         self._decoder = Decoder(self._model)
+        self._accepted = set(signature(type(self._model).forward).parameters)
         self._processor: Any = AutoProcessor.from_pretrained(self._directory) if self._directory else None
 
     def prompt(
@@ -74,6 +78,8 @@ class Reference:
         ``inputs`` are further arguments of the model, which go before those made here.
         """
         made: dict[str, Any] = {}
+        if "mm_token_type_ids" in self._accepted:
+            made["mm_token_type_ids"] = torch.tensor(self._processor.create_mm_token_type_ids([list(token_ids)]))
         if images:
             made |= self._processor.image_processor(images=list(images), return_tensors="pt")
         if videos:
@@ -82,8 +88,7 @@ class Reference:
 
     def prepared(self, token_ids: Sequence[int], inputs: Mapping[str, Any]) -> Prepared:
         """A prompt with what a processor of Hugging Face made; what the model does not take is left out."""
-        accepted = signature(type(self._model).forward).parameters
-        taken = {name: value for name, value in inputs.items() if name in accepted and name not in _NOT_PIXELS}
+        taken = {name: value for name, value in inputs.items() if name in self._accepted - _OF_ROWS}
         return Prepared(list(token_ids), {name: self._placed(value) for name, value in taken.items()})
 
     def _placed(self, value: Any) -> Any:
@@ -112,15 +117,10 @@ class Reference:
     def _record(self, prepared: Prepared, num_tokens: int) -> Recorded:
         """The prompt with fillers for the generated tokens: text like them, so with the same position ids."""
         tokens = [*prepared.token_ids, *prepared.token_ids[-1:] * num_tokens]
-        types: dict[str, Any] = {}
-        if "mm_token_type_ids" in signature(type(self._model).forward).parameters and self._processor:
-            types["mm_token_type_ids"] = torch.tensor(
-                self._processor.create_mm_token_type_ids([tokens]), device=self._model.device
-            )
-        return self._decoder.record(tokens, {**prepared.inputs, **types})
-
-
-_NOT_PIXELS = ("input_ids", "attention_mask", "mm_token_type_ids", "position_ids")
+        inputs = dict(prepared.inputs)
+        if "mm_token_type_ids" in inputs:
+            inputs["mm_token_type_ids"] = pad(inputs["mm_token_type_ids"], (0, num_tokens))  # 0 is text
+        return self._decoder.record(tokens, inputs)
 
 
 class _Pass:
