@@ -43,7 +43,8 @@ def register_connector(on_refused: Callable[[], None], videos: VideoLimits, netw
 class HidropMediaConnector(MediaConnector):
     """vLLM's connector, with remote fetching off until the user names the domains.
 
-    Videos take half of vLLM's threads for media (``videos_at_once``), so that images are read beside them.
+    Videos, those that are fetched included, take half of vLLM's threads for media (``videos_at_once``), so that images
+    are read beside them.
     """
 
     def __init__(

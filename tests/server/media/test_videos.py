@@ -187,10 +187,13 @@ def test_a_decoder_that_dies_is_the_files_fault(monkeypatch: pytest.MonkeyPatch,
     assert "the decoder failed" in refusal(clip())
 
 
-def test_damaged_files_are_refused_or_read_and_leave_nothing_behind() -> None:
+def test_damaged_files_are_refused_or_read_and_leave_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     rng = random.Random(7)
     files = [clip(), recording("with_sound.mp4"), clip("webm", "VP80"), clip("avi", "MJPG")]
-    before = [*psutil.Process().children(), *os.listdir("/proc/self/fd"), *os.listdir(tempfile.gettempdir())]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = os.listdir("/proc/self/fd")
     read = 0
     for index in range(40):
         with suppress(MediaRefused):
@@ -198,8 +201,9 @@ def test_damaged_files_are_refused_or_read_and_leave_nothing_behind() -> None:
             assert 1 <= len(frames) <= 32
             read += 1
     assert 0 < read < 40
-    after = [*psutil.Process().children(), *os.listdir("/proc/self/fd"), *os.listdir(tempfile.gettempdir())]
-    assert sorted(map(str, after)) == sorted(map(str, before))
+    assert os.listdir("/proc/self/fd") == before
+    assert not psutil.Process().children()
+    assert not [*tmp_path.iterdir()]
 
 
 def test_memory_of_the_server_does_not_grow_with_refused_videos() -> None:
@@ -271,6 +275,18 @@ def test_a_videos_url_is_held_to_the_rules_of_images(says: str, url: str) -> Non
         connector().fetch_video(url)
     with pytest.raises(MediaRefused, match=says):
         asyncio.run(connector().fetch_video_async(url))
+
+
+def test_a_video_of_an_allowed_domain_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = connector(allowed_media_domains=["videos.example"])
+
+    async def fetched(url: str, **limits: Any) -> bytes:
+        assert (url, limits["timeout"]) == ("http://videos.example/clip.mp4", envs.VLLM_VIDEO_FETCH_TIMEOUT)
+        return clip()
+
+    monkeypatch.setattr(reader.connection, "async_get_bytes", fetched)
+    frames, _ = asyncio.run(reader.fetch_video_async("http://videos.example/clip.mp4"))
+    assert len(frames) == 20
 
 
 def test_videos_are_decoded_beside_the_event_loop_a_few_at_once() -> None:
