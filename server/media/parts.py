@@ -90,7 +90,7 @@ class MediaParts:
     def _check_modality(self, part: Any, where: str) -> None:
         name = part.get("type") if isinstance(part, dict) else None
         if isinstance(name, str) and name in self.lacking:
-            raise BodyRefused(f"{where}.type: this server's model takes no {self.lacking[name]}", "media")
+            raise BodyRefused(f"{where}.type: this model, as it is served here, takes no {self.lacking[name]}", "media")
 
     def check_keys(self, found: Mapping[str, Any], where: str, known: Iterable[str] = ()) -> None:
         """Refuse media (BodyRefused) under keys that nothing reads at the place ``where``, all but ``known``."""

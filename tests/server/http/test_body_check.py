@@ -142,7 +142,7 @@ def test_what_the_model_reads_is_taken() -> None:
 
 def test_a_model_without_videos_says_so() -> None:
     refused = refusal(CHAT, holding(CHAT, [{"type": "video_url", "video_url": URL}]))
-    assert refused.says.endswith(".type: this server's model takes no video")
+    assert refused.says.endswith(".type: this model, as it is served here, takes no video")
     assert refused.reason == "media"
 
 
