@@ -66,7 +66,6 @@ def ask_vllm(directory: Path, family: TinyCheckpoint, asked: list[Question]) -> 
         "dtype": family.dtype,
         "limit_mm_per_prompt": limits,
         "skip_mm_profiling": True,
-        **family.settings,
     }
     with engine(directory, None, **settings) as running:
         outputs = running.llm.generate(prompts, params, use_tqdm=False)
