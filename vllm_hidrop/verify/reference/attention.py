@@ -70,7 +70,7 @@ class MaskedWeights:
 
 
 def load_model(model: Any, dtype: torch.dtype) -> Any:
-    """A model in evaluation mode, from its directory or as it is. Raises ValueError: weights missing, or another type."""
+    """A model in evaluation mode, from its directory or as it is. Raises ValueError: missing weights, another type."""
     if isinstance(model, str | Path):
         model, found = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, output_loading_info=True)
         wrong = [*found["missing_keys"], *found["mismatched_keys"]]
