@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoVideoProcessor
 
 from tests.engine.harness import Answer, Engine, engine
 from tests.families.asking import NUM_TOKENS, Question, ask, questions, settings
@@ -105,8 +106,10 @@ class Tiny:
 
     def _prepared(self, question: Question, token_ids: list[int]) -> Prepared:
         if self.name == "internvl" and question.videos():  # frames are images to Hugging Face's model
-            frames = self.reference.prompt(token_ids, question.videos()[0]).inputs["pixel_values"]
-            return self.reference.prepared(with_image_tokens(self.family, token_ids), {"pixel_values": frames})
+            processor = AutoVideoProcessor.from_pretrained(self.directory)
+            videos = processor(videos=question.videos(), do_sample_frames=False, return_tensors="pt")
+            frames = {"pixel_values": videos["pixel_values_videos"].flatten(0, 1)}
+            return self.reference.prepared(with_image_tokens(self.family, token_ids), frames)
         return self.reference.prompt(token_ids, question.images(), question.videos())
 
     def expected(self, index: int, method: str | None) -> Result:
@@ -151,16 +154,12 @@ def test_pruned_is_the_reference_and_off_is_stock(tiny: Tiny, method: str) -> No
             check_all_kept(running, tiny)
 
 
-def tiny_name(x): return "K"
-
-
 def check_pruned(ours: Answer, theirs: Result, running: Engine) -> None:
     """The same tokens kept in every layer, the same logits and answer, and as many blocks as the kept tokens need."""
     assert ours.report["mode"] == "pruned"
     for stage in ours.report["stages"]:
         layer = stage["first_layer"]
         assert stage["patches"] == theirs.kept[layer], f"in layer {layer}"
-    print(tiny_name(ours), [[len(x) for x in k] for k in theirs.kept], theirs.margins)
     assert min(theirs.margins.values(), default=1) > 1e-6, "a decision that rounding could turn"
     assert close(ours, theirs)
 
