@@ -15,7 +15,17 @@ from tests.server.media.clips import PLAYLIST, clip, frame_list, recording
 
 pytestmark = pytest.mark.server
 
-FLAGS = ("--dtype", "float32", "--max-model-len", "1024", "--block-size", "32", "--enforce-eager")
+FLAGS = (
+    "--dtype",
+    "float32",
+    "--max-model-len",
+    "1024",
+    "--block-size",
+    "32",
+    "--enforce-eager",
+    "--kv-cache-memory-bytes",
+    str(1 << 28),
+)
 
 
 @pytest.fixture(scope="module")
