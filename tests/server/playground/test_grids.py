@@ -122,7 +122,7 @@ def test_where_the_grid_is_not_known_none_is_drawn_and_it_is_said(browser: Brows
 
 def recording(path: Path, num_frames: int, size: tuple[int, int]) -> bytes:
     """A video that grows brighter, frame by frame."""
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"VP80"), 4, size)  # type: ignore[attr-defined]
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"VP80"), 4, size)
     for frame in range(num_frames):
         writer.write(np.full((size[1], size[0], 3), 255 * frame // (num_frames - 1), dtype=np.uint8))
     writer.release()
