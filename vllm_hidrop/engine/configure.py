@@ -70,6 +70,7 @@ def configure(vllm_config: Any, family: Family) -> None:
             "positions": str(resolved.positions),
             "shapes": _shapes(family, hf_config),
             "model_shape": dataclasses.asdict(shape),
+            "family": f"{type(family).__module__}:{type(family).__qualname__}",
             "frame_tokens": family.frame_tokens(hf_config),
             "num_levels": family.num_levels(hf_config),
             # The first call's value, where vLLM calls again: _set_limits has raised the limit since.

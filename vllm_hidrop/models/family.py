@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.methods.adaptive import EncoderReduction
 from vllm_hidrop.plan.form import Form
+from vllm_hidrop.plan.grid import Grid, Tile
 from vllm_hidrop.plan.shapes import VisionShape
 
 TYPICAL_SIDE = 1024
@@ -91,6 +92,12 @@ class Family:
             f"no reduction is written for the vision tower of {self.title}: set merge_threshold null and key_rate 0"
         )
 
+    # Of a request's image or video, vLLM's ``MultiModalFeatureSpec``.
+
+    def grid(self, feature: Any, config: Any) -> Grid | None:
+        """The cells of an image's tokens, or of those of every frame of a video; None where they cannot be known."""
+        return None
+
     # Of the model, once it is loaded.
 
     def text_model(self, model: Any) -> Any:
@@ -106,3 +113,18 @@ class Family:
 def square_tokens(patch_size: int, merge: int, side: int = TYPICAL_SIDE) -> int:
     """Tokens of a square image of ``side`` pixels whose patches are merged ``merge`` by ``merge``."""
     return int(side // (patch_size * merge)) ** 2
+
+
+def field(feature: Any, name: str) -> Any:
+    """A field of what a feature's processor gave, as numbers; None where it gave none."""
+    element = (feature.data or {}).get(name)
+    return None if element is None or element.data is None else element.data.tolist()
+
+
+def merged_grid(feature: Any, merge: int) -> Grid | None:
+    """Of a feature that knows its patches as time, height and width, which are merged ``merge`` by ``merge``."""
+    patches = field(feature, f"{feature.modality}_grid_thw")
+    if patches is None:
+        return None
+    _, height, width = patches
+    return Grid((Tile(0, width // merge, height // merge, width // merge),))

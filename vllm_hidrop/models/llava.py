@@ -5,6 +5,7 @@ from typing import Any
 from vllm_hidrop.methods.adaptive import EncoderReduction
 from vllm_hidrop.models.family import Family
 from vllm_hidrop.plan.form import Form
+from vllm_hidrop.plan.grid import Grid, square
 from vllm_hidrop.plan.shapes import VisionShape, text_shape, vision_shape
 
 LAYERS = dict.fromkeys(("llama", "mistral", "qwen2"), Form.STANDARD)
@@ -27,6 +28,13 @@ class Llava(Family):
         has_class_token = config.vision_config.model_type == "clip_vision_model"
         return patches(config) + (has_class_token and config.vision_feature_select_strategy == "full")
 
+    def grid(self, feature: Any, config: Any) -> Grid | None:
+        """The tower's patches, behind the class token where the features have it."""
+        if feature.mm_position.length != self.tokens(config):  # features that a client sent
+            return None
+        num_patches = patches(config)
+        return Grid((square(num_patches, self.tokens(config) - num_patches),), is_cropped=crops(config))
+
     def vision_shape(self, config: Any) -> VisionShape | None:
         """CLIP's or SigLIP's, up to the feature layer."""
         return vision_shape(config, text_shape(self.text_config(config)))
@@ -43,3 +51,8 @@ class Llava(Family):
 def patches(config: Any) -> int:
     """Patches of the tower's one image size."""
     return int(config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+
+def crops(config: Any) -> bool:
+    """Whether the tower sees the centre square of a picture: CLIP's processors cut it, SigLIP's squeeze the picture."""
+    return bool(config.vision_config.model_type == "clip_vision_model")

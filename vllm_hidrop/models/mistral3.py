@@ -1,9 +1,11 @@
 """Mistral-Small 3 and Pixtral in Hugging Face's form."""
 
+from itertools import pairwise
 from typing import Any
 
 from vllm_hidrop.models.family import Family, square_tokens
 from vllm_hidrop.plan.form import Form
+from vllm_hidrop.plan.grid import Grid, Tile
 
 
 class Mistral3(Family):
@@ -17,3 +19,13 @@ class Mistral3(Family):
     def tokens(self, config: Any) -> int:
         """A square image, without breaks."""
         return square_tokens(config.vision_config.patch_size, config.spatial_merge_size)
+
+    def grid(self, feature: Any, config: Any) -> Grid | None:
+        """A row of cells is a run of embeddings, a break is between."""
+        rows = feature.mm_position.extract_embeds_range()
+        columns = {end - start + 1 for start, end in rows}
+        strides = {later - start for (start, _), (later, _) in pairwise(rows)}
+        if len(columns) != 1 or len(strides) > 1:
+            return None
+        width = columns.pop()
+        return Grid((Tile(0, width, len(rows), strides.pop() if strides else width),))

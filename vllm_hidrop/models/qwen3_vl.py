@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vllm_hidrop.models.family import Family, square_tokens
+from vllm_hidrop.models.family import Family, merged_grid, square_tokens
 from vllm_hidrop.plan.form import Form
+from vllm_hidrop.plan.grid import Grid
 
 
 class Qwen3VL(Family):
@@ -21,6 +22,10 @@ class Qwen3VL(Family):
         """A square image."""
         vision = config.vision_config
         return square_tokens(vision.patch_size, vision.spatial_merge_size)
+
+    def grid(self, feature: Any, config: Any) -> Grid | None:
+        """Merged patches, row by row."""
+        return merged_grid(feature, config.vision_config.spatial_merge_size)
 
     def num_levels(self, config: Any) -> int:
         """One per tower layer that is read besides the last."""

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from vllm_hidrop.models.family import Family, square_tokens
+from vllm_hidrop.models.family import Family, merged_grid, square_tokens
 from vllm_hidrop.plan.form import Form
+from vllm_hidrop.plan.grid import Grid
 
 
 class Qwen2VL(Family):
@@ -19,6 +20,10 @@ class Qwen2VL(Family):
         """A square image."""
         vision = config.vision_config
         return square_tokens(vision.patch_size, vision.spatial_merge_size)
+
+    def grid(self, feature: Any, config: Any) -> Grid | None:
+        """Merged patches, row by row."""
+        return merged_grid(feature, config.vision_config.spatial_merge_size)
 
 
 class Qwen25VL(Qwen2VL):
