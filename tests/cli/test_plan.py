@@ -18,7 +18,9 @@ from vllm_hidrop.cli.app import app
 from vllm_hidrop.cli.costing import SHAPES, Workload, request_costs
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.methods import METHODS, ModelShape
-from vllm_hidrop.plan.shapes import LLAVA_7B_VISION, TextShape, text_shape, vision_shape
+from vllm_hidrop.models.llava import Llava
+from vllm_hidrop.plan.shapes import TextShape, text_shape
+from vllm_hidrop.plan.vision import LLAVA_7B_VISION
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlavaForConditionalGeneration"],
@@ -301,7 +303,7 @@ def test_shapes_are_read_as_llava_runs_them() -> None:
     config = LlavaConfig(vision_config=tower, text_config=LlamaConfig(num_key_value_heads=8))
     text = text_shape(config.get_text_config())
     assert text == TextShape(32, 4096, 11008, 32, 8, 128, 32000)
-    assert vision_shape(config, text) == LLAVA_7B_VISION
+    assert Llava().vision_shape(config) == LLAVA_7B_VISION
 
 
 @pytest.mark.parametrize(
@@ -345,6 +347,6 @@ def test_decided_counts_of_several_images_cost_every_images_tower() -> None:
         )
         for images in (1, 3)
     )
-    assert one.encoder_flops == LLAVA_7B_VISION.flops()
-    assert three.encoder_flops == 3 * LLAVA_7B_VISION.flops()
+    assert one.encoder_flops == LLAVA_7B_VISION.flops([576])
+    assert three.encoder_flops == 3 * LLAVA_7B_VISION.flops([576])
     assert three.stages[-1].vision_tokens == 14

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from vllm_hidrop.cli.options import Prompt
 from vllm_hidrop.config import HidropConfig, Resolved, resolve, training_warning
 from vllm_hidrop.methods import Adaptive, ModelShape
-from vllm_hidrop.plan import costs, shapes
+from vllm_hidrop.plan import costs, shapes, vision
 from vllm_hidrop.plan.costs import RequestCosts
 from vllm_hidrop.plan.names import nearest
 from vllm_hidrop.plan.places import Span
 from vllm_hidrop.plan.plan import make_plan
-from vllm_hidrop.plan.shapes import TextShape, VisionShape, text_shape
+from vllm_hidrop.plan.shapes import TextShape, text_shape
+from vllm_hidrop.plan.vision import VisionShape
 
 if TYPE_CHECKING:
     from vllm_hidrop.models.family import Family
@@ -41,8 +42,8 @@ class Model:
 
 
 SHAPES = {
-    "7b": Model(shapes.LLAVA_7B, shapes.LLAVA_7B_VISION, ModelShape(32, 576)),
-    "13b": Model(shapes.LLAVA_13B, shapes.LLAVA_13B_VISION, ModelShape(40, 576)),
+    "7b": Model(shapes.LLAVA_7B, vision.LLAVA_7B_VISION, ModelShape(32, 576)),
+    "13b": Model(shapes.LLAVA_13B, vision.LLAVA_13B_VISION, ModelShape(40, 576)),
 }  # LLaVA-1.5, known without any file
 
 
@@ -81,8 +82,8 @@ def request_costs(
 ) -> RequestCosts:
     """Costs of a request, images first; ``decided``: vision tokens per stage of an adaptive method, else its bounds."""
     spans, offset = [], 0
-    for num_tokens in workload.images:
-        spans.append(Span(offset, num_tokens))
+    for item, num_tokens in enumerate(workload.images):
+        spans.append(Span(offset, num_tokens, item))
         offset += num_tokens
     adaptive = isinstance(resolved.method, Adaptive)
     plan = make_plan(resolved.schedule, offset + workload.text, spans, adaptive=adaptive)

@@ -91,7 +91,7 @@ def _paper_note(shape: TextShape, resolved: Resolved, paper: PaperFlops) -> str:
     scale, unit = (1e12, "TFLOPs") if paper.dense_flops >= 1e12 else (1e9, "GFLOPs")
     note = (
         f"By the papers' formula for vision alone: {paper.flops / scale:.2f} of {paper.dense_flops / scale:.2f} {unit} "
-        f"(multiply-adds, {paper.formula}; n vision tokens, d {shape.hidden_size}, m {shape.intermediate_size}"
+        f"(multiply-adds, {paper.formula}; n vision tokens, d {shape.hidden_size}, m {shape.active_size}"
     )
     if paper.quiet_layers:
         note += f"; 2 n^2 d not in the first {paper.quiet_layers} layers, as VisiPruner's appendix M"

@@ -15,7 +15,8 @@ from vllm_hidrop.methods import METHODS, Adaptive, Method, ModelShape
 from vllm_hidrop.plan.form import Form
 from vllm_hidrop.plan.planner import Alternative, Planner
 from vllm_hidrop.plan.schedule import Cached, Schedule
-from vllm_hidrop.plan.shapes import VisionShape, text_shape
+from vllm_hidrop.plan.shapes import text_shape
+from vllm_hidrop.plan.vision import VisionShape
 from vllm_hidrop.runners.tower_attention import KERNEL, has_tower_kernel
 
 logger = init_logger(__name__)

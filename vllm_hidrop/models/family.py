@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.methods.adaptive import EncoderReduction
 from vllm_hidrop.plan.form import Form
-from vllm_hidrop.plan.shapes import VisionShape
+from vllm_hidrop.plan.vision import VisionShape
 
 TYPICAL_SIDE = 1024
 """Pixels of a side of the square image that is typical where images of any size are taken."""
