@@ -14,6 +14,7 @@ H query heads, G key/value heads, D head size, C hidden size, L layers.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -117,7 +118,7 @@ class Oracle:
         self._check_window(len(token_ids) + max_tokens)
         prompt = self._prepare(token_ids, pixel_values)
         check_stages(stages, [len(rows) for rows in prompt.image_rows], len(self._layers))
-        selector = Selector(rule, seed, prompt.image_rows, self._last_row_attention)
+        selector = Selector(rule, seed, prompt.image_rows)
 
         prompt_pass = self._run(prompt, [], stages, selector, positions)
         generated: list[int] = []
@@ -181,7 +182,8 @@ class Oracle:
         for index, layer in enumerate(self._layers):
             if index in stage_at:
                 before = kept
-                kept = selector.kept_at(stage_at[index], before, [*result.entering, hidden], visible, ids)
+                attention = partial(self._last_row_attention, [*result.entering, hidden], visible, ids)
+                kept = selector.kept_at(stage_at[index], before, attention)
                 hidden = _inject(hidden, prompt, before, kept)
                 visible = show(visible, prompt, kept)
                 ids = _compacted_ids(ids, prompt, before, kept, visible) if positions == "compacted" else ids
@@ -198,9 +200,10 @@ class Oracle:
         return Rope(cos[0], sin[0])
 
     def _last_row_attention(
-        self, layer: int, hidden: torch.Tensor, visible: torch.Tensor, ids: torch.Tensor
+        self, entering: list[torch.Tensor], visible: torch.Tensor, ids: torch.Tensor, layer: int
     ) -> torch.Tensor:
-        """[T]: what the last row of ``hidden`` [T, C] pays to each visible row, mean over heads."""
+        """[T]: what the last row pays to each visible row in ``layer``, mean over heads; all ``entering`` [T, C]."""
+        hidden = entering[layer]
         heads = project_heads(self._layers[layer], hidden, self._rope(hidden, ids))
         mask = torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, -torch.inf)
         return attention_weights(heads.query[:, -1:], heads.key, mask[None]).mean(dim=0)[0]

@@ -314,16 +314,27 @@ def layer_weights(layer: int, heads: Heads, prompt: Prompt, kept: Kept, settings
     everything = torch.ones(num_rows, dtype=torch.bool, device=prompt.rows.device)
     mask = additive_mask(show(everything, prompt, kept))
     text = show(everything, prompt, [[] for _ in kept])
-    is_shallow = layer < settings.shallow_layers
-    if is_shallow and settings.drop_shallow_kv:
+    if layer < settings.shallow_layers and settings.drop_shallow_kv:
         mask[num_prompt:, ~text] = -torch.inf
-    if not (is_shallow and "shallow" in settings.stages):
-        return softmax_of(heads, mask)
     text[num_prompt:] = False  # generated rows are not edited
-    hidden = hidden_columns(layer, text, prompt.image_rows, settings.sink)
+    return edited_weights(layer, heads, mask, text, prompt.image_rows, settings)
+
+
+def edited_weights(
+    layer: int,
+    heads: Heads,
+    mask: torch.Tensor,
+    text: torch.Tensor,
+    image_rows: list[torch.Tensor],
+    settings: VisiPrunerSettings,
+) -> torch.Tensor:
+    """[H, T, T] under an additive mask [T, T]; ``text`` [T] (bool) marks the text rows of the prompt."""
+    if not (layer < settings.shallow_layers and "shallow" in settings.stages):
+        return softmax_of(heads, mask)
+    hidden = hidden_columns(layer, text, image_rows, settings.sink)
     if settings.form == "pre_softmax":
         return softmax_of(heads, mask.masked_fill(hidden, -torch.inf))
     weights = softmax_of(heads, mask)
     if layer == 0 and settings.sink == "first":
-        weights = merge_onto_first(weights, text, prompt.image_rows)
+        weights = merge_onto_first(weights, text, image_rows)
     return weights.masked_fill(hidden, 0.0)
