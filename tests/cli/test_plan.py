@@ -214,8 +214,9 @@ def test_plan_and_capacity_refuse_in_the_words_of_serve(tmp_path: Path, name: st
 CANNOT_CHOOSE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a tower without a class token": (
         {"vision_config": CONFIG["vision_config"] | {"model_type": "siglip_vision_model"}},
-        {"method": "mustdrop", "options": {"scale": True}},
-        "method 'mustdrop': it needs a vision tower whose class token ranks the patches",
+        {"method": "mustdrop", "options": {"scale": True, "key_rate": 0.1}},
+        "method 'mustdrop': it needs a vision tower whose class token ranks the patches, as CLIP's does; leave out "
+        "key_rate",
     ),
     "RoPE that depends on the length": (
         {"text_config": CONFIG["text_config"] | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}},
@@ -264,7 +265,7 @@ def test_a_model_of_the_hub_is_refused_in_the_same_words(tmp_path: Path) -> None
         threading.Thread(target=hub.serve_forever, daemon=True).start()
         line = plan_with_hub(f"http://127.0.0.1:{hub.server_address[1]}", "some/model", tmp_path)
         hub.shutdown()
-    assert "LlamaForCausalLM is not a family that can run staged; supported: LlavaForCond" in line
+    assert "LlamaForCausalLM is not a family that can run staged; supported: LLaVA-1.5, " in line
 
 
 def test_without_a_hub_a_name_is_refused_at_once_with_the_names_that_need_none(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Every family, every method: off is stock vLLM, pruned is the reference on Hugging Face modules, blocks are the plan."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -132,7 +132,8 @@ def test_pruned_is_the_reference_and_off_is_stock(tiny: Tiny, method: str) -> No
             check_all_kept(running, tiny)
 
 
-def tiny_name(x): return "K"
+def tiny_name(x):
+    return "K"
 
 
 def check_pruned(ours: Answer, theirs: Result, running: Engine) -> None:

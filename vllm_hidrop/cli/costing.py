@@ -68,12 +68,14 @@ def planned(
     known = SHAPES.get(model) or read_model(model)
     workload = Workload(tuple(prompt.images or [known.tokens_per_image]), prompt.text, block_size)
     resolved = resolve(config, known.shape, known.trained)
+    left_out = None
     if known.family is not None:
-        from vllm_hidrop.engine.model_checks import check_model
+        from vllm_hidrop.engine.model_checks import fitted_to_model
 
-        check_model(resolved, known.family, known.hf_config)
-    if warning := training_warning(resolved, known.trained):
-        print(f"hidrop: warning: {warning}", file=sys.stderr)
+        resolved, left_out = fitted_to_model(resolved, known.family, known.hf_config)
+    for warning in (training_warning(resolved, known.trained), left_out):
+        if warning is not None:
+            print(f"hidrop: warning: {warning}", file=sys.stderr)
     return known, resolved, workload, request_costs(known, resolved, workload)
 
 

@@ -31,13 +31,18 @@ class Llava(Family):
         """Of one tile."""
         return tower_shape(config, self.tokens(config))
 
+    def no_reduction(self, config: Any) -> str | None:
+        """The class token ranks patches."""
+        if config.vision_config.model_type == "clip_vision_model":
+            return None
+        return "it needs a vision tower whose class token ranks the patches, as CLIP's does"
+
     def check_reduction(self, config: Any, reduction: EncoderReduction) -> None:
-        """It needs a class token, and features that are one layer's patches."""
-        has_class_token = config.vision_config.model_type == "clip_vision_model"
+        """It needs features that are one layer's patches."""
         is_one_layer = isinstance(config.vision_feature_layer, int)
-        if has_class_token and not (is_one_layer and config.vision_feature_select_strategy == "default"):
+        if not (is_one_layer and config.vision_feature_select_strategy == "default"):
             raise ValueError("one feature layer is needed, its patches alone")
-        reduction.check(patches(config), has_class_token)
+        reduction.check(patches(config))
 
 
 def tower_shape(config: Any, tile_tokens: int, merge: int = 1) -> VisionShape:
