@@ -96,4 +96,4 @@ def ask(running: Engine, asked: Sequence[Question], **options: Any) -> tuple[lis
 def settings(family: TinyCheckpoint) -> dict[str, Any]:
     """Engine arguments."""
     limits = {"image": 2 if family.image else 0, "video": 1 if family.video else 0}
-    return {"dtype": family.dtype, "limit_mm_per_prompt": limits, "skip_mm_profiling": True} | dict(family.settings)
+    return {"dtype": family.dtype, "limit_mm_per_prompt": limits, "skip_mm_profiling": True}

@@ -25,8 +25,9 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLVideoProcessor,
 )
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
-from vllm_hidrop.verify.reference.decoder import Recorded
+from vllm_hidrop.verify.reference.decoder import Recorded, _attend, _no_mask
 from vllm_hidrop.verify.reference.mustdrop_settings import MustDropSettings
 from vllm_hidrop.verify.reference.pruning import Settings, StagedSettings
 from vllm_hidrop.verify.reference.shortened import Prepared, Reference, Result, Span
@@ -345,3 +346,23 @@ def test_a_changed_row_between_layers_is_refused(asked: Asked) -> None:
     with pytest.raises(ValueError, match="between layers 1 and 2"):
         asked.run(None)
     hook.remove()
+
+
+def test_attention_that_is_not_causal_is_refused() -> None:
+    _no_mask(q_length=4, mask_function=causal_mask_function)
+    _no_mask(q_length=4, mask_function=sliding_window_causal_mask_function(4))
+    for not_causal in (sliding_window_causal_mask_function(3), lambda *_: True):
+        with pytest.raises(ValueError, match="not causal"):
+            _no_mask(q_length=4, mask_function=not_causal)
+    heads = torch.zeros(1, 2, 4, 8)
+    for options in ({"sliding_window": 3}, {"softcap": 30.0}, {"s_aux": heads}):
+        with pytest.raises(ValueError, match=r"window of 3|has no"):
+            _attend(None, heads, heads, heads, None, **options)
+
+
+def test_a_scaling_of_its_own_is_that_of_the_softmax() -> None:
+    heads = torch.randn(3, 2, 5, 8)
+    query, key, value = heads[:, None]
+    output, _ = _attend(None, query, key, value, None, scaling=0.7)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.7)
+    torch.testing.assert_close(output, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)

@@ -1,12 +1,15 @@
 """The reference for any family against those of LLaVA-1.5, which hide columns where this one drops rows."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
+from vllm_hidrop.verify.reference.attention import load_model
 from vllm_hidrop.verify.reference.masked import Oracle
 from vllm_hidrop.verify.reference.mustdrop import MustDropOracle
 from vllm_hidrop.verify.reference.mustdrop_settings import MustDropSettings
@@ -120,6 +123,18 @@ def test_a_text_prompt_equals_the_dense_model(model: Any) -> None:
     result = reference.run(reference.prepared(TEXT_ONLY, {}), [], FILTERS, 1)
     with torch.no_grad():
         assert_close(result.logits[0], model(input_ids=torch.tensor([TEXT_ONLY])).logits[0, -1])
+
+
+def test_a_checkpoint_without_a_weight_is_refused(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = next(name for name in weights if name.endswith("layers.2.mlp.up_proj.weight"))
+    del weights[lost]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="does not hold"):
+        load_model(tmp_path, torch.float32)
+    with pytest.raises(ValueError, match="bfloat16"):
+        load_model(model, torch.bfloat16)
 
 
 @pytest.mark.parametrize("spans", [[(3, 3)], [(5, 9), (2, 4)], [(2, 6), (5, 8)], [(-1, 3)], [(4, 10)]])

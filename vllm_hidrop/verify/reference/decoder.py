@@ -7,7 +7,8 @@ Axes: T rows of the recorded prompt (fillers behind it included), N rows of a pa
 D head size, C hidden size.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
@@ -15,11 +16,15 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
 
-from vllm_hidrop.verify.reference.llama import Heads, additive_mask, attention_weights
+from vllm_hidrop.verify.reference.attention import Heads, additive_mask, attention_weights
 
 ATTENTION = "hidrop_reference"
 _PER_ROW = {"position_embeddings": -2, "position_ids": -1}  # what layers are given for each row, and its axis
+
+Given = Mapping[str, Any]
+"""What a layer is given for each of its rows: position ids, rotary embeddings."""
 
 Weigh = Callable[[Heads], torch.Tensor]
 """The weights [H, N, N] of a layer's attention from its rotated heads."""
@@ -60,8 +65,16 @@ def repeated(heads: Heads) -> torch.Tensor:
     return heads.value.repeat_interleave(heads.query.shape[0] // heads.value.shape[0], dim=0)
 
 
+def _no_mask(*, q_length: int, mask_function: Any = causal_mask_function, **_: Any) -> None:
+    """Raise ValueError unless ``mask_function`` is causal for ``q_length`` rows; ours needs no mask for that."""
+    rows = torch.arange(q_length)
+    allowed = torch.as_tensor(mask_function(0, 0, rows[:, None], rows[None]))
+    if not torch.equal(allowed, rows[:, None] >= rows[None]):
+        raise ValueError(f"attention that is not causal over all of {q_length} rows")
+
+
 AttentionInterface.register(ATTENTION, _attend)
-AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
+AttentionMaskInterface.register(ATTENTION, _no_mask)
 
 
 @dataclass
@@ -73,9 +86,13 @@ class Recorded:
     """
 
     rows: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    given: list[dict[str, Any]] = field(default_factory=list)
+    given: list[Given] = field(default_factory=list)
     levels: list[torch.Tensor] = field(default_factory=list)
     last: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def given_to(self, layer: int, rows: torch.Tensor) -> Given:
+        """What ``layer`` gets for the ``rows`` [N]."""
+        return {name: _gathered(value, rows, _PER_ROW[name]) for name, value in self.given[layer].items()}
 
     def injected(self, layer: int) -> torch.Tensor:
         """[T, C]: rows that enter at ``layer`` as if the layers before it were identities."""
@@ -83,13 +100,13 @@ class Recorded:
 
 
 class Decoder:
-    """The layers of ``model``'s language model, with an attention of ours."""
+    """The layers of ``model``'s language model, with an attention of ours while they run here."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self._text = model.get_decoder()
-        self._text.config._attn_implementation = ATTENTION
-        self.layers: list[Any] = list(self._text.layers)
+        self._layers: list[Any] = list(self._text.layers)
+        self.num_layers = len(self._layers)
 
     def embedded(self, tokens: list[int]) -> torch.Tensor:
         """[N, C] of text tokens."""
@@ -101,11 +118,26 @@ class Decoder:
         logits: torch.Tensor = self._model.get_output_embeddings()(self._text.norm(hidden))
         return logits.float()
 
-    def run(self, index: int, hidden: torch.Tensor, rows: torch.Tensor, recorded: Recorded, weigh: Weigh) -> Any:
-        """[N, C]: layer ``index`` on ``hidden`` [N, C], which are the ``rows`` [N] of the recorded prompt."""
-        given = {name: _gathered(value, rows, _PER_ROW[name]) for name, value in recorded.given[index].items()}
-        output = self.layers[index](hidden[None], attention_mask=None, weigh=weigh, **given)
-        return (output[0] if isinstance(output, tuple) else output)[0]
+    def numbered(self, hidden: torch.Tensor, ids: torch.Tensor) -> Given:
+        """What any layer gets for ``hidden`` [N, C] at the ``ids`` [N], of a model with one id for a row."""
+        return {"position_embeddings": self._text.rotary_emb(hidden[None], position_ids=ids[None])}
+
+    def run(self, index: int, hidden: torch.Tensor, given: Given, weigh: Weigh) -> torch.Tensor:
+        """[N, C]: layer ``index`` on ``hidden`` [N, C]."""
+        with self._our_attention():
+            output = self._layers[index](hidden[None], attention_mask=None, weigh=weigh, **given)
+        rows: torch.Tensor = (output[0] if isinstance(output, tuple) else output)[0]
+        return rows
+
+    @contextmanager
+    def _our_attention(self) -> Iterator[None]:
+        config = self._text.config
+        before = config._attn_implementation
+        config._attn_implementation = ATTENTION
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
 
     def record(self, token_ids: list[int], inputs: Mapping[str, Any]) -> Recorded:
         """One dense pass of Hugging Face over ``token_ids`` [T] and the pixel ``inputs``.
@@ -118,15 +150,16 @@ class Decoder:
             self._text.register_forward_pre_hook(partial(_record_levels, recorded), with_kwargs=True),
             *(
                 layer.register_forward_pre_hook(partial(_record_layer, recorded), with_kwargs=True)
-                for layer in self.layers
+                for layer in self._layers
             ),
-            *(layer.register_forward_hook(partial(_record_output, recorded)) for layer in self.layers),
+            *(layer.register_forward_hook(partial(_record_output, recorded)) for layer in self._layers),
         ]
         accepted = signature(type(self._model).forward).parameters
         extra = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         try:
             ids = torch.tensor([token_ids], device=self._model.device)
-            output = self._model(input_ids=ids, use_cache=False, **inputs, **extra)
+            with self._our_attention():
+                output = self._model(input_ids=ids, use_cache=False, **inputs, **extra)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -134,11 +167,12 @@ class Decoder:
         return recorded
 
     def _check(self, recorded: Recorded, token_ids: list[int], logits: torch.Tensor) -> None:
-        if len(recorded.given) != len(self.layers):
-            raise ValueError(f"{len(recorded.given)} of {len(self.layers)} layers ran")
+        if len(recorded.given) != self.num_layers:
+            raise ValueError(f"{len(recorded.given)} of {self.num_layers} layers ran")
         if not torch.equal(recorded.rows[-1], self.embedded(token_ids[-1:])[0]):
             raise ValueError("the model changes its embeddings before the first layer")
-        torch.testing.assert_close(self.logits(recorded.last[-1]), logits.float(), rtol=1e-3, atol=1e-3)
+        if not torch.allclose(self.logits(recorded.last[-1]), logits.float(), rtol=1e-3, atol=1e-3):
+            raise ValueError("the model changes its logits behind norm and head")
 
 
 def _gathered(value: Any, rows: torch.Tensor, axis: int) -> Any:

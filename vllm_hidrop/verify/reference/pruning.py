@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_hidrop.verify.reference.attention import Heads, Kept, attention_weights
 from vllm_hidrop.verify.reference.decoder import repeated
-from vllm_hidrop.verify.reference.llama import Heads, Kept, attention_weights
 from vllm_hidrop.verify.reference.mustdrop import dual_filter
 from vllm_hidrop.verify.reference.mustdrop_settings import MustDropSettings
 from vllm_hidrop.verify.reference.mustdrop_settings import check_settings as check_mustdrop

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
+from vllm_hidrop.verify.reference.attention import Heads, Kept, load_model
 from vllm_hidrop.verify.reference.decoder import Decoder, Recorded
-from vllm_hidrop.verify.reference.llama import Heads, Kept
 from vllm_hidrop.verify.reference.pruning import Pruning, Settings, View, pruning_of
 
 _OF_ROWS = {"input_ids", "attention_mask", "position_ids"}  # what a processor makes of its own token ids
@@ -58,17 +58,16 @@ class Result:
 class Reference:
     """Greedy generation of one request with vision tokens dropped.
 
-    ``model`` is a checkpoint's directory, or a model, which is put into eval mode with an attention of ours. Layers may
-    have any form, features may be added behind them (deepstack); embeddings must not be scaled, attention must be
-    causal, windows no shorter than the prompt: the others raise ValueError.
+    ``model`` is a checkpoint's directory, or a model of ``dtype``, which is put into eval mode. Its layers may have any
+    form, attend or not (hybrid models), and have features added behind them (deepstack). Scaled embeddings, attention
+    that is not causal, and windows shorter than the prompt raise ValueError.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype = torch.float32) -> None:
-        self._directory = model if isinstance(model, str | Path) else None
-        self._model: Any = load(model, dtype) if self._directory else model.eval()
+        self._model: Any = load_model(model, dtype)
         self._decoder = Decoder(self._model)
         self._accepted = set(signature(type(self._model).forward).parameters)
-        self._processor: Any = AutoProcessor.from_pretrained(self._directory) if self._directory else None
+        self._processor: Any = AutoProcessor.from_pretrained(model) if isinstance(model, str | Path) else None
 
     def prompt(
         self, token_ids: Sequence[int], images: Sequence[Any] = (), videos: Sequence[Any] = (), **inputs: Any
@@ -104,7 +103,7 @@ class Reference:
         check_spans(spans, len(prepared.token_ids))
         device = self._model.device
         rows = [torch.arange(first, end, device=device) for first, end in spans]
-        pruning = pruning_of(settings, rows, len(self._decoder.layers))
+        pruning = pruning_of(settings, rows, self._decoder.num_layers)
         recorded = self._record(prepared, num_tokens)
         generated: list[int] = []
         logits: list[torch.Tensor] = []
@@ -143,7 +142,7 @@ class _Pass:
     def logits(self) -> torch.Tensor:
         """[vocabulary] of the last row."""
         kept: Kept = [list(range(len(span))) for span in self._pruning.spans]
-        for index in range(len(self._decoder.layers)):
+        for index in range(self._decoder.num_layers):
             before = kept
             view = self._view(before, before)
             kept = self._pruning.kept_in(index, partial(self._attention, index, view))
@@ -189,8 +188,8 @@ class _Pass:
             return weights
 
         self._last_row = torch.empty(0)
-        output: torch.Tensor = self._decoder.run(index, self._stream[view.rows], view.rows, self._recorded, weigh)
-        return output
+        given = self._recorded.given_to(index, view.rows)
+        return self._decoder.run(index, self._stream[view.rows], given, weigh)
 
     def _attention(self, index: int, view: View, layer: int) -> torch.Tensor:
         """What the last row pays to the P rows in ``layer``, which is ``index`` or the one before it."""
@@ -204,15 +203,6 @@ class _Pass:
         scores = torch.full((self._num_prompt,), torch.nan, device=weights.device)
         scores[view.rows] = weights[:, -1].mean(dim=0)
         return scores
-
-
-def load(directory: str | Path, dtype: torch.dtype) -> Any:
-    """The model of a checkpoint, in evaluation mode. Raises ValueError: a weight is missing or of another shape."""
-    model, found = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype, output_loading_info=True)
-    wrong = [*found["missing_keys"], *found["mismatched_keys"]]
-    if wrong:
-        raise ValueError(f"weights that the checkpoint does not hold: {wrong[:5]}")
-    return model.eval()
 
 
 def check_spans(spans: Sequence[Span], num_rows: int) -> None:

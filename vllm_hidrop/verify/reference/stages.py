@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from vllm_hidrop.verify.reference.llama import Kept, random_scores, top_indices, uniform_indices
+from vllm_hidrop.verify.reference.attention import Kept, random_scores, top_indices, uniform_indices
 
 Rule = Literal["attention_next", "attention_previous", "random", "uniform"]
 
