@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from tests.cli.command_line import run, the_line
 from vllm_hidrop.cli.app import app
 from vllm_hidrop.cli.costing import SHAPES, Workload, request_costs
+from vllm_hidrop.cli.media import image
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.methods import METHODS, ModelShape
 from vllm_hidrop.models.llava import Llava
@@ -344,7 +345,10 @@ def test_decided_counts_of_several_images_cost_every_images_tower() -> None:
     stages = len(resolved.schedule.stages)
     one, three = (
         request_costs(
-            SHAPES["7b"], resolved, Workload((576,) * images, 64, 32), [images * 576] * (stages - 1) + [images * 5 - 1]
+            SHAPES["7b"],
+            resolved,
+            Workload((image(576),) * images, 64, 32),
+            [images * 576] * (stages - 1) + [images * 5 - 1],
         )
         for images in (1, 3)
     )

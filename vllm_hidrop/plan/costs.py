@@ -37,7 +37,8 @@ class StageCosts:
     """One request in one stage; ``dense_`` fields are the dense model's in the same layers.
 
     Attributes:
-        vision_tokens: kept, all images together.
+        kept: vision tokens of every image or frame.
+        vision_tokens: all of them together.
         rows: text and kept vision tokens that every layer of the stage runs.
         layer_blocks: blocks that hold one layer's K and V each, summed over the stage's layers.
         kv_blocks: vLLM's blocks after prefill; each holds ``block_size`` tokens of ``group_size`` layers.
@@ -50,6 +51,7 @@ class StageCosts:
 
     first_layer: int
     end_layer: int
+    kept: tuple[int, ...]
     vision_tokens: int
     dense_vision_tokens: int
     rows: int
@@ -245,6 +247,7 @@ def _stage_costs(
     return StageCosts(
         first_layer=schedule.stages[stage].first_layer,
         end_layer=schedule.end_layers[stage],
+        kept=plan.kept[stage],
         vision_tokens=sum(plan.kept[stage]),
         dense_vision_tokens=plan.num_vision_tokens,
         rows=rows,
