@@ -62,6 +62,14 @@ def methods(
 
 
 @app.command()
+def families(as_json: AsJson = False) -> None:
+    """List the model families, and what was run of each."""
+    from vllm_hidrop.cli import families as command
+
+    command.run(as_json)
+
+
+@app.command()
 @grouped
 def plan(
     choice: Choice,

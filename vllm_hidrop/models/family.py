@@ -21,9 +21,14 @@ class Family:
         title: the name that people use.
         layers: ``model_type`` of the text models that it can run with -> the form of their decoder layers.
         towers: ``model_type`` of the vision towers that it can run with.
+        has_images: images are taken.
         is_dynamic: images have various numbers of tokens.
         has_video: videos are taken, and have a span per frame.
         has_tower_kernel: the tower runs batches of equal images, which vLLM's CPU kernel can take.
+        reuses_images: a later prompt can reuse an image's rows, as the schedule allows.
+        reducible_towers: those of ``towers`` in which a method's reduction can run.
+        ran: pairs of text model and tower that tests run with random weights, on a CPU.
+        ran_trained: those that were run with trained weights.
         path: ``module:class`` of the staged model, imported when the engine loads it.
     """
 
@@ -31,9 +36,14 @@ class Family:
     title: ClassVar[str]
     layers: ClassVar[Mapping[str, Form]]
     towers: ClassVar[tuple[str, ...]]
+    has_images: ClassVar[bool] = True
     is_dynamic: ClassVar[bool] = True
     has_video: ClassVar[bool] = False
     has_tower_kernel: ClassVar[bool] = False
+    reuses_images: ClassVar[bool] = True
+    reducible_towers: ClassVar[tuple[str, ...]] = ()
+    ran: ClassVar[tuple[tuple[str, str], ...]] = ()
+    ran_trained: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     @property
     def staged(self) -> str:

@@ -14,6 +14,7 @@ class Glm4v(Family):
     title = "GLM-4.1V"
     layers = {"glm4v_text": Form.BLACK_BOX}  # noqa: RUF012
     towers = ("glm4v", "glm4v_vision")
+    ran = (("glm4v_text", "glm4v_vision"),)
     has_video = True
 
     def tokens(self, config: Any) -> int:
@@ -45,3 +46,4 @@ class Glm4vMoe(Glm4v):
     title = "GLM-4.5V"
     layers = {"glm4v_moe_text": Form.STANDARD}  # noqa: RUF012
     towers = ("glm4v_moe", "glm4v_moe_vision")
+    ran = (("glm4v_moe_text", "glm4v_moe_vision"),)

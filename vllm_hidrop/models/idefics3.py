@@ -18,6 +18,7 @@ class Idefics3(Family):
     title = "Idefics3"
     layers = {"llama": Form.STANDARD}  # noqa: RUF012
     towers = ("idefics3", "idefics3_vision")
+    ran = (("llama", "idefics3_vision"),)
 
     def tokens(self, config: Any) -> int:
         """A typical number of tiles."""
@@ -49,3 +50,4 @@ class SmolVLM(Idefics3):
     stock = "SmolVLMForConditionalGeneration"
     title = "SmolVLM"
     towers = ("smolvlm", "smolvlm_vision")
+    ran = (("llama", "smolvlm_vision"),)

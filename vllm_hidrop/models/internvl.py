@@ -18,6 +18,7 @@ class InternVL(Family):
     title = "InternVL3 (Hugging Face form)"
     layers = dict.fromkeys(("qwen2", "qwen3", "llama"), Form.STANDARD)
     towers = ("internvl_vision",)
+    ran = (("qwen3", "internvl_vision"),)
     has_video = True
 
     def tokens(self, config: Any) -> int:

@@ -20,6 +20,14 @@ class Llava(Family):
     towers = TOWERS
     is_dynamic = False
     has_tower_kernel = True
+    reducible_towers = ("clip_vision_model",)
+    ran = (
+        ("llama", "clip_vision_model"),
+        ("mistral", "clip_vision_model"),
+        ("qwen2", "clip_vision_model"),
+        ("qwen2", "siglip_vision_model"),
+    )
+    ran_trained = (("llama", "clip_vision_model"),)
     path = "vllm_hidrop.models.llava_model:HidropLlavaForConditionalGeneration"
 
     def tokens(self, config: Any) -> int:
@@ -33,7 +41,7 @@ class Llava(Family):
 
     def no_reduction(self, config: Any) -> str | None:
         """The class token ranks patches."""
-        if config.vision_config.model_type == "clip_vision_model":
+        if config.vision_config.model_type in self.reducible_towers:
             return None
         return "it needs a vision tower whose class token ranks the patches, as CLIP's does"
 

@@ -14,6 +14,7 @@ class LlavaNext(Family):
     title = "LLaVA-NeXT"
     layers = LAYERS
     towers = TOWERS
+    ran = (("llama", "clip_vision_model"),)
     has_tower_kernel = True
 
     def tokens(self, config: Any) -> int:
@@ -32,6 +33,8 @@ class LlavaNextVideo(Family):
     title = "LLaVA-NeXT-Video"
     layers = LAYERS
     towers = TOWERS
+    ran = (("llama", "clip_vision_model"),)
+    has_images = False
     has_video = True
     has_tower_kernel = True
 

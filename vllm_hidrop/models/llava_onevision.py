@@ -15,6 +15,7 @@ class LlavaOnevision(Family):
     title = "LLaVA-OneVision"
     layers = LAYERS
     towers = TOWERS
+    ran = (("qwen2", "siglip_vision_model"),)
     has_video = True
     has_tower_kernel = True
 

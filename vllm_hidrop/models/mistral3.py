@@ -15,6 +15,7 @@ class Mistral3(Family):
     title = "Mistral-Small 3"
     layers = dict.fromkeys(("mistral", "ministral3"), Form.STANDARD)
     towers = ("pixtral",)
+    ran = (("mistral", "pixtral"),)
 
     def tokens(self, config: Any) -> int:
         """A square image, without breaks."""

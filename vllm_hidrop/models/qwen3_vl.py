@@ -17,6 +17,7 @@ class Qwen3VL(Family):
     title = "Qwen3-VL"
     layers = {"qwen3_vl_text": Form.STANDARD}  # noqa: RUF012
     towers = ("qwen3_vl", "qwen3_vl_vision")
+    ran = (("qwen3_vl_text", "qwen3_vl_vision"),)
     has_video = True
 
     def tokens(self, config: Any) -> int:
@@ -50,3 +51,4 @@ class Qwen3VLMoe(Qwen3VL):
     title = "Qwen3-VL-MoE"
     layers = {"qwen3_vl_moe_text": Form.STANDARD}  # noqa: RUF012
     towers = ("qwen3_vl_moe", "qwen3_vl_moe_vision")
+    ran = (("qwen3_vl_moe_text", "qwen3_vl_moe_vision"),)

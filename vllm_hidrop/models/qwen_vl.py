@@ -15,6 +15,7 @@ class Qwen2VL(Family):
     title = "Qwen2-VL"
     layers = {"qwen2_vl_text": Form.STANDARD}  # noqa: RUF012
     towers = ("qwen2_vl", "qwen2_vl_vision")
+    ran = (("qwen2_vl_text", "qwen2_vl_vision"),)
     has_video = True
 
     def tokens(self, config: Any) -> int:
@@ -36,6 +37,7 @@ class Qwen25VL(Qwen2VL):
     title = "Qwen2.5-VL"
     layers = {"qwen2_5_vl_text": Form.STANDARD}  # noqa: RUF012
     towers = ("qwen2_5_vl", "qwen2_5_vl_vision")
+    ran = (("qwen2_5_vl_text", "qwen2_5_vl_vision"),)
 
     def vision_shape(self, config: Any) -> VisionShape | None:
         """A gated MLP; window attention in all but a few layers."""
