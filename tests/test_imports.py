@@ -61,6 +61,7 @@ RULES = {
     "vllm_hidrop.outputs": Rule(),
     "vllm_hidrop.terminal": Rule(),
     "vllm_hidrop.cli": Rule(("vllm_hidrop.bench", "vllm_hidrop.lab.evaluate", *EDGES, *CONFIG), lazily=EVERYTHING),
+    "vllm_hidrop.cli.families": Rule(("vllm_hidrop.models.families", "vllm_hidrop.models.family", *EDGES, *CONFIG)),
     "vllm_hidrop.cli.verify": Rule(
         ("vllm_hidrop.cli", "vllm_hidrop.verify", *EDGES), lazily=("torch", "vllm_hidrop.lab.train.packed_attention")
     ),

@@ -10,8 +10,8 @@ import typer
 
 from vllm_hidrop.cli.bench_app import bench_app
 from vllm_hidrop.cli.errors import OneLineErrors
+from vllm_hidrop.cli.media import MOST_TOKENS
 from vllm_hidrop.cli.options import (
-    MOST_TOKENS,
     AsJson,
     Choice,
     JsonFile,
@@ -59,6 +59,14 @@ def methods(
     from vllm_hidrop.cli import methods as command
 
     command.run(name, as_json)
+
+
+@app.command()
+def families(as_json: AsJson = False) -> None:
+    """List the model families, and what was run of each."""
+    from vllm_hidrop.cli import families as command
+
+    command.run(as_json)
 
 
 @app.command()

@@ -8,7 +8,7 @@ from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.methods.adaptive import EncoderReduction
 from vllm_hidrop.plan.form import Form
 from vllm_hidrop.plan.grid import Grid, Tile
-from vllm_hidrop.plan.shapes import VisionShape
+from vllm_hidrop.plan.vision import VisionShape
 
 TYPICAL_SIDE = 1024
 """Pixels of a side of the square image that is typical where images of any size are taken."""
@@ -22,9 +22,14 @@ class Family:
         title: the name that people use.
         layers: ``model_type`` of the text models that it can run with -> the form of their decoder layers.
         towers: ``model_type`` of the vision towers that it can run with.
+        has_images: images are taken.
         is_dynamic: images have various numbers of tokens.
         has_video: videos are taken, and have a span per frame.
         has_tower_kernel: the tower runs batches of equal images, which vLLM's CPU kernel can take.
+        reuses_images: a later prompt can reuse an image's rows, as the schedule allows.
+        reducible_towers: those of ``towers`` in which a method's reduction can run.
+        ran: pairs of text model and tower that tests run with random weights, on a CPU.
+        ran_trained: those that were run with trained weights.
         path: ``module:class`` of the staged model, imported when the engine loads it.
     """
 
@@ -32,9 +37,14 @@ class Family:
     title: ClassVar[str]
     layers: ClassVar[Mapping[str, Form]]
     towers: ClassVar[tuple[str, ...]]
+    has_images: ClassVar[bool] = True
     is_dynamic: ClassVar[bool] = True
     has_video: ClassVar[bool] = False
     has_tower_kernel: ClassVar[bool] = False
+    reuses_images: ClassVar[bool] = True
+    reducible_towers: ClassVar[tuple[str, ...]] = ()
+    ran: ClassVar[tuple[tuple[str, str], ...]] = ()
+    ran_trained: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     @property
     def staged(self) -> str:
@@ -86,11 +96,12 @@ class Family:
             if found not in known:
                 raise ValueError(f"{self.stock} with {part} {found!r} cannot run staged; supported: {', '.join(known)}")
 
+    def no_reduction(self, config: Any) -> str | None:
+        """Why no reduction of a method can run in the vision tower; None where some can."""
+        return f"no reduction is written for the vision tower of {self.title}"
+
     def check_reduction(self, config: Any, reduction: EncoderReduction) -> None:
-        """Raise ValueError, which names the obstacle, where a method's reduction cannot run in the vision tower."""
-        raise ValueError(
-            f"no reduction is written for the vision tower of {self.title}: set merge_threshold null and key_rate 0"
-        )
+        """Raise ValueError, which names the obstacle, where a tower that can run others cannot run this reduction."""
 
     # Of a request's image or video, vLLM's ``MultiModalFeatureSpec``.
 

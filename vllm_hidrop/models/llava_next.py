@@ -3,8 +3,9 @@
 from typing import Any
 
 from vllm_hidrop.models.family import Family, field
-from vllm_hidrop.models.llava import LAYERS, TOWERS, crops, patches
+from vllm_hidrop.models.llava import LAYERS, TOWERS, crops, patches, tower_shape
 from vllm_hidrop.plan.grid import Grid, Tile, square
+from vllm_hidrop.plan.vision import VisionShape
 
 SHRINKS_ABOVE = 1.1
 """Of the factor by which tiles beyond a budget are shrunk, where there is one."""
@@ -17,6 +18,7 @@ class LlavaNext(Family):
     title = "LLaVA-NeXT"
     layers = LAYERS
     towers = TOWERS
+    ran = (("llama", "clip_vision_model"),)
     has_tower_kernel = True
 
     def tokens(self, config: Any) -> int:
@@ -27,6 +29,10 @@ class LlavaNext(Family):
         """The whole image, then the rows of its tiles without the padding, a newline behind each."""
         return whole_and_tiles(feature, config, None)
 
+    def vision_shape(self, config: Any) -> VisionShape | None:
+        """Of a tile, which has a newline per row at most."""
+        return tower_shape(config, patches(config) + int(patches(config) ** 0.5))
+
 
 class LlavaNextVideo(Family):
     """Frames of one pooled tile each; no images."""
@@ -35,6 +41,8 @@ class LlavaNextVideo(Family):
     title = "LLaVA-NeXT-Video"
     layers = LAYERS
     towers = TOWERS
+    ran = (("llama", "clip_vision_model"),)
+    has_images = False
     has_video = True
     has_tower_kernel = True
 
@@ -45,6 +53,10 @@ class LlavaNextVideo(Family):
     def frame_tokens(self, config: Any) -> int:
         """All the same."""
         return self.tokens(config)
+
+    def vision_shape(self, config: Any) -> VisionShape | None:
+        """Of a frame, which is pooled before it is projected."""
+        return tower_shape(config, self.tokens(config), config.spatial_pool_stride)
 
     def grid(self, feature: Any, config: Any) -> Grid:
         """Of a frame."""
