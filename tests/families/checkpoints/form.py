@@ -1,0 +1,156 @@
+"""What the tiny checkpoints share: the facts a test asks for, text models' shape, tokenizer, wide random weights."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+VOCABULARY = 128
+FIRST_SPECIAL = 96
+"""Token ids 4 to 95 are text in every checkpoint; a family's special tokens follow."""
+
+NUM_LAYERS = 8
+HIDDEN_SIZE = 128
+NUM_HEADS = 4
+NUM_KV_HEADS = 2
+HEAD_SIZE = 32
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """The shape of a test video: ``num_frames`` frames of ``size``, ``fps`` of them a second."""
+
+    num_frames: int
+    size: Size
+    fps: float = 2.0
+
+    def frames(self, seed: int) -> np.ndarray:
+        """Noise, [frames, height, width, 3] of bytes."""
+        width, height = self.size
+        return np.random.default_rng(seed).integers(0, 256, (self.num_frames, height, width, 3), dtype=np.uint8)
+
+    def metadata(self) -> dict[str, Any]:
+        """What vLLM and Hugging Face know of a video whose every frame is used."""
+        return {
+            "fps": self.fps,
+            "total_num_frames": self.num_frames,
+            "duration": self.num_frames / self.fps,
+            "frames_indices": list(range(self.num_frames)),
+            "video_backend": "opencv",
+            "do_sample_frames": False,
+        }
+
+
+@dataclass(frozen=True)
+class TinyCheckpoint:
+    """How to make a family's checkpoint and how to ask its model.
+
+    ``make`` writes it into an empty folder. ``image`` and ``video`` are the token ids that stand for one of them in a
+    prompt given to vLLM with ``multi_modal_data``; empty where the family takes none. ``image_sizes`` differ in their
+    numbers of vision tokens. ``tolerance`` bounds the difference of logits between stock vLLM and Hugging Face.
+    ``settings`` are engine arguments that this family needs.
+    """
+
+    make: Callable[[Path], None]
+    image: tuple[int, ...]
+    image_sizes: tuple[Size, ...]
+    video: tuple[int, ...] = ()
+    video_shape: Video | None = None
+    dtype: str = "float32"
+    tolerance: float = 2e-4
+    num_layers: int = NUM_LAYERS
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def prompt(self, layout: str, seed: int = 0) -> list[int]:
+        """Token ids; in ``layout`` an ``i`` is an image, a ``v`` a video, a digit that many random text tokens."""
+        rng = np.random.default_rng(seed)
+        tokens = [1]
+        for part in layout:
+            placeholder = {"i": self.image, "v": self.video}.get(part)
+            tokens += rng.integers(4, FIRST_SPECIAL, int(part)).tolist() if placeholder is None else placeholder
+        return tokens
+
+
+def special_ids(special: Sequence[str]) -> dict[str, int]:
+    """The ids of a family's special tokens."""
+    return {token: FIRST_SPECIAL + i for i, token in enumerate(special)}
+
+
+def placeholder(special: Sequence[str], text: str) -> tuple[int, ...]:
+    """The ids of special tokens written with spaces between."""
+    ids = special_ids(special)
+    return tuple(ids[token] for token in text.split())
+
+
+def word_tokenizer(special: Sequence[str], **names: str) -> PreTrainedTokenizerFast:
+    """Words ``t4`` to ``t95`` and a family's special tokens; ``names`` are the attributes its processor reads."""
+    usual = ("<pad>", "<s>", "</s>", "<unk>")
+    words = {word: i for i, word in enumerate(usual)} | {f"t{i}": i for i in range(len(usual), FIRST_SPECIAL)}
+    tokenizer = Tokenizer(models.WordLevel(words | special_ids(special), unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(special))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens=names,
+    )
+
+
+def chat_template(image: str, video: str = "") -> str:
+    """Placeholders and texts in the order of the message's parts, then one more word."""
+    return (
+        "{% for message in messages %}{% if message.content is string %} {{ message.content }}{% else %}"
+        "{% for part in message.content %}"
+        "{% if part.type == 'image' %} " + image + "{% elif part.type == 'video' %} " + video + ""
+        "{% else %} {{ part.text }}{% endif %}{% endfor %}{% endif %}{% endfor %} t9"
+    )
+
+
+def text_shape(**others: Any) -> dict[str, Any]:
+    """Arguments of every text model's configuration; ``others`` are added or replace them."""
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN_SIZE,
+        "intermediate_size": 160,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": NUM_HEADS,
+        "num_key_value_heads": NUM_KV_HEADS,
+        "max_position_embeddings": 2048,
+        "eos_token_id": 2,
+        "bos_token_id": 1,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    } | others
+
+
+def save(directory: Path, model_class: Any, config: Any, processor: Any, dtype: str = "float32") -> None:
+    """Write a model with wide random weights (std 0.15), as ``verify/tiny_models.py`` has them, and its processor."""
+    config.dtype = getattr(torch, dtype)
+    model = model_class(config).to(config.dtype)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            wide = torch.empty(parameter.shape).normal_(mean, 0.15, generator=generator)
+            parameter.copy_(wide)
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+
+
+def rewrite_weights(directory: Path, change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]]) -> None:
+    """Give the saved weights the names and shapes of the hub, which vLLM reads."""
+    file = directory / "model.safetensors"
+    changed = dict(change(name, value) for name, value in load_file(file).items())
+    save_file({name: value.contiguous() for name, value in changed.items()}, file, {"format": "pt"})

@@ -1,0 +1,159 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: M-RoPE, patches of 8 pixels merged two by two, so a token is 16 x 16 pixels."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+from tests.families.checkpoints import form
+
+SPECIAL = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+IMAGE = "<|vision_start|> <|image_pad|> <|vision_end|>"
+VIDEO = "<|vision_start|> <|video_pad|> <|vision_end|>"
+SIZES = ((96, 64), (80, 112))
+"""24 and 35 tokens."""
+
+
+def facts(make: Any, **others: Any) -> form.TinyCheckpoint:
+    """Those of a Qwen-VL checkpoint; the video has three pairs of frames of 20 tokens."""
+    return form.TinyCheckpoint(
+        make,
+        image=form.placeholder(SPECIAL, IMAGE),
+        image_sizes=SIZES,
+        video=form.placeholder(SPECIAL, VIDEO),
+        video_shape=form.Video(6, (80, 64)),
+        **others,
+    )
+
+
+def token_ids() -> dict[str, int]:
+    """The special tokens' names in a configuration."""
+    ids = form.special_ids(SPECIAL)
+    return {
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+    }
+
+
+def processor(processor_class: Any, video_class: Any) -> Any:
+    """A processor that leaves the test's images and videos at their sizes.
+
+    vLLM normalizes both in the tower with the images' mean and deviation, so they must be those of the videos.
+    """
+    tokenizer = form.word_tokenizer(
+        SPECIAL,
+        image_token="<|image_pad|>",
+        video_token="<|video_pad|>",
+        vision_start_token="<|vision_start|>",
+        vision_bos_token="<|vision_start|>",
+        vision_end_token="<|vision_end|>",
+        vision_eos_token="<|vision_end|>",
+    )
+    pixels = {"patch_size": 8, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    images = Qwen2VLImageProcessor(size={"shortest_edge": 256, "longest_edge": 128 * 128}, **pixels)
+    videos = video_class(size={"shortest_edge": 256, "longest_edge": 8 * 80 * 80}, **pixels)
+    return processor_class(images, tokenizer, videos, chat_template=form.chat_template(IMAGE, VIDEO))
+
+
+def rope(section: list[int], **others: Any) -> dict[str, Any]:
+    """M-RoPE with this many frequencies for time, height and width."""
+    return {"rope_type": "default", "rope_theta": 1e4, "mrope_section": section} | others
+
+
+def qwen2_vl(directory: Path) -> None:
+    """Its tower attends to the whole image."""
+    vision = {
+        "depth": 2,
+        "embed_dim": 64,
+        "num_heads": 2,
+        "mlp_ratio": 2,
+        "hidden_size": form.HIDDEN_SIZE,
+        "patch_size": 8,
+    }
+    text = form.text_shape(rope_parameters=rope([4, 6, 6]))
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, **token_ids())
+    form.save(directory, Qwen2VLForConditionalGeneration, config, processor(Qwen2VLProcessor, Qwen2VLVideoProcessor))
+
+
+def qwen2_5_vl(directory: Path) -> None:
+    """Its tower's first and third layer attend in windows of 32 pixels: at most 2 x 2 tokens.
+
+    With 2 positions a second the last pair of frames of the video is at 4. Were it beyond 4, Hugging Face 5.19 and vLLM
+    would differ: text goes on behind the larger of height and width in the former, behind the highest position in vLLM.
+    """
+    vision = {
+        "depth": 3,
+        "hidden_size": 64,
+        "num_heads": 2,
+        "intermediate_size": 96,
+        "out_hidden_size": form.HIDDEN_SIZE,
+        "patch_size": 8,
+        "window_size": 32,
+        "fullatt_block_indexes": [1],
+        "tokens_per_second": 2,
+    }
+    text = form.text_shape(rope_parameters=rope([4, 6, 6]))
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **token_ids())
+    ours = processor(Qwen2_5_VLProcessor, Qwen2VLVideoProcessor)
+    form.save(directory, Qwen2_5_VLForConditionalGeneration, config, ours)
+
+
+def qwen3_vision(**others: Any) -> dict[str, Any]:
+    """The tower of Qwen3-VL: learned positions of an 8 x 8 grid, interpolated."""
+    return {
+        "depth": 4,
+        "hidden_size": 64,
+        "num_heads": 2,
+        "intermediate_size": 96,
+        "out_hidden_size": form.HIDDEN_SIZE,
+        "patch_size": 8,
+        "num_position_embeddings": 64,
+    } | others
+
+
+def qwen3_vl(directory: Path) -> None:
+    """Three deepstack levels: features of tower layers 0, 1, 2 are added after text layers 0, 1, 2."""
+    text = form.text_shape(head_dim=form.HEAD_SIZE, rope_parameters=rope([6, 5, 5], mrope_interleaved=True))
+    vision = qwen3_vision(deepstack_visual_indexes=[0, 1, 2])
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, **token_ids())
+    form.save(directory, Qwen3VLForConditionalGeneration, config, processor(Qwen3VLProcessor, Qwen3VLVideoProcessor))
+
+
+def qwen3_vl_moe(directory: Path) -> None:
+    """Four experts of which two answer; their weights are transposed, as the hub's are."""
+    text = form.text_shape(
+        head_dim=form.HEAD_SIZE,
+        rope_parameters=rope([6, 5, 5], mrope_interleaved=True),
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=96,
+        decoder_sparse_step=1,
+        norm_topk_prob=True,
+    )
+    vision = qwen3_vision(deepstack_visual_indexes=[0, 1, 2])
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, **token_ids())
+    form.save(directory, Qwen3VLMoeForConditionalGeneration, config, processor(Qwen3VLProcessor, Qwen3VLVideoProcessor))
+    form.rewrite_weights(directory, _transpose_experts)
+
+
+def _transpose_experts(name: str, value: torch.Tensor) -> tuple[str, torch.Tensor]:
+    is_expert = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+    return name, value.transpose(1, 2) if is_expert else value
