@@ -14,7 +14,11 @@ from tests.engine.harness import engine, picture
 from tests.families.checkpoints import CHECKPOINTS
 from tests.families.checkpoints.form import TinyCheckpoint
 
-pytestmark = pytest.mark.engine
+pytestmark = [
+    pytest.mark.engine,
+    # transformers' processor of GLM-4V turns a list of tensors into an array
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+]
 
 NUM_TOKENS = 4
 
@@ -108,6 +112,12 @@ def _hugging_face_media(media: dict[str, list[Any]]) -> dict[str, Any]:
     return {"videos": [frames], "video_metadata": [known], "do_sample_frames": False}
 
 
+def _with_image_tokens(family: TinyCheckpoint, prompt: list[int]) -> list[int]:
+    """InternVL's frames are tokens of the video in vLLM, tokens of an image in Hugging Face; neither is embedded."""
+    same = dict(zip(family.video, family.image, strict=False))
+    return [same.get(token, token) for token in prompt]
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_stock_vllm_answers_as_hugging_face_does(name: str, checkpoint: Callable[[str], Path]) -> None:
     family, directory = CHECKPOINTS[name], checkpoint(name)
@@ -115,8 +125,9 @@ def test_stock_vllm_answers_as_hugging_face_does(name: str, checkpoint: Callable
     theirs = ask_transformers(directory, family, asked)
     ours = ask_vllm(directory, family, asked)
     for our, their in zip(ours, theirs, strict=True):
-        assert our.prompt == their.prompt
+        assert _with_image_tokens(family, our.prompt) == _with_image_tokens(family, their.prompt)
         print(name, len(our.prompt), "tokens, logits differ by", float((our.logits - their.logits).abs().max()))
         assert torch.allclose(our.logits, their.logits, rtol=0, atol=family.tolerance)
-        assert our.tokens == their.tokens
+        if family.dtype == "float32":  # bfloat16 rounds two near logits to either order
+            assert our.tokens == their.tokens
     assert len({len(answer.prompt) for answer in ours}) == len(ours)

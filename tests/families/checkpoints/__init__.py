@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from tests.families.checkpoints import llava, qwen
+from tests.families.checkpoints import glm, internvl, llava, mistral, qwen, smolvlm
 from tests.families.checkpoints.form import TinyCheckpoint
 
 CHECKPOINTS: Mapping[str, TinyCheckpoint] = {
@@ -11,5 +11,13 @@ CHECKPOINTS: Mapping[str, TinyCheckpoint] = {
     "qwen3_vl": qwen.facts(qwen.qwen3_vl),
     "qwen3_vl_moe": qwen.facts(qwen.qwen3_vl_moe),
     "llava_next": llava.LLAVA_NEXT,
+    "llava_next_video": llava.LLAVA_NEXT_VIDEO,
+    "llava_onevision": llava.LLAVA_ONEVISION,
+    "internvl": internvl.INTERNVL,
+    "mistral3": mistral.MISTRAL3,
+    "glm4v": glm.facts(glm.glm4v),
+    "glm4v_moe": glm.facts(glm.glm4v_moe),
+    "idefics3": smolvlm.facts(smolvlm.idefics3),
+    "smolvlm": smolvlm.facts(smolvlm.smolvlm),
 }
 """By the name of the family, which is the configuration's ``model_type`` where there is one."""

@@ -11,6 +11,17 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
+    LlavaNextVideoProcessor,
+    LlavaNextVideoVideoProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
+    Qwen2Config,
+    SiglipVisionConfig,
 )
 
 from tests.families.checkpoints import form
@@ -34,7 +45,7 @@ def tower(config_class: Any, **others: Any) -> Any:
         "image_size": 64,
         "patch_size": 16,
     }
-    return config_class(**shape, **others)
+    return config_class(**shape | others)
 
 
 def rename_tower(name: str, value: torch.Tensor) -> tuple[str, torch.Tensor]:
@@ -69,4 +80,75 @@ def llava_next(directory: Path) -> None:
     form.rewrite_weights(directory, rename_tower)
 
 
+def llava_next_video(directory: Path) -> None:
+    """LLaVA-NeXT whose frames are pooled to 4 x 4 tokens, without newlines; vLLM's takes one video and no image.
+
+    vLLM's pooler divides by ``image_size // patch_size**2``, which a patch of 16 pixels would make 0.
+    """
+    ids = form.special_ids(SPECIAL)
+    config = LlavaNextVideoConfig(
+        vision_config=tower(CLIPVisionConfig, patch_size=8),
+        text_config=LlamaConfig(**form.text_shape()),
+        image_token_index=ids[IMAGE],
+        video_token_index=ids[VIDEO],
+        image_grid_pinpoints=TILES,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        spatial_pool_stride=2,
+    )
+    size = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
+    processor = LlavaNextVideoProcessor(
+        video_processor=LlavaNextVideoVideoProcessor(**size),
+        image_processor=LlavaNextImageProcessor(image_grid_pinpoints=TILES, **size),
+        tokenizer=form.word_tokenizer(SPECIAL, image_token=IMAGE, video_token=VIDEO),
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        image_token=IMAGE,
+        video_token=VIDEO,
+        num_additional_image_tokens=1,
+        chat_template=form.chat_template(IMAGE, VIDEO),
+    )
+    form.save(directory, LlavaNextVideoForConditionalGeneration, config, processor)
+    form.rewrite_weights(directory, rename_tower)
+
+
+def llava_onevision(directory: Path) -> None:
+    """SigLIP with all its layers, Qwen2; a video's frames are pooled to 2 x 2 tokens, one newline ends them."""
+    ids = form.special_ids(SPECIAL)
+    config = LlavaOnevisionConfig(
+        vision_config=tower(SiglipVisionConfig, vision_use_head=False),
+        text_config=Qwen2Config(**form.text_shape()),
+        image_token_index=ids[IMAGE],
+        video_token_index=ids[VIDEO],
+        image_grid_pinpoints=TILES,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    size = {"size": {"height": 64, "width": 64}}
+    processor = LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(image_grid_pinpoints=TILES, **size),
+        form.word_tokenizer(SPECIAL, image_token=IMAGE, video_token=VIDEO),
+        LlavaOnevisionVideoProcessor(**size),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=form.chat_template(IMAGE, VIDEO),
+    )
+    form.save(directory, LlavaOnevisionForConditionalGeneration, config, processor)
+    form.rewrite_weights(directory, rename_tower)
+
+
 LLAVA_NEXT = form.TinyCheckpoint(llava_next, form.placeholder(SPECIAL, IMAGE), SIZES)
+LLAVA_NEXT_VIDEO = form.TinyCheckpoint(
+    llava_next_video,
+    image=(),
+    image_sizes=(),
+    video=form.placeholder(SPECIAL, VIDEO),
+    video_shape=form.Video(4, (64, 64)),
+)
+LLAVA_ONEVISION = form.TinyCheckpoint(
+    llava_onevision,
+    form.placeholder(SPECIAL, IMAGE),
+    SIZES,
+    video=form.placeholder(SPECIAL, VIDEO),
+    video_shape=form.Video(6, (64, 64)),
+)

@@ -13,6 +13,10 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
@@ -157,3 +161,35 @@ def qwen3_vl_moe(directory: Path) -> None:
 def _transpose_experts(name: str, value: torch.Tensor) -> tuple[str, torch.Tensor]:
     is_expert = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
     return name, value.transpose(1, 2) if is_expert else value
+
+
+def hybrid_text(**others: Any) -> dict[str, Any]:
+    """Twelve layers, of which 3, 7 and 11 attend and the others are Gated DeltaNets with heads of 128."""
+    return form.text_shape(
+        num_hidden_layers=12,
+        head_dim=form.HEAD_SIZE,
+        rope_parameters=rope([2, 1, 1], mrope_interleaved=True, partial_rotary_factor=0.25),
+        layer_types=(["linear_attention"] * 3 + ["full_attention"]) * 3,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        linear_conv_kernel_dim=4,
+        **others,
+    )
+
+
+def qwen3_5(directory: Path) -> None:
+    """Three of four layers are recurrent; the tower is Qwen3-VL's without deepstack."""
+    config = Qwen3_5Config(text_config=hybrid_text(), vision_config=qwen3_vision(), **token_ids())
+    ours = processor(Qwen3VLProcessor, Qwen3VLVideoProcessor)
+    form.save(directory, Qwen3_5ForConditionalGeneration, config, ours, "bfloat16")
+
+
+def qwen3_5_moe(directory: Path) -> None:
+    """Qwen3.5 with four experts of which two answer, beside a shared one."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+    text = hybrid_text(shared_expert_intermediate_size=96, **experts)
+    config = Qwen3_5MoeConfig(text_config=text, vision_config=qwen3_vision(), **token_ids())
+    ours = processor(Qwen3VLProcessor, Qwen3VLVideoProcessor)
+    form.save(directory, Qwen3_5MoeForConditionalGeneration, config, ours, "bfloat16")
