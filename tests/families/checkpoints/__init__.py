@@ -19,5 +19,7 @@ CHECKPOINTS: Mapping[str, TinyCheckpoint] = {
     "glm4v_moe": glm.facts(glm.glm4v_moe),
     "idefics3": smolvlm.facts(smolvlm.idefics3),
     "smolvlm": smolvlm.facts(smolvlm.smolvlm),
+    "qwen3_5": qwen.facts(qwen.qwen3_5, dtype="bfloat16", tolerance=0.15, num_layers=12),
+    "qwen3_5_moe": qwen.facts(qwen.qwen3_5_moe, dtype="bfloat16", tolerance=0.6, num_layers=12),
 }
 """By the name of the family, which is the configuration's ``model_type`` where there is one."""

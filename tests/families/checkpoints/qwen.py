@@ -179,11 +179,17 @@ def hybrid_text(**others: Any) -> dict[str, Any]:
     )
 
 
+def hybrid_processor() -> Any:
+    """Qwen3-VL's; transformers reads any tokenizer of this family as Qwen3.5's, which knows words only if added."""
+    ours = processor(Qwen3VLProcessor, Qwen3VLVideoProcessor)
+    ours.tokenizer.add_tokens([f"t{i}" for i in range(4, form.FIRST_SPECIAL)])
+    return ours
+
+
 def qwen3_5(directory: Path) -> None:
     """Three of four layers are recurrent; the tower is Qwen3-VL's without deepstack."""
     config = Qwen3_5Config(text_config=hybrid_text(), vision_config=qwen3_vision(), **token_ids())
-    ours = processor(Qwen3VLProcessor, Qwen3VLVideoProcessor)
-    form.save(directory, Qwen3_5ForConditionalGeneration, config, ours, "bfloat16")
+    form.save(directory, Qwen3_5ForConditionalGeneration, config, hybrid_processor(), "bfloat16")
 
 
 def qwen3_5_moe(directory: Path) -> None:
@@ -191,5 +197,4 @@ def qwen3_5_moe(directory: Path) -> None:
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
     text = hybrid_text(shared_expert_intermediate_size=96, **experts)
     config = Qwen3_5MoeConfig(text_config=text, vision_config=qwen3_vision(), **token_ids())
-    ours = processor(Qwen3VLProcessor, Qwen3VLVideoProcessor)
-    form.save(directory, Qwen3_5MoeForConditionalGeneration, config, ours, "bfloat16")
+    form.save(directory, Qwen3_5MoeForConditionalGeneration, config, hybrid_processor(), "bfloat16")
