@@ -31,6 +31,7 @@ class HidropConfig(BaseModel):
         1 << 28, ge=0, description="memory for reusing images in later prompts under methods that cut; 0: not reused"
     )
     force: bool = Field(False, description="serve a schedule or positions the checkpoint was not trained for")
+    note: str | None = Field(None, description="where the numbers come from, printed at start; changes nothing")
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Self:

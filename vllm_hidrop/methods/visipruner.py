@@ -8,7 +8,7 @@ import torch
 from vllm_hidrop.methods.adaptive import Adaptive, AttentionEdit, Memory, Sight, Verdict
 from vllm_hidrop.methods.base import ModelShape, check_shape, depth_ratio
 from vllm_hidrop.methods.scoring import Contribution, Signals, select_top
-from vllm_hidrop.plan.schedule import Cached, KeepValue, Schedule
+from vllm_hidrop.plan.schedule import Cached, Keep, KeepValue, Schedule
 from vllm_hidrop.plan.signal import Signal
 
 Part = Literal["shallow", "middle", "deep"]
@@ -41,9 +41,9 @@ class VisiPruner(Adaptive):
     **Options** ``parts`` (which of shallow, middle, deep), ``shallow_layers``, ``cosine``, ``norm``, ``exit_cosine``,
     ``exit_count``, ``exit_consecutive``, ``sink`` ("first" token of the image as for 7B, second "half" as for 13B),
     ``form`` ("substitution", "pre_softmax"), ``shape`` and ``scale`` as for HiDrop. Deviations by choice:
-    ``test_every`` n-th layer only; ``filter_layer`` fixes the deciding layer, where the ``keep`` highest ||c_j|| stay
-    ("calibrated"); ``exit_layer`` fixes the first layer without vision; ``drop_shallow_kv`` frees the shallow layers'
-    vision KV after prefill (the paper's claim, section 6, not its code).
+    ``test_every`` n-th layer only; ``filter_layer`` fixes the deciding layer, where the ``keep`` (count, fraction or
+    share) highest ||c_j|| stay ("calibrated"); ``exit_layer`` fixes the first layer without vision;
+    ``drop_shallow_kv`` frees the shallow layers' vision KV after prefill (the paper's claim, section 6, not its code).
     """
 
     name = "visipruner"
@@ -69,7 +69,7 @@ class VisiPruner(Adaptive):
     form: Literal["substitution", "pre_softmax"] = "substitution"
     test_every: int = 1
     filter_layer: int | None = None
-    keep: int = 16
+    keep: KeepValue = 16
     exit_layer: int | None = None
     drop_shallow_kv: bool = False
     shape: tuple[int, int] = (32, 576)
@@ -88,9 +88,10 @@ class VisiPruner(Adaptive):
         if self.filter_layer is not None and self.exit_layer is not None and self.exit_layer <= self.filter_layer:
             raise ValueError(f"exit_layer must come after filter_layer, got {self.exit_layer} and {self.filter_layer}")
         check_shape(self.shape)
-        for option, least in (("shallow_layers", 0), ("exit_count", 1), ("test_every", 1), ("keep", 0)):
+        for option, least in (("shallow_layers", 0), ("exit_count", 1), ("test_every", 1)):
             if getattr(self, option) < least:
                 raise ValueError(f"{option} must be >= {least}, got {getattr(self, option)}")
+        Keep.parse(self.keep)
 
     def fitted(self, shape: ModelShape) -> "VisiPruner":
         """Layer numbers scaled by depth and rounded."""
@@ -160,7 +161,8 @@ class VisiPruner(Adaptive):
             return Verdict(~(passes & (memory + 1 >= self.exit_count)).expand(len(norm)), passes)
         if self.filter_layer is not None:
             best = torch.zeros_like(norm, dtype=torch.bool)
-            best[select_top(norm.nan_to_num(0), min(self.keep, len(norm)))] = True
+            keep = Keep.parse(self.keep).resolve(signals.num_image_tokens)
+            best[select_top(norm.nan_to_num(0), min(keep, len(norm)))] = True
             return Verdict(best & ~norm.isnan(), best.new_ones(()))
         triggers = (cosine < self.cosine).any()
         return Verdict((norm > self.norm) | ~triggers, triggers)
