@@ -197,7 +197,7 @@ def test_every_module_imports_only_what_its_rule_allows() -> None:
         ("hidrop_loadtests.run", "def late():\n    from vllm import LLM"),
         ("vllm_hidrop.somewhere", "import json"),
         ("vllm_hidrop.verify.reference.masked", "from vllm_hidrop.methods.scoring import select_top"),
-        ("vllm_hidrop.verify.reference.llama", "def late():\n    import vllm"),
+        ("vllm_hidrop.verify.reference.attention", "def late():\n    import vllm"),
     ],
 )
 def test_a_broken_arrow_is_found(module: str, source: str) -> None:

@@ -187,7 +187,7 @@ def test_a_siglip_tower_is_costed_too(checkpoint: Path) -> None:
 
 CANNOT_RUN = {
     "a text model": CONFIG["text_config"] | {"architectures": ["LlamaForCausalLM"]},
-    "another family": CONFIG | {"architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next"},
+    "another family": CONFIG | {"architectures": ["VipLlavaForConditionalGeneration"], "model_type": "vipllava"},
     "another tower": CONFIG | {"vision_config": CONFIG["vision_config"] | {"model_type": "pixtral"}},
     "another text model": CONFIG | {"text_config": CONFIG["text_config"] | {"model_type": "gemma"}},
     "a schedule it was not trained for": CONFIG | {"hidrop": {"method": "none", "positions": "grouped"}},

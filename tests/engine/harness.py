@@ -117,6 +117,10 @@ class Engine:
             assert not self.scheduler.records
             assert self.scheduler.check_integrity() == []
 
+    def answer(self, output: Any) -> Answer:
+        """vLLM's output as an answer."""
+        return _answer(output)
+
     @contextmanager
     def record_selections(self) -> Iterator[dict[int, list[list[int]]]]:
         """What every cut keeps while entered: first layer of the stage -> per image, in the order they are scored."""

@@ -113,7 +113,7 @@ def _hugging_face_media(media: dict[str, list[Any]]) -> dict[str, Any]:
     return {"videos": [frames], "video_metadata": [known], "do_sample_frames": False}
 
 
-def _with_image_tokens(family: TinyCheckpoint, prompt: list[int]) -> list[int]:
+def with_image_tokens(family: TinyCheckpoint, prompt: list[int]) -> list[int]:
     """InternVL's frames are tokens of the video in vLLM, tokens of an image in Hugging Face; neither is embedded."""
     same = dict(zip(family.video, family.image, strict=False))
     return [same.get(token, token) for token in prompt]
@@ -130,7 +130,7 @@ def test_stock_vllm_answers_as_hugging_face_does(name: str, checkpoint: Callable
     theirs = ask_transformers(directory, family, asked, torch.float32)
     ours = ask_vllm(directory, family, asked)
     for our, their in zip(ours, theirs, strict=True):
-        assert _with_image_tokens(family, our.prompt) == _with_image_tokens(family, their.prompt)
+        assert with_image_tokens(family, our.prompt) == with_image_tokens(family, their.prompt)
         print(name, len(our.prompt), "tokens, logits differ by", float((our.logits - their.logits).abs().max()))
         assert torch.allclose(our.logits, their.logits, rtol=0, atol=family.tolerance)
         assert our.tokens == their.tokens

@@ -36,13 +36,12 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from transformers import LlavaForConditionalGeneration
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from vllm_hidrop.verify.reference.llama import (
+from vllm_hidrop.verify.reference.attention import (
     Heads,
     Kept,
-    Rope,
     attention_weights,
-    project_heads,
     random_scores,
     top_indices,
     uniform_indices,
@@ -97,6 +96,18 @@ class RenumberedResult:
 
 State = dict[int, torch.Tensor]
 """Row (its place in the full prompt) -> [C] entering the next layer, in the order of the sequence."""
+
+
+def project_heads(layer: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Heads:
+    """What ``layer`` makes of the residual stream [T, C]: input norm, projections, RoPE."""
+    attention = layer.self_attn
+    normed = layer.input_layernorm(hidden)
+    query, key, value = (
+        projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    query, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=0)
+    return Heads(query, key, value)
 
 
 class _Ran(NamedTuple):
@@ -313,7 +324,7 @@ class RenumberedOracle:
         """Queries, keys and values of layer ``index`` for rows [n, C] at ``ids``."""
         shifted = torch.tensor(ids) + self._shifts.get(index, 0)
         cos, sin = self._text.rotary_emb(hidden[None], position_ids=shifted[None])
-        return project_heads(self._layers[index], hidden, Rope(cos[0], sin[0]))
+        return project_heads(self._layers[index], hidden, cos[0], sin[0])
 
     def _finish(self, index: int, hidden: torch.Tensor, heads: Heads, mask: torch.Tensor) -> torch.Tensor:
         """Layer ``index`` on rows [n, C] whose queries see keys and values [G, m, D] under an additive mask [n, m]."""

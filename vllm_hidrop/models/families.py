@@ -56,5 +56,6 @@ def family_of(architecture: str | None) -> Family:
         if architecture in (family.stock, family.staged):
             return family
     named = architecture or "a model that names no architecture"
+    titles = ", ".join(family.title for family in FAMILIES.values())
     why = f" ({UNSUPPORTED[named]})" if named in UNSUPPORTED else ""
-    raise ValueError(f"{named} is not a family that can run staged{why}; supported: {', '.join(FAMILIES)}")
+    raise ValueError(f"{named} is not a family that can run staged{why}; supported: {titles}")

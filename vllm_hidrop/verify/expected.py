@@ -12,7 +12,7 @@ from vllm_hidrop.config import HidropConfig, Resolved, resolve
 from vllm_hidrop.methods import METHODS, ModelShape
 from vllm_hidrop.plan.signal import Signal
 from vllm_hidrop.verify.cases import Model, Question, picture
-from vllm_hidrop.verify.reference.llama import Kept, load_model
+from vllm_hidrop.verify.reference.attention import Kept, load_model
 from vllm_hidrop.verify.reference.masked import Oracle
 from vllm_hidrop.verify.reference.mustdrop import MustDropOracle
 from vllm_hidrop.verify.reference.mustdrop_settings import MustDropSettings

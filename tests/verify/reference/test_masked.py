@@ -18,7 +18,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from vllm_hidrop.verify.reference.llama import additive_mask, random_scores, top_indices, uniform_indices
+from vllm_hidrop.verify.reference.attention import additive_mask, random_scores, top_indices, uniform_indices
 from vllm_hidrop.verify.reference.masked import Oracle
 from vllm_hidrop.verify.reference.stages import OracleStage, Rule, check_stages
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
-from vllm_hidrop.verify.reference.llama import Kept
+from vllm_hidrop.verify.reference.attention import Kept
 from vllm_hidrop.verify.reference.mustdrop import (
     MustDropOracle,
     MustDropResult,

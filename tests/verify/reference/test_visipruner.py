@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from vllm_hidrop.verify.reference.llama import Heads, Rope, project_heads
+from tests.oracles.renumbered import project_heads
+from vllm_hidrop.verify.reference.attention import Heads
 from vllm_hidrop.verify.reference.masked import Prompt
 from vllm_hidrop.verify.reference.visipruner import (
     Decisions,
@@ -146,7 +147,7 @@ class SecondOpinion:
     def substituted(
         self, index: int, hidden: torch.Tensor, positions: list[int], mask: torch.Tensor, rope: Any
     ) -> torch.Tensor:
-        query, key, value = project_heads(self.text.layers[index], hidden, Rope(rope[0][0], rope[1][0]))
+        query, key, value = project_heads(self.text.layers[index], hidden, rope[0][0], rope[1][0])
         for_text, for_vision = value.clone(), value.clone()
         for rows in self.image_rows:
             if index > 0:

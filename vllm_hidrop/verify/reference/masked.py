@@ -14,21 +14,22 @@ H query heads, G key/value heads, D head size, C hidden size, L layers.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from vllm_hidrop.verify.reference.llama import (
+from vllm_hidrop.verify.reference.attention import (
     Heads,
     Kept,
-    Rope,
+    MaskedWeights,
+    additive_mask,
     attention_weights,
     load_model,
-    project_heads,
-    run_layer,
 )
+from vllm_hidrop.verify.reference.decoder import Decoder
 from vllm_hidrop.verify.reference.stages import OracleStage, Rule, Selector, check_stages
 
 Positions = Literal["persistent", "compacted", "grouped"]
@@ -87,7 +88,7 @@ class Oracle:
         self._model = load_model(model, dtype)
         self._model.set_attn_implementation("eager")
         self._text: Any = self._model.model.language_model
-        self._layers: list[Any] = list(self._text.layers)
+        self._decoder = Decoder(self._model)
 
     @torch.no_grad()
     def generate(
@@ -116,8 +117,8 @@ class Oracle:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
         self._check_window(len(token_ids) + max_tokens)
         prompt = self._prepare(token_ids, pixel_values)
-        check_stages(stages, [len(rows) for rows in prompt.image_rows], len(self._layers))
-        selector = Selector(rule, seed, prompt.image_rows, self._last_row_attention)
+        check_stages(stages, [len(rows) for rows in prompt.image_rows], self._decoder.num_layers)
+        selector = Selector(rule, seed, prompt.image_rows)
 
         prompt_pass = self._run(prompt, [], stages, selector, positions)
         generated: list[int] = []
@@ -178,32 +179,31 @@ class Oracle:
         kept: Kept = [list(range(len(rows))) for rows in prompt.image_rows]
         visible = torch.ones(len(hidden), dtype=torch.bool, device=device)
         result = _Pass(logits=torch.empty(0))
-        for index, layer in enumerate(self._layers):
+        for index in range(self._decoder.num_layers):
             if index in stage_at:
                 before = kept
-                kept = selector.kept_at(stage_at[index], before, [*result.entering, hidden], visible, ids)
+                attention = partial(self._last_row_attention, [*result.entering, hidden], visible, ids)
+                kept = selector.kept_at(stage_at[index], before, attention)
                 hidden = _inject(hidden, prompt, before, kept)
                 visible = show(visible, prompt, kept)
                 ids = _compacted_ids(ids, prompt, before, kept, visible) if positions == "compacted" else ids
-            heads = project_heads(layer, hidden, self._rope(hidden, ids))
+                given, weigh = self._decoder.numbered(hidden, ids), MaskedWeights(additive_mask(visible))
             result.entering.append(hidden)
-            result.heads.append(heads)
             result.visible.append(visible)
-            hidden = run_layer(layer, hidden, heads, visible)
-        result.logits = self._model.lm_head(self._text.norm(hidden[-1])).float()
+            hidden = self._decoder.run(index, hidden, given, weigh)
+            result.heads.append(weigh.heads)
+        result.logits = self._decoder.logits(hidden[-1])
         return result
 
-    def _rope(self, hidden: torch.Tensor, ids: torch.Tensor) -> Rope:
-        cos, sin = self._text.rotary_emb(hidden[None], position_ids=ids[None])
-        return Rope(cos[0], sin[0])
-
     def _last_row_attention(
-        self, layer: int, hidden: torch.Tensor, visible: torch.Tensor, ids: torch.Tensor
+        self, entering: list[torch.Tensor], visible: torch.Tensor, ids: torch.Tensor, layer: int
     ) -> torch.Tensor:
-        """[T]: what the last row of ``hidden`` [T, C] pays to each visible row, mean over heads."""
-        heads = project_heads(self._layers[layer], hidden, self._rope(hidden, ids))
+        """[T]: what the last row pays to each visible row in ``layer``, mean over heads; all ``entering`` [T, C]."""
+        hidden = entering[layer]
+        weigh = MaskedWeights(additive_mask(visible))
+        self._decoder.run(layer, hidden, self._decoder.numbered(hidden, ids), weigh)
         mask = torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, -torch.inf)
-        return attention_weights(heads.query[:, -1:], heads.key, mask[None]).mean(dim=0)[0]
+        return attention_weights(weigh.heads.query[:, -1:], weigh.heads.key, mask[None]).mean(dim=0)[0]
 
 
 def _inject(hidden: torch.Tensor, prompt: Prompt, before: Kept, after: Kept) -> torch.Tensor:

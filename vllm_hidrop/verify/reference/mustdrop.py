@@ -22,16 +22,15 @@ from typing import Any, NamedTuple
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from vllm_hidrop.verify.reference.llama import (
+from vllm_hidrop.verify.reference.attention import (
     Heads,
     Kept,
-    Rope,
+    MaskedWeights,
     additive_mask,
     attention_weights,
     load_model,
-    project_heads,
-    run_layer,
 )
+from vllm_hidrop.verify.reference.decoder import Decoder, Given
 from vllm_hidrop.verify.reference.mustdrop_settings import MustDropSettings, check_settings
 from vllm_hidrop.verify.reference.mustdrop_tower import EncodedImage, Tower, smallest
 
@@ -122,7 +121,7 @@ class MustDropOracle:
     def __init__(self, model: str | Path | LlavaForConditionalGeneration, dtype: torch.dtype = torch.float32) -> None:
         self._model = load_model(model, dtype)
         self._text: Any = self._model.model.language_model
-        self._layers: list[Any] = list(self._text.layers)
+        self._decoder = Decoder(self._model)
         self._tower = Tower(self._model)
 
     @torch.no_grad()
@@ -143,7 +142,7 @@ class MustDropOracle:
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
         self._check_window(len(token_ids) + max_tokens)
-        check_settings(settings, len(self._layers))
+        check_settings(settings, self._decoder.num_layers)
         prompt = self._prepare(token_ids, pixel_values, settings)
         prefill = self._prefill(prompt, settings)
         cached = prefill.kept
@@ -193,46 +192,38 @@ class MustDropOracle:
 
     def _prefill(self, prompt: _Prompt, settings: MustDropSettings) -> _Prefill:
         """Run the prompt and decide; a filter layer itself still runs on the tokens it judges."""
-        hidden, rope = prompt.rows, self._rope(prompt.rows)
+        hidden, given = prompt.rows, self._numbered(prompt.rows)
         current = [image.alive for image in prompt.images]
         kept: list[Kept] = []
         margins: list[dict[str, float]] = []
-        for index, layer in enumerate(self._layers):
+        for index in range(self._decoder.num_layers):
             kept.append(current)
             visible = visible_columns(prompt, current, len(hidden))
-            heads = project_heads(layer, hidden, rope)
+            weigh = MaskedWeights(additive_mask(visible))
+            hidden = self._decoder.run(index, hidden, given, weigh)
             if index in settings.filter_layers:
-                verdicts = _judge(prompt, heads, visible, current, settings)
+                verdicts = _judge(prompt, weigh.heads, visible, current, settings)
                 current = [
                     [token for token, goes in zip(tokens, verdict.goes.tolist(), strict=True) if not goes]
                     for tokens, verdict in zip(current, verdicts, strict=True)
                 ]
                 margins += [{"global": v.global_margin, "individual": v.individual_margin} for v in verdicts]
-            hidden = run_layer(layer, hidden, heads, visible)
-        return _Prefill(self._head(hidden), kept, current, _nearest(margins))
+        return _Prefill(self._decoder.logits(hidden[-1]), kept, current, _nearest(margins))
 
     def _extend(
         self, prompt: _Prompt, generated: list[int], kept: Sequence[Kept], cached: Sequence[Kept]
     ) -> torch.Tensor:
         """[vocabulary] after ``generated``: per layer prompt rows see what is ``kept``, generated ones ``cached``."""
-        new_tokens = torch.tensor(generated, device=prompt.rows.device)
-        hidden = torch.cat([prompt.rows, self._text.embed_tokens(new_tokens)])
-        rope = self._rope(hidden)
-        for layer, of_prompt, of_generated in zip(self._layers, kept, cached, strict=True):
+        hidden = torch.cat([prompt.rows, self._decoder.embedded(generated)])
+        given = self._numbered(hidden)
+        for index, (of_prompt, of_generated) in enumerate(zip(kept, cached, strict=True)):
             visible = visible_columns(prompt, of_prompt, len(hidden)).repeat(len(hidden), 1)
             visible[len(prompt.rows) :] = visible_columns(prompt, of_generated, len(hidden))
-            # The mask of run_layer takes [T] columns for all rows, or [T, T] columns for each row.
-            hidden = run_layer(layer, hidden, project_heads(layer, hidden, rope), visible)
-        return self._head(hidden)
+            hidden = self._decoder.run(index, hidden, given, MaskedWeights(additive_mask(visible)))
+        return self._decoder.logits(hidden[-1])
 
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self._model.lm_head(self._text.norm(hidden[-1]))
-        return logits.float()
-
-    def _rope(self, hidden: torch.Tensor) -> Rope:
-        positions = torch.arange(len(hidden), device=hidden.device)[None]
-        cos, sin = self._text.rotary_emb(hidden[None], position_ids=positions)
-        return Rope(cos[0], sin[0])
+    def _numbered(self, hidden: torch.Tensor) -> Given:
+        return self._decoder.numbered(hidden, torch.arange(len(hidden), device=hidden.device))
 
 
 def _judge(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_hidrop.verify.reference.llama import Heads, Kept, attention_weights, top_indices
+from vllm_hidrop.verify.reference.attention import Heads, Kept, attention_weights, top_indices
 from vllm_hidrop.verify.reference.mustdrop_settings import MustDropSettings
 
 

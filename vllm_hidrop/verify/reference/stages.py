@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from vllm_hidrop.verify.reference.llama import Kept, random_scores, top_indices, uniform_indices
+from vllm_hidrop.verify.reference.attention import Kept, random_scores, top_indices, uniform_indices
 
 Rule = Literal["attention_next", "attention_previous", "random", "uniform"]
 
@@ -46,43 +46,27 @@ def check_stages(stages: Sequence[OracleStage], image_sizes: list[int], num_laye
 
 
 class Selector:
-    """Decides at each stage what stays visible: once, in the prompt pass; later passes replay it.
+    """Decides at each stage what stays visible: once, in the prompt pass; later passes replay it."""
 
-    ``attention(layer, hidden, visible, ids)`` returns the scores [T] of ``layer`` on ``hidden`` [T, C].
-    """
-
-    def __init__(
-        self,
-        rule: Rule,
-        seed: int,
-        image_rows: list[torch.Tensor],
-        attention: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-    ) -> None:
+    def __init__(self, rule: Rule, seed: int, image_rows: list[torch.Tensor]) -> None:
         self._rule = rule
         self._seed = seed
         self._image_rows = image_rows
-        self._attention = attention
         self._decided: dict[int, Kept] = {}
         self.selections: dict[int, Kept] = {}
         self.scores: dict[int, dict[int, torch.Tensor]] = {}
 
-    def kept_at(
-        self,
-        stage: OracleStage,
-        kept: Kept,
-        entering: list[torch.Tensor],
-        visible: torch.Tensor,
-        ids: torch.Tensor,
-    ) -> Kept:
-        """What ``stage`` keeps, given what was ``kept`` and ``visible`` [T] until now, under the ``ids`` [T] until now.
+    def kept_at(self, stage: OracleStage, kept: Kept, attention: Callable[[int], torch.Tensor]) -> Kept:
+        """What ``stage`` keeps, given what was ``kept`` until now.
 
-        ``entering`` holds the hidden states entering the layers 0 .. ``stage.first_layer``.
+        ``attention(layer)`` is what the last row pays to all rows [T] in ``layer``, the stage's first or the one
+        before, on what was kept until now.
         """
         layer = stage.first_layer
         if layer not in self._decided:
             is_cut = [0 < keep < len(old) for keep, old in zip(stage.keep, kept, strict=True)]
             if any(is_cut) and self._rule != "uniform":
-                self.scores[layer] = self._score(layer, kept, is_cut, entering, visible, ids)
+                self.scores[layer] = self._score(layer, kept, is_cut, attention)
             self._decided[layer] = [
                 self._keep(layer, image, keep, kept[image]) for image, keep in enumerate(stage.keep)
             ]
@@ -104,20 +88,14 @@ class Selector:
         return [survivors[rank] for rank in ranks]
 
     def _score(
-        self,
-        layer: int,
-        kept: Kept,
-        is_cut: list[bool],
-        entering: list[torch.Tensor],
-        visible: torch.Tensor,
-        ids: torch.Tensor,
+        self, layer: int, kept: Kept, is_cut: list[bool], attention: Callable[[int], torch.Tensor]
     ) -> dict[int, torch.Tensor]:
         """Per image to cut its scores [V], on the CPU, NaN for tokens that are not survivors."""
         if self._rule != "random":
             scoring_layer = layer if self._rule == "attention_next" else layer - 1
             if scoring_layer < 0:
                 raise ValueError("attention_previous cannot cut at layer 0")
-            row_scores = self._attention(scoring_layer, entering[scoring_layer], visible, ids)
+            row_scores = attention(scoring_layer)
         scores = {}
         for image, rows in enumerate(self._image_rows):
             if not is_cut[image]:

@@ -13,13 +13,15 @@ D head size, L layers; E = H * D.
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from vllm_hidrop.verify.reference.llama import Heads, Kept, additive_mask, attention_weights, project_heads, top_indices
+from vllm_hidrop.verify.reference.attention import Heads, Kept, additive_mask, attention_weights, top_indices
+from vllm_hidrop.verify.reference.decoder import repeated
 from vllm_hidrop.verify.reference.masked import Oracle, Prompt, show
 
 Sink = Literal["first", "half"]
@@ -228,8 +230,7 @@ class VisiPrunerOracle:
 
     def __init__(self, model: str | Path | LlavaForConditionalGeneration, dtype: torch.dtype = torch.float32) -> None:
         self._dense = Oracle(model, dtype)
-        self._text: Any = self._dense._text
-        self._layers: list[Any] = self._dense._layers
+        self._decoder = self._dense._decoder
 
     @torch.no_grad()
     def generate(
@@ -247,10 +248,10 @@ class VisiPrunerOracle:
         """
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-        check_settings(settings, len(self._layers))
+        check_settings(settings, self._decoder.num_layers)
         self._dense._check_window(len(token_ids) + max_tokens)
         prompt = self._dense._prepare(token_ids, pixel_values)
-        decisions = Decisions(settings, [len(rows) for rows in prompt.image_rows], len(self._layers))
+        decisions = Decisions(settings, [len(rows) for rows in prompt.image_rows], self._decoder.num_layers)
         generated: list[int] = []
         logits: list[torch.Tensor] = []
         while len(generated) < max_tokens and not (generated and generated[-1] in stop_ids):
@@ -269,23 +270,30 @@ class VisiPrunerOracle:
         self, prompt: Prompt, generated: list[int], settings: VisiPrunerSettings, decisions: Decisions
     ) -> torch.Tensor:
         """Run prompt and generated tokens through all layers: the logits [vocabulary] of the last row."""
-        device = prompt.rows.device
-        new_tokens = torch.tensor(generated, dtype=torch.long, device=device)
-        hidden = torch.cat([prompt.rows, self._text.embed_tokens(new_tokens)])
-        last = len(prompt.rows) - 1
-        for index, layer in enumerate(self._layers):
+        hidden = torch.cat([prompt.rows, self._decoder.embedded(generated)])
+        for index in range(self._decoder.num_layers):
             ids = self._ids(index, prompt, len(generated), decisions.kept_in(index), settings)
-            heads = project_heads(layer, hidden, self._dense._rope(hidden, ids))
-            weights = layer_weights(index, heads, prompt, decisions.kept_in(index), settings)
-            value = heads.value.repeat_interleave(weights.shape[0] // heads.value.shape[0], dim=0)
-            output = (weights.to(value.dtype) @ value).transpose(0, 1).flatten(1)
-            if not generated:
-                vectors = [contributions(weights[:, last, rows], value[:, rows]) for rows in prompt.image_rows]
-                decisions.observe(index, output[last], vectors)
-            hidden = hidden + layer.self_attn.o_proj(output)
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        logits: torch.Tensor = self._dense._model.lm_head(self._text.norm(hidden[-1]))
-        return logits.float()
+            weigh = partial(self._weigh, index, prompt, settings, decisions, not generated)
+            hidden = self._decoder.run(index, hidden, self._decoder.numbered(hidden, ids), weigh)
+        return self._decoder.logits(hidden[-1])
+
+    def _weigh(
+        self,
+        index: int,
+        prompt: Prompt,
+        settings: VisiPrunerSettings,
+        decisions: Decisions,
+        is_prompt: bool,
+        heads: Heads,
+    ) -> torch.Tensor:
+        """[H, T, T] of layer ``index``, which in the prompt pass is looked at."""
+        weights = layer_weights(index, heads, prompt, decisions.kept_in(index), settings)
+        if is_prompt:
+            value = repeated(heads)
+            output = (weights[:, -1:].to(value.dtype) @ value).transpose(0, 1).flatten()
+            vectors = [contributions(weights[:, -1, rows], value[:, rows]) for rows in prompt.image_rows]
+            decisions.observe(index, output, vectors)
+        return weights
 
     def _ids(
         self, layer: int, prompt: Prompt, num_generated: int, kept: Kept, settings: VisiPrunerSettings
@@ -314,16 +322,27 @@ def layer_weights(layer: int, heads: Heads, prompt: Prompt, kept: Kept, settings
     everything = torch.ones(num_rows, dtype=torch.bool, device=prompt.rows.device)
     mask = additive_mask(show(everything, prompt, kept))
     text = show(everything, prompt, [[] for _ in kept])
-    is_shallow = layer < settings.shallow_layers
-    if is_shallow and settings.drop_shallow_kv:
+    if layer < settings.shallow_layers and settings.drop_shallow_kv:
         mask[num_prompt:, ~text] = -torch.inf
-    if not (is_shallow and "shallow" in settings.stages):
-        return softmax_of(heads, mask)
     text[num_prompt:] = False  # generated rows are not edited
-    hidden = hidden_columns(layer, text, prompt.image_rows, settings.sink)
+    return edited_weights(layer, heads, mask, text, prompt.image_rows, settings)
+
+
+def edited_weights(
+    layer: int,
+    heads: Heads,
+    mask: torch.Tensor,
+    text: torch.Tensor,
+    image_rows: list[torch.Tensor],
+    settings: VisiPrunerSettings,
+) -> torch.Tensor:
+    """[H, T, T] under an additive mask [T, T]; ``text`` [T] (bool) marks the text rows of the prompt."""
+    if not (layer < settings.shallow_layers and "shallow" in settings.stages):
+        return softmax_of(heads, mask)
+    hidden = hidden_columns(layer, text, image_rows, settings.sink)
     if settings.form == "pre_softmax":
         return softmax_of(heads, mask.masked_fill(hidden, -torch.inf))
     weights = softmax_of(heads, mask)
     if layer == 0 and settings.sink == "first":
-        weights = merge_onto_first(weights, text, prompt.image_rows)
+        weights = merge_onto_first(weights, text, image_rows)
     return weights.masked_fill(hidden, 0.0)

@@ -1,4 +1,4 @@
-"""A Llama decoder layer by hand, and the choice of tokens: what all references share.
+"""Attention weights and the choice of tokens: what all references share.
 
 Axes: T rows of one pass, H query heads, G key/value heads, D head size, C hidden size.
 """
@@ -8,18 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import LlavaForConditionalGeneration
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers import AutoModelForImageTextToText
 
 Kept = list[list[int]]
 """Per image the visible vision tokens: ascending, 0-based inside the image."""
-
-
-class Rope(NamedTuple):
-    """Cosines and sines, each [T, D]."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
 
 
 class Heads(NamedTuple):
@@ -46,18 +38,6 @@ def random_scores(seed: int, layer: int, num_tokens: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng([seed, layer]).random(num_tokens)).float()
 
 
-def project_heads(layer: Any, hidden: torch.Tensor, rope: Rope) -> Heads:
-    """What ``layer`` makes of the residual stream [T, C]: input norm, projections, RoPE."""
-    attention = layer.self_attn
-    normed = layer.input_layernorm(hidden)
-    query, key, value = (
-        projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    query, key = apply_rotary_pos_emb(query, key, rope.cos, rope.sin, unsqueeze_dim=0)
-    return Heads(query, key, value)
-
-
 def attention_weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Softmax [H, Q, T] of query [H, Q, D] on key [G, T, D] with an additive mask [Q, T]."""
     key = key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)
@@ -66,7 +46,7 @@ def attention_weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor
 
 
 def additive_mask(visible: torch.Tensor) -> torch.Tensor:
-    """[T, T] mask, 0 or -inf: a row sees itself and the visible rows before it.
+    """[T, T] mask, 0 or -inf: a row sees itself and the visible rows before it; ``visible`` is [T], or [T, T] by row.
 
     Only an invisible row gains by "itself": its softmax stays finite, and nobody sees the result.
     """
@@ -76,19 +56,26 @@ def additive_mask(visible: torch.Tensor) -> torch.Tensor:
     return torch.zeros(num_rows, num_rows, device=visible.device).masked_fill(~allowed, -torch.inf)
 
 
-def run_layer(layer: Any, hidden: torch.Tensor, heads: Heads, visible: torch.Tensor) -> torch.Tensor:
-    """One decoder layer on the residual stream [T, C], dense over all T rows."""
-    weights = attention_weights(heads.query, heads.key, additive_mask(visible))
-    value = heads.value.repeat_interleave(weights.shape[0] // heads.value.shape[0], dim=0)
-    hidden = hidden + layer.self_attn.o_proj((weights.to(value.dtype) @ value).transpose(0, 1).flatten(1))
-    update: torch.Tensor = layer.mlp(layer.post_attention_layernorm(hidden))
-    return hidden + update
+class MaskedWeights:
+    """Makes the weights [H, T, T] of a layer under an additive mask [T, T], and remembers the layer's ``heads``."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        self._mask = mask
+        self.heads: Heads
+
+    def __call__(self, heads: Heads) -> torch.Tensor:
+        """The weights of ``heads``."""
+        self.heads = heads
+        return attention_weights(heads.query, heads.key, self._mask)
 
 
-def load_model(model: str | Path | LlavaForConditionalGeneration, dtype: torch.dtype) -> Any:
-    """A model in evaluation mode, from its directory or as it is. Raises ValueError: weights of another type."""
+def load_model(model: Any, dtype: torch.dtype) -> Any:
+    """A model in evaluation mode, from its directory or as it is. Raises ValueError: missing weights, another type."""
     if isinstance(model, str | Path):
-        model = LlavaForConditionalGeneration.from_pretrained(model, dtype=dtype)
+        model, found = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, output_loading_info=True)
+        wrong = [*found["missing_keys"], *found["mismatched_keys"]]
+        if wrong:
+            raise ValueError(f"weights that the checkpoint does not hold: {wrong[:5]}")
     if any(parameter.dtype != dtype for parameter in model.parameters()):
         name = str(dtype).removeprefix("torch.")
         raise ValueError(f"the oracle computes in {name}, got a model in another dtype")
