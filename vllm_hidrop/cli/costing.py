@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_hidrop.cli.options import Prompt
-from vllm_hidrop.config import HidropConfig, Resolved, resolve, training_warning
+from vllm_hidrop.config import HidropConfig, Resolved, provenance, resolve, training_warning
 from vllm_hidrop.methods import Adaptive, ModelShape
 from vllm_hidrop.plan import costs, shapes
 from vllm_hidrop.plan.costs import RequestCosts
@@ -73,6 +73,8 @@ def planned(
         check_model(resolved, known.family, known.hf_config)
     if warning := training_warning(resolved, known.trained):
         print(f"hidrop: warning: {warning}", file=sys.stderr)
+    if note := provenance(resolved, known.shape, known.trained):
+        print(f"hidrop: note: {note}", file=sys.stderr)
     return known, resolved, workload, request_costs(known, resolved, workload)
 
 

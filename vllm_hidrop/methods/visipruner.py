@@ -1,12 +1,13 @@
 """VisiPruner: quiet shallow layers, one cut where vision is first read, an exit where it no longer is."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from vllm_hidrop.methods.adaptive import Adaptive, AttentionEdit, Memory, Sight, Verdict
-from vllm_hidrop.methods.base import ModelShape, check_shape, depth_ratio
+from vllm_hidrop.methods.base import PUBLISHED_FAMILY, PUBLISHED_SIZE, SCALED, ModelShape, check_shape, depth_ratio
 from vllm_hidrop.methods.scoring import Contribution, Signals, select_top
 from vllm_hidrop.plan.schedule import Cached, Keep, KeepValue, Schedule
 from vllm_hidrop.plan.signal import Signal
@@ -27,7 +28,7 @@ class VisiPruner(Adaptive):
 
     **Source** arXiv 2510.17205 sections 3.3, 3.6, 4.4 and 5.3, equations 6 to 8; layer numbers here are zero-based, as
     in the released code (the paper's are one-based). Thresholds are magnitudes of one model's value space: those for
-    LLaVA-1.5 are published, the others belong to their checkpoint.
+    LLaVA-1.5-7B are published; the paper reports Qwen2-VL-7B and InternVL2.5-8B too, without their numbers.
 
     **Differs** every image of a prompt has its own test, cut and exit, its own sink and its own half; the code treats
     all as one. Rows of the shallow edit are not renormalised, as in the code; ``form`` "pre_softmax" renormalises them.
@@ -50,6 +51,9 @@ class VisiPruner(Adaptive):
     paper = "arXiv 2510.17205"
     summary = "all, then what the layer that reads the image uses, then nothing"
     signal = Signal.CONTRIBUTION
+    layer_options = ("shallow_layers", "filter_layer", "exit_layer")
+    tuned_options = ("shallow_layers",)
+    elsewhere = f"{SCALED}; thresholds unpublished for all but 7B"
     default_preset = "llava-1.5-7b"
     presets = {  # noqa: RUF012
         "llava-1.5-7b": {},
@@ -92,6 +96,13 @@ class VisiPruner(Adaptive):
             if getattr(self, option) < least:
                 raise ValueError(f"{option} must be >= {least}, got {getattr(self, option)}")
         Keep.parse(self.keep)
+
+    def unpublished(self, shape: ModelShape) -> Mapping[str, str]:
+        """The thresholds that are in use, for all models but LLaVA-1.5-7B."""
+        if (shape.size, shape.family) == (PUBLISHED_SIZE, PUBLISHED_FAMILY) or "middle" not in self.parts:
+            return {}
+        used = ("cosine", "norm") * (self.filter_layer is None) + ("exit_cosine",) * self._tests_exit()
+        return dict.fromkeys(used, "LLaVA-1.5-7B")
 
     def fitted(self, shape: ModelShape) -> "VisiPruner":
         """Layer numbers scaled by depth and rounded."""

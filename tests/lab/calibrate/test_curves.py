@@ -199,7 +199,7 @@ def test_a_family_that_cannot_be_calibrated_is_named() -> None:
             family_to_calibrate(config)
         return str(caught.value)
 
-    assert "BertModel is not a family that can run staged; supported: Llava" in refused("BertModel")
+    assert "BertModel is not a family that can run staged; supported: LLaVA-1.5" in refused("BertModel")
     assert "attend both ways" in refused("Gemma3ForConditionalGeneration")
     assert refused("InternVLChatModel").startswith("cannot calibrate InternVL2.5 / 3 / 3.5: the released form's")
     assert "LLaVA-NeXT-Video: it takes videos alone" in refused("LlavaNextVideoForConditionalGeneration")
