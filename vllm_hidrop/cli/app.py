@@ -248,6 +248,9 @@ def convert(
     preset: Annotated[
         str | None, typer.Option(help="Schedule it was trained with: tok48, tok64, tok80, tok48-c1 (C1) or none.")
     ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(metavar="JSON", help="Its schedule where no preset has it: HiDrop's options.")
+    ] = None,
     vision_tower: Annotated[
         Path | None, typer.Option(help="Directory of the CLIP tower.", show_default="mm_vision_tower, if it is one")
     ] = None,
@@ -255,7 +258,8 @@ def convert(
     """Turn an original LLaVA-1.5 or HiDrop checkpoint into the Hugging Face format that vLLM loads."""
     from vllm_hidrop.cli import convert as command
 
-    command.run(source, destination, preset, vision_tower)
+    own = None if schedule is None else parse_object(schedule, "--schedule")
+    command.run(source, destination, preset, own, vision_tower)
 
 
 eval_app = typer.Typer(
