@@ -84,7 +84,7 @@ class Family:
 
     def shape(self, config: Any) -> ModelShape:
         """Layers and tokens per image."""
-        return ModelShape(self.text_config(config).num_hidden_layers, self.tokens(config), self.is_dynamic)
+        return ModelShape(self.text_config(config).num_hidden_layers, self.tokens(config), self.is_dynamic, self.title)
 
     def check(self, config: Any) -> None:
         """Raise ValueError, which names the part and the supported ones, where a checkpoint cannot run staged."""
