@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from vllm_hidrop.cli.app import app
 from vllm_hidrop.config import HidropConfig, Resolved, resolve
-from vllm_hidrop.engine.model_checks import check_model
+from vllm_hidrop.engine.model_checks import fitted_to_model
 from vllm_hidrop.lab.calibrate.checkpoint import Checkpoint
 from vllm_hidrop.lab.calibrate.contributions import Readings, read
 from vllm_hidrop.lab.calibrate.curves import Settings, measure
@@ -178,7 +178,7 @@ def started(path: Path, choice: Path) -> Resolved:
     family = family_of(config.architectures[0])
     family.check(config)
     resolved = resolve(HidropConfig.checked(json.loads(choice.read_text())), family.shape(config))
-    check_model(resolved, family, config)
+    fitted_to_model(resolved, family, config)
     return resolved
 
 

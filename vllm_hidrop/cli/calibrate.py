@@ -179,7 +179,7 @@ def _config(
     checkpoint: "Checkpoint", method: str, options: dict[str, Any], measured: str
 ) -> tuple[dict[str, Any], list[str]]:
     """The server's configuration, checked as at its start, and notes for the user."""
-    from vllm_hidrop.engine.model_checks import check_model
+    from vllm_hidrop.engine.model_checks import fitted_to_model
 
     note = f"proposed by hidrop calibrate from {measured}; not published, and not tried on a benchmark"
     config: dict[str, Any] = {"method": method, "options": options, "note": note}
@@ -194,7 +194,7 @@ def _config(
         config["force"] = True
         resolved = resolve(HidropConfig.parse(config), shape, trained)
         notes.append('this checkpoint was trained for another schedule: "force" is set')
-    check_model(resolved, family, checkpoint.config)
+    fitted_to_model(resolved, family, checkpoint.config)
     return config, notes
 
 
