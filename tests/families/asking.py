@@ -8,7 +8,7 @@ from typing import Any
 from vllm import SamplingParams
 
 from tests.engine.harness import Answer, Engine, picture
-from tests.families.checkpoints import TinyCheckpoint
+from tests.families.checkpoints.form import TinyCheckpoint
 from vllm_hidrop.verify.reference.shortened import Span
 
 NUM_TOKENS = 8
