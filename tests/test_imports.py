@@ -61,6 +61,7 @@ RULES = {
     "vllm_hidrop.outputs": Rule(),
     "vllm_hidrop.terminal": Rule(),
     "vllm_hidrop.cli": Rule(("vllm_hidrop.bench", "vllm_hidrop.lab.evaluate", *EDGES, *CONFIG), lazily=EVERYTHING),
+    "vllm_hidrop.cli.families": Rule(("vllm_hidrop.models.families", "vllm_hidrop.models.family", *EDGES, *CONFIG)),
     "vllm_hidrop.cli.verify": Rule(
         ("vllm_hidrop.cli", "vllm_hidrop.verify", *EDGES), lazily=("torch", "vllm_hidrop.lab.train.packed_attention")
     ),
@@ -72,7 +73,9 @@ RULES = {
         ("vllm_hidrop.lab.evaluate", "vllm_hidrop.lab.train.scenes", "vllm_hidrop.lab.train.questions")
     ),
     "vllm_hidrop.lab.evaluate.report": Rule(("vllm_hidrop.lab", "vllm_hidrop.embedded", "vllm_hidrop.cli", *CONFIG)),
-    "vllm_hidrop.lab.calibrate": Rule((*EDGES, *CONFIG, "torch"), lazily=("vllm_hidrop.lab.train",)),
+    "vllm_hidrop.lab.calibrate": Rule(
+        (*EDGES, *CONFIG, "vllm_hidrop.models", "torch"), lazily=("vllm_hidrop.lab.train",)
+    ),
     "vllm_hidrop.monitoring": Rule(("vllm_hidrop.cli", *EDGES)),
     "vllm_hidrop.bench": Rule(
         EDGES, lazily=("vllm_hidrop.engine.compat", "hidrop_loadtests.pictures", "torch", "vllm")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_hidrop.methods.base import Method, ModelShape
+from vllm_hidrop.methods.base import SCALED, Method, ModelShape
 from vllm_hidrop.methods.scoring import Signals, attention_score
 from vllm_hidrop.plan.positions import PositionScheme
 from vllm_hidrop.plan.schedule import KeepValue, Schedule
@@ -30,6 +30,8 @@ class PyramidDrop(Method):
     paper = "arXiv 2410.17247"
     summary = "halves the tokens at every quarter of the depth"
     signal = Signal.NEXT_ATTENTION
+    layer_options = tuned_options = ("cuts",)
+    elsewhere = SCALED
     trained_positions = PositionScheme.RENUMBERED
 
     cuts: tuple[float, ...] = (0.25, 0.5, 0.75)

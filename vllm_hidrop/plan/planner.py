@@ -15,7 +15,7 @@ REQUEST_KEYS = {
     "hidrop": 'on (default) or off: "off" keeps every vision token in every layer, equal to stock vLLM',
     "hidrop_keep": 'one keep per stage of the server: "all", a count, or a fraction',
     "hidrop_method": "another method whose cuts fall on the server's stages, at its default preset",
-    "hidrop_explain": "true: the report lists the patches that every stage kept, by image",
+    "hidrop_explain": "true: the report lists the tokens that every stage kept, by image and frame, and their grids",
 }
 """The options of a request, in ``vllm_xargs`` or ``SamplingParams.extra_args``, and what each means."""
 
@@ -271,7 +271,8 @@ def spans_of(feature: Any, item: int, frame_tokens: int | None) -> list[Span]:
     """
     runs = [(start, end + 1) for start, end in feature.mm_position.extract_embeds_range()]
     if feature.modality != "video":
-        return [Span(runs[0][0], runs[-1][1] - runs[0][0], item)]
+        length = runs[-1][1] - runs[0][0]
+        return [Span(runs[0][0], length, item, length - sum(end - start for start, end in runs))]
     if len(runs) == 1:
         runs = _frames(*runs[0], feature.data, frame_tokens)
     return [Span(start, end - start, item) for start, end in runs]
