@@ -1,9 +1,11 @@
 """Which rows engines' answers make, where all are equal and where not; no engine runs."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from tests.families.checkpoints import CHECKPOINTS
 from tests.verify.test_comparing import answer
 from vllm_hidrop.methods import METHODS, ModelShape
 from vllm_hidrop.verify.cases import Model, Served, own_model
@@ -74,6 +76,12 @@ def test_a_reference_that_does_not_fit_is_named() -> None:
     found = rows()
     for name in ("stock = reference, dense", "hidrop = reference"):
         assert (found[name].status, found[name].detail) == (Status.NOT_RUN, "memory: the reference does not fit")
+
+
+def test_a_users_model_that_takes_no_images_is_refused(tmp_path: Path) -> None:
+    CHECKPOINTS["llava_next_video"].make(tmp_path)
+    with pytest.raises(ValueError, match="LLaVA-NeXT-Video takes videos alone"):
+        own_model(str(tmp_path))
 
 
 def test_a_users_model_is_served_by_its_own_schedule_first_then_by_every_method() -> None:

@@ -147,11 +147,13 @@ def tiny_model(name: str, path: Path, served: tuple[Served, ...]) -> Model:
 
 
 def own_model(name: str) -> Model:
-    """The user's checkpoint. Raises ValueError: it cannot be read, or is of no family that runs staged."""
+    """The user's checkpoint. Raises ValueError: it cannot be read, takes no images, or is of no family that runs staged."""
     from vllm_hidrop.cli.costing import read_model
 
     known = read_model(name)
     assert known.family is not None  # of one that is read
+    if not known.family.has_images:
+        raise ValueError(f"{known.family.title} takes videos alone, and verify asks with images")
     longest = known.family.text_config(known.hf_config).max_position_embeddings
     that_fit = POOL_BYTES // (2 * known.text.num_layers * known.text.kv_bytes_per_row)  # two of the longest prompts
     entry = {key: value for key, value in (known.trained or {}).items() if key in HidropConfig.model_fields}
@@ -173,13 +175,10 @@ def own_model(name: str) -> Model:
 def _without_tower_part(served: Served, family: "Family", config: Any) -> Served:
     """The same where the tower can do what the method asks of it, else without that."""
     method = make_method(served.choice["method"], served.choice.get("preset"), served.choice.get("options"))
-    if isinstance(method, Adaptive) and method.reduction is not None:
-        try:
-            family.check_reduction(config, method.reduction)
-        except ValueError:
-            options = {**served.choice["options"], "merge_threshold": None, "key_rate": 0.0}
-            return replace(served, choice={**served.choice, "options": options}, note="without its part in the tower")
-    return served
+    if not isinstance(method, Adaptive) or method.reduction is None or family.no_reduction(config) is None:
+        return served
+    options = {**served.choice["options"], **method.without_reduction}
+    return replace(served, choice={**served.choice, "options": options}, note="without its part in the tower")
 
 
 def _path_of(name: str) -> Path | str:
