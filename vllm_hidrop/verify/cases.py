@@ -147,7 +147,7 @@ def tiny_model(name: str, path: Path, served: tuple[Served, ...]) -> Model:
 
 
 def own_model(name: str) -> Model:
-    """The user's checkpoint. Raises ValueError: it cannot be read, takes no images, or is of no family that runs staged."""
+    """The user's checkpoint. Raises ValueError: it cannot be read, takes no images, or cannot run staged."""
     from vllm_hidrop.cli.costing import read_model
 
     known = read_model(name)
