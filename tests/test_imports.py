@@ -82,9 +82,11 @@ RULES = {
     ),
     "vllm_hidrop.verify": Rule(
         ("vllm_hidrop.bench", "vllm_hidrop.models.families", *EDGES, *CONFIG, "torch"),
-        lazily=("vllm_hidrop.cli", "vllm_hidrop.embedded", "vllm"),
+        lazily=("vllm_hidrop.cli", "vllm_hidrop.embedded", "vllm_hidrop.models.family", "vllm"),
     ),
-    "vllm_hidrop.verify.tiny_models": Rule(("vllm_hidrop.bench", "torch")),
+    "vllm_hidrop.verify.tiny_models": Rule(("vllm_hidrop.bench", "vllm_hidrop.verify.tiny_parts", "torch")),
+    "vllm_hidrop.verify.tiny_parts": Rule(("torch",)),
+    "vllm_hidrop.verify.tiny_qwen": Rule(("vllm_hidrop.verify",)),
     # An independent second opinion: what it shares with the engine it cannot judge.
     "vllm_hidrop.verify.reference": Rule(("torch",)),
     "hidrop_server": Rule(
@@ -197,7 +199,7 @@ def test_every_module_imports_only_what_its_rule_allows() -> None:
         ("hidrop_loadtests.run", "from vllm.benchmarks import serve"),
         ("hidrop_loadtests.run", "def late():\n    from vllm import LLM"),
         ("vllm_hidrop.somewhere", "import json"),
-        ("vllm_hidrop.verify.reference.masked", "from vllm_hidrop.methods.scoring import select_top"),
+        ("vllm_hidrop.verify.reference.shortened", "from vllm_hidrop.methods.scoring import select_top"),
         ("vllm_hidrop.verify.reference.attention", "def late():\n    import vllm"),
     ],
 )

@@ -17,11 +17,11 @@ from tests.engine.test_blocks import count_preemptions
 from tests.engine.test_image_prefix import conversation
 from tests.engine.test_oracle_parity import asks, reference
 from tests.engine.test_prefix import CHOICES
+from tests.oracles.masked import OracleResult
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.plan.schedule import Schedule
 from vllm_hidrop.staged.explain import patches_run
-from vllm_hidrop.verify.reference.masked import OracleResult
 from vllm_hidrop.verify.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 
 pytestmark = pytest.mark.engine
