@@ -18,6 +18,7 @@ class MeasuredEngine:
 
         if torch.cuda.is_available():
             settings["gpu_memory_utilization"] = 0.4  # two engines share the device; the pool's bytes are given
+        self.image_size = tuple(settings.pop("image_size"))
         self.engine: Any = LLM(**settings).llm_engine
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         groups = self.scheduler.kv_cache_config.kv_cache_groups
@@ -42,7 +43,8 @@ class MeasuredEngine:
         for index in range(count):
             name = str(self.num_asked)
             self.num_asked += 1
-            self.engine.add_request(name, _prompt(images, text, (seed, index), (picture_seed, index)), params)
+            pictures = _pictures(images, self.image_size, (picture_seed, index))
+            self.engine.add_request(name, _prompt(pictures, text, (seed, index)), params)
             self.running[name] = 0
         first = next(iter(self.running))
         free, report, step_seconds, patience = self._num_free(), None, [], PATIENCE
@@ -88,17 +90,23 @@ class MeasuredEngine:
         return int(self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
 
 
-def _prompt(images: int, text: int, seed: tuple[int, int], picture_seed: tuple[int, int]) -> dict[str, Any]:
+def _pictures(count: int, size: tuple[int, ...], seed: tuple[int, int]) -> list[Any]:
     import numpy as np
     from PIL import Image
+
+    width, height = size
+    noise = np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+    return [Image.fromarray(pixels) for pixels in noise]
+
+
+def _prompt(pictures: list[Any], text: int, seed: tuple[int, int]) -> dict[str, Any]:
+    import numpy as np
 
     from vllm_hidrop.bench.shapes import IMAGE_TOKEN
 
     words = np.random.default_rng(seed).integers(4, IMAGE_TOKEN, text - 1).tolist()
-    tokens = [1] + [IMAGE_TOKEN] * images + words
-    noise = np.random.default_rng(picture_seed).integers(0, 256, (images, 336, 336, 3), dtype=np.uint8)
-    pictures = [Image.fromarray(pixels) for pixels in noise]
-    return {"prompt_token_ids": tokens} | ({"multi_modal_data": {"image": pictures}} if images else {})
+    tokens = [1] + [IMAGE_TOKEN] * len(pictures) + words
+    return {"prompt_token_ids": tokens} | ({"multi_modal_data": {"image": pictures}} if pictures else {})
 
 
 def main() -> None:

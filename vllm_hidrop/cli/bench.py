@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -23,8 +23,10 @@ from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.plan.costs import RequestCosts
 from vllm_hidrop.terminal import Terminal
 
+if TYPE_CHECKING:
+    from vllm_hidrop.models.family import Family
+
 BLOCK_SIZE = 32
-TOKENS_PER_IMAGE = 576
 TRAFFIC = {"image": "", "off": " off", "text": " text only"}  # suffixes of row names: pruned, all kept, no image
 DEFAULT_PRESETS = {"hidrop": "tok48", "mustdrop": "tok64"}
 SCALED = ("hidrop", "visipruner", "mustdrop")  # their presets are for other depths than the bench shapes have
@@ -70,7 +72,21 @@ class Bench:
     @cached_property
     def resolved(self) -> Resolved:
         """The method and its schedule. Raises ValueError: a choice that does not exist or does not fit."""
-        return resolve(HidropConfig.parse(self.hidrop), ModelShape(SHAPES[self.shape].num_layers, TOKENS_PER_IMAGE))
+        sizes = SHAPES[self.shape]
+        shape = self.known.shape if sizes.is_qwen else ModelShape(sizes.num_layers, sizes.tokens_per_image)
+        return resolve(HidropConfig.parse(self.hidrop), shape)
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Vision tokens of every image that is sent."""
+        return SHAPES[self.shape].tokens_per_image
+
+    @property
+    def _family(self) -> "Family":
+        from vllm_hidrop.models.families import family_of
+
+        qwen, llava = "Qwen2_5_VLForConditionalGeneration", "LlavaForConditionalGeneration"
+        return family_of(qwen if SHAPES[self.shape].is_qwen else llava)
 
     @property
     def method(self) -> str:
@@ -83,7 +99,7 @@ class Bench:
 
     def costs(self, images: int, text: int, decided: Sequence[int] | None = None) -> RequestCosts:
         """Calculated costs of a pruned request; ``decided``: vision tokens per stage, where the method decides them."""
-        workload = costing.Workload((image(TOKENS_PER_IMAGE),) * images, text, BLOCK_SIZE)
+        workload = costing.Workload((image(self.tokens_per_image),) * images, text, BLOCK_SIZE)
         return costing.request_costs(self.known, self.resolved, workload, decided)
 
     def command(self, section: str, **flags: Any) -> str:
@@ -127,9 +143,10 @@ class Bench:
             "distributed_executor_backend": "uni",
             "kv_cache_memory_bytes": kv_bytes,
             "limit_mm_per_prompt": {"image": 16},
+            "image_size": SHAPES[self.shape].image_size,
         } | ({"load_format": "dummy"} if self.dummy else {})
         ours = stock | {
-            "hf_overrides": {"architectures": ["HidropLlavaForConditionalGeneration"]},
+            "hf_overrides": {"architectures": [self._family.staged]},
             "additional_config": {"hidrop": self.hidrop},
         }
         return stock, ours

@@ -20,7 +20,9 @@ bench_app = typer.Typer(help="Measure ours against stock vLLM on the same random
 MOST_RUNS, MOST_TEXT = 1000, 8192
 TRAFFIC = ("image", "off", "text")
 
-Shape = Annotated[str, typer.Option(help='Size of the random-weight model: "tiny", "bench", "2.7b" or "7b".')]
+Shape = Annotated[
+    str, typer.Option(help='Size of the random-weight model: "tiny", "bench", "qwen" (a Qwen2.5-VL), "2.7b" or "7b".')
+]
 Runs = Annotated[int, typer.Option(min=1, max=MOST_RUNS, help="Paired runs per figure; the median counts.")]
 Pairs = Annotated[
     int, typer.Option(min=1, max=MOST_RUNS, help="Fresh pairs of processes; the median of their medians counts.")

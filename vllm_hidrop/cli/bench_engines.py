@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 from vllm_hidrop.bench.paired import EngineProcess, Measured, Pair, Workload, running_pair
 from vllm_hidrop.bench.rows import Row, make_row
-from vllm_hidrop.cli.bench import BLOCK_SIZE, TOKENS_PER_IMAGE, Bench, finished
+from vllm_hidrop.cli.bench import BLOCK_SIZE, Bench, finished
 from vllm_hidrop.methods import Adaptive
 from vllm_hidrop.plan.costs import ideal_decode_ratio
 
@@ -29,16 +29,16 @@ def _over_pairs(
     return finished(bench, found)
 
 
-def _model_len(images: int, text: int, generated: int = 8) -> int:
+def _model_len(bench: Bench, images: int, text: int, generated: int = 8) -> int:
     """Tokens of a prompt and its answer in whole blocks; vLLM's profile wants some text with every image."""
-    return -(-(images * TOKENS_PER_IMAGE + text + generated) // BLOCK_SIZE) * BLOCK_SIZE
+    return -(-(images * bench.tokens_per_image + text + generated) // BLOCK_SIZE) * BLOCK_SIZE
 
 
 def prefill(
     bench: Bench, images: Sequence[int], texts: Sequence[int], traffic: Sequence[str], progress: Progress
 ) -> list[Row]:
     """Prefill times of every number of images with every length of text (traffic "text": lengths only)."""
-    length = _model_len(max(images), max(texts))
+    length = _model_len(bench, max(images), max(texts))
     cells = [(kind, count, text) for kind in traffic for count in ([0] if kind == "text" else images) for text in texts]
 
     def measure(pair: Pair) -> list[Row]:
@@ -77,7 +77,7 @@ def _milliseconds(measured: Measured) -> tuple[float, float]:
 
 def decode(bench: Bench, batches: Sequence[int], text: int, traffic: Sequence[str], progress: Progress) -> list[Row]:
     """Times of a decode step at every batch size, one image per request or none; the ideal is in bytes read."""
-    length = _model_len(1, text, generated=200 + 10 * bench.runs)
+    length = _model_len(bench, 1, text, generated=200 + 10 * bench.runs)
     is_adaptive = isinstance(bench.resolved.method, Adaptive)
 
     def row(pair: Pair, kind: str, batch: int) -> Row:
@@ -102,7 +102,7 @@ def kv(bench: Bench, images: Sequence[int], text: int, pool: int, progress: Prog
     """Bytes a prompt holds; requests a pool for ``pool`` of stock's holds. Raises ValueError: a prompt exceeds it."""
     if max(images) > pool:
         raise ValueError(f"--images {max(images)} does not fit a pool for {pool} requests: raise --pool")
-    length = _model_len(max(images), text)
+    length = _model_len(bench, max(images), text)
     costs = bench.costs(1, text)
     a_block = BLOCK_SIZE * bench.known.text.num_layers * bench.known.text.kv_bytes_per_row
     # A prompt and the block of its first answer tokens; vLLM keeps one block to itself.
@@ -148,7 +148,7 @@ def _held_row(bench: Bench, pair: Pair, images: int, text: int) -> Row:
 
 def burst(bench: Bench, requests: int, text: int, budget: int, progress: Progress) -> list[Row]:
     """Time until requests sent at once have first tokens. Raises ValueError: a prompt exceeds the step ``budget``."""
-    length = _model_len(1, text, generated=256)
+    length = _model_len(bench, 1, text, generated=256)
     if budget < length:
         raise ValueError(f"--budget {budget} is less than the {length} tokens of a prompt and its answer")
     name = bench.name("burst", "image", f"{requests} requests, {budget} tokens a step")
@@ -166,7 +166,7 @@ def burst(bench: Bench, requests: int, text: int, budget: int, progress: Progres
 
 def prefix(bench: Bench, text: int, progress: Progress) -> list[Row]:
     """Times of a question about a new image and of a second one about it; both engines may cache prefixes."""
-    length = _model_len(1, text)
+    length = _model_len(bench, 1, text)
     workload = Workload(1, text)
 
     def measure(pair: Pair) -> list[Row]:
@@ -193,7 +193,7 @@ def prefix(bench: Bench, text: int, progress: Progress) -> list[Row]:
 
 def start(bench: Bench, progress: Progress) -> list[Row]:
     """Seconds from a new process to an engine that takes requests; the first start of each engine is discarded."""
-    length = _model_len(1, 64)
+    length = _model_len(bench, 1, 64)
     settings = bench.settings(length, 2048, bench.kv_bytes(8 * length))
     seconds: tuple[list[float], list[float]] = ([], [])
     for turn in progress.track(range(bench.runs + 1), description="starting engines"):

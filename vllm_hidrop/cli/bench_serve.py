@@ -10,8 +10,8 @@ from rich.progress import Progress
 from vllm_hidrop.bench.piped import NO_PLUGINS, child_environment
 from vllm_hidrop.bench.rows import Row, make_row
 from vllm_hidrop.bench.servers import CHAT_TEMPLATE, STOCK_SERVER, Client, Latencies, Load, ask_once
-from vllm_hidrop.bench.shapes import IMAGE_TOKEN
-from vllm_hidrop.cli.bench import BLOCK_SIZE, TOKENS_PER_IMAGE, Bench, finished
+from vllm_hidrop.bench.shapes import IMAGE_TOKEN, SHAPES
+from vllm_hidrop.cli.bench import BLOCK_SIZE, Bench, finished
 from vllm_hidrop.cli.local_server import COMMAND, local_server
 
 TEXT = 64
@@ -28,6 +28,8 @@ def serve(bench: Bench, traffic: Sequence[str], sizes: tuple[int, int, int], pro
     Raises:
         ValueError: a server did not start, rendered the text before the image, or did not do what was asked.
     """
+    if SHAPES[bench.shape].is_qwen:
+        raise ValueError(f"shape {bench.shape!r} is not served here: the client's pictures are squares of 336 pixels")
     found = []
     for _ in range(bench.pairs):
         with _servers(bench, sizes[0], progress) as urls, Client(bench.model) as client:
@@ -120,8 +122,8 @@ def _check_rendering(bench: Bench, urls: tuple[str, str], load: Load, mode: str)
     for answer in answers:
         tokens = answer["prompt_token_ids"]
         if (
-            len(tokens) != load.images * TOKENS_PER_IMAGE + load.text
-            or IMAGE_TOKEN in tokens[1 + load.images * TOKENS_PER_IMAGE :]
+            len(tokens) != load.images * bench.tokens_per_image + load.text
+            or IMAGE_TOKEN in tokens[1 + load.images * bench.tokens_per_image :]
         ):
             raise ValueError(
                 f"the prompt was not rendered as images, then {load.text} tokens of text: {len(tokens)} tokens, "

@@ -38,6 +38,8 @@ def run(
 
     if shape not in SHAPES:
         raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+    if SHAPES[shape].is_qwen:
+        raise ValueError(f"shape {shape!r} cannot be trained: only LLaVA-1.5 can")
     method = make_method(*choice)
     check_trainable(method)
     model = random_model(SHAPES[shape], "float32")

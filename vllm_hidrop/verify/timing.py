@@ -71,9 +71,9 @@ class Timing:
         return self.memory is None or self.bytes_of_pair(batch) <= MEMORY_IN_USE * self.memory
 
     def _length(self, images: int) -> int:
-        from vllm_hidrop.cli.bench import BLOCK_SIZE, TOKENS_PER_IMAGE
+        from vllm_hidrop.cli.bench import BLOCK_SIZE
 
-        tokens = images * TOKENS_PER_IMAGE + TEXT + self.sizes.answer_room
+        tokens = images * self.bench.tokens_per_image + TEXT + self.sizes.answer_room
         return -(-tokens // BLOCK_SIZE) * BLOCK_SIZE
 
     def _pool_tokens(self, batch: int) -> int:
