@@ -12,7 +12,7 @@ from vllm_hidrop.verify.cases import IMAGE, Question
 Size = tuple[int, int]
 """Width and height of an image."""
 
-SIZES = ((96, 64), (80, 112), (224, 224), (448, 336), (336, 560), (672, 112), (672, 448))
+SIZES = ((64, 64), (96, 64), (80, 112), (224, 224), (448, 336), (336, 560), (672, 112), (672, 448))
 LEAST_TOKENS = 128
 """Of an image, where one of ``SIZES`` has as many."""
 
