@@ -63,6 +63,10 @@ class Family:
         """Decoder layers behind which a later tower layer's features are added (deepstack)."""
         return 0
 
+    def attention_layers(self, config: Any) -> tuple[int, ...] | None:
+        """The decoder layers with attention, where the others are recurrent; None: all."""
+        return None
+
     def vision_shape(self, config: Any) -> VisionShape | None:
         """Sizes of the tower as it runs, and of the projector; None where nobody has counted their FLOPs."""
         return None
@@ -73,7 +77,8 @@ class Family:
 
     def shape(self, config: Any) -> ModelShape:
         """Layers and tokens per image."""
-        return ModelShape(self.text_config(config).num_hidden_layers, self.tokens(config), self.is_dynamic)
+        num_layers = self.text_config(config).num_hidden_layers
+        return ModelShape(num_layers, self.tokens(config), self.is_dynamic, self.attention_layers(config))
 
     def check(self, config: Any) -> None:
         """Raise ValueError, which names the part and the supported ones, where a checkpoint cannot run staged."""
