@@ -38,7 +38,7 @@ def stages_data() -> dict[str, list[int]]:
 
 def request_data() -> list[dict[str, int]]:
     """The stages of one request, as request.png shows them, by the arithmetic of ``hidrop plan``."""
-    _, _, _, costs = planned("7b", {"method": METHOD, "preset": PRESET}, Prompt(None, NUM_TEXT), BLOCK_SIZE)
+    _, _, _, costs = planned("7b", {"method": METHOD, "preset": PRESET}, Prompt(text=NUM_TEXT), BLOCK_SIZE)
     return [
         {
             "first_layer": stage.first_layer,

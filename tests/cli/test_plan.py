@@ -16,9 +16,12 @@ from typer.testing import CliRunner
 from tests.cli.command_line import run, the_line
 from vllm_hidrop.cli.app import app
 from vllm_hidrop.cli.costing import SHAPES, Workload, request_costs
+from vllm_hidrop.cli.media import image
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.methods import METHODS, ModelShape
-from vllm_hidrop.plan.shapes import LLAVA_7B_VISION, TextShape, text_shape, vision_shape
+from vllm_hidrop.models.llava import Llava
+from vllm_hidrop.plan.shapes import TextShape, text_shape
+from vllm_hidrop.plan.vision import LLAVA_7B_VISION
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlavaForConditionalGeneration"],
@@ -212,8 +215,9 @@ def test_plan_and_capacity_refuse_in_the_words_of_serve(tmp_path: Path, name: st
 CANNOT_CHOOSE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a tower without a class token": (
         {"vision_config": CONFIG["vision_config"] | {"model_type": "siglip_vision_model"}},
-        {"method": "mustdrop", "options": {"scale": True}},
-        "method 'mustdrop': it needs a vision tower whose class token ranks the patches",
+        {"method": "mustdrop", "options": {"scale": True, "key_rate": 0.1}},
+        "method 'mustdrop': it needs a vision tower whose class token ranks the patches, as CLIP's does; leave out "
+        "key_rate",
     ),
     "RoPE that depends on the length": (
         {"text_config": CONFIG["text_config"] | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}},
@@ -262,7 +266,7 @@ def test_a_model_of_the_hub_is_refused_in_the_same_words(tmp_path: Path) -> None
         threading.Thread(target=hub.serve_forever, daemon=True).start()
         line = plan_with_hub(f"http://127.0.0.1:{hub.server_address[1]}", "some/model", tmp_path)
         hub.shutdown()
-    assert "LlamaForCausalLM is not a family that can run staged; supported: LlavaForCond" in line
+    assert "LlamaForCausalLM is not a family that can run staged; supported: LLaVA-1.5, " in line
 
 
 def test_without_a_hub_a_name_is_refused_at_once_with_the_names_that_need_none(tmp_path: Path) -> None:
@@ -301,7 +305,7 @@ def test_shapes_are_read_as_llava_runs_them() -> None:
     config = LlavaConfig(vision_config=tower, text_config=LlamaConfig(num_key_value_heads=8))
     text = text_shape(config.get_text_config())
     assert text == TextShape(32, 4096, 11008, 32, 8, 128, 32000)
-    assert vision_shape(config, text) == LLAVA_7B_VISION
+    assert Llava().vision_shape(config) == LLAVA_7B_VISION
 
 
 @pytest.mark.parametrize(
@@ -341,10 +345,13 @@ def test_decided_counts_of_several_images_cost_every_images_tower() -> None:
     stages = len(resolved.schedule.stages)
     one, three = (
         request_costs(
-            SHAPES["7b"], resolved, Workload((576,) * images, 64, 32), [images * 576] * (stages - 1) + [images * 5 - 1]
+            SHAPES["7b"],
+            resolved,
+            Workload((image(576),) * images, 64, 32),
+            [images * 576] * (stages - 1) + [images * 5 - 1],
         )
         for images in (1, 3)
     )
-    assert one.encoder_flops == LLAVA_7B_VISION.flops()
-    assert three.encoder_flops == 3 * LLAVA_7B_VISION.flops()
+    assert one.encoder_flops == LLAVA_7B_VISION.flops([576])
+    assert three.encoder_flops == 3 * LLAVA_7B_VISION.flops([576])
     assert three.stages[-1].vision_tokens == 14

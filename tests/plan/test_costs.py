@@ -25,8 +25,9 @@ from vllm_hidrop.plan.paper_flops import paper_vision_flops
 from vllm_hidrop.plan.places import Span
 from vllm_hidrop.plan.plan import make_plan
 from vllm_hidrop.plan.schedule import Schedule
-from vllm_hidrop.plan.shapes import LLAVA_7B, LLAVA_7B_VISION, LLAVA_13B, TextShape
+from vllm_hidrop.plan.shapes import LLAVA_7B, LLAVA_13B, TextShape
 from vllm_hidrop.plan.signal import Signal
+from vllm_hidrop.plan.vision import LLAVA_7B_VISION
 
 settings.load_profile("ci")  # no deadline on a shared machine, the same examples every time
 
@@ -86,7 +87,7 @@ def slow_layer_flops(shape: TextShape, rows: int) -> int:
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 17])
 def test_a_layers_flops_are_the_sum_of_its_products(rows: int) -> None:
-    assert TINY.layer_flops(rows) == slow_layer_flops(TINY, rows)
+    assert TINY.layer_flops(rows, 0) == slow_layer_flops(TINY, rows)
 
 
 def test_a_dense_7b_prefill_is_two_flops_per_weight_and_row_plus_attention() -> None:
@@ -138,7 +139,7 @@ def test_scoring_under_the_next_layer_projects_the_rows_before_the_cut() -> None
     schedule = Schedule.of({0: "all", 2: 3}, 4)
     plan = make_plan(schedule, 14, [Span(0, 10)])
     flops = {
-        signal: request_costs(TINY, schedule, plan, signal, 16).stages[1].flops - 2 * TINY.layer_flops(7)
+        signal: request_costs(TINY, schedule, plan, signal, 16).stages[1].flops - TINY.layers_flops(7, [2, 3])
         for signal in Signal
     }
     query_row = 2 * 4 * 7 * 14
@@ -152,7 +153,7 @@ def test_injection_exit_and_unchanged_keeps_score_nothing() -> None:
     schedule = Schedule.of({0: 0, 1: "all", 2: 10, 3: 0}, 4)
     plan = make_plan(schedule, 14, [Span(0, 10)])
     found = request_costs(TINY, schedule, plan, Signal.NEXT_ATTENTION, 16)
-    assert [stage.flops for stage in found.stages] == [TINY.layer_flops(rows) for rows in (4, 14, 14, 4)]
+    assert [stage.flops for stage in found.stages] == [TINY.layer_flops(rows, 0) for rows in (4, 14, 14, 4)]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -171,7 +172,7 @@ def test_costs_stay_between_text_alone_and_dense(
         assert stage.kv_blocks <= stage.dense_kv_blocks
         # One group holds at least its layers, so padding only ever adds.
         assert stage.kv_bytes >= stage.layer_blocks * block_size * LLAVA_7B.kv_bytes_per_row
-        assert stage.flops >= stage.num_layers * LLAVA_7B.layer_flops(text)
+        assert stage.flops >= stage.num_layers * LLAVA_7B.layer_flops(text, 0)
     if not images or name == "none":
         assert found.flops == found.dense_flops
         assert found.ideal_speedup == 1
@@ -185,9 +186,9 @@ def test_a_text_request_costs_what_it_costs_dense(block_size: int, text: int) ->
 
 def test_the_vision_tower_bounds_the_ideal_speedup() -> None:
     schedule = HiDrop().schedule(PAPER)
-    plan = make_plan(schedule, 2 * 576 + 64, [Span(0, 576), Span(576, 576)])
+    plan = make_plan(schedule, 2 * 576 + 64, [Span(0, 576, 0), Span(576, 576, 1)])
     found = request_costs(LLAVA_7B, schedule, plan, Signal.NEXT_ATTENTION, 32, LLAVA_7B_VISION)
-    assert found.encoder_flops == 2 * LLAVA_7B_VISION.flops()
+    assert found.encoder_flops == 2 * LLAVA_7B_VISION.flops([576])
     assert found.ideal_speedup_with_encoder is not None
     assert 1 < found.ideal_speedup_with_encoder < found.ideal_speedup
     exact = Fraction(found.dense_flops + found.encoder_flops, found.flops + found.encoder_flops)
@@ -199,7 +200,7 @@ def test_the_vision_towers_flops_are_the_sum_of_its_parts() -> None:
     patches = 2 * 576 * (3 * 14 * 14) * 1024
     layer = 577 * 2 * (4 * 1024 * 1024 + 2 * 1024 * 4096) + 2 * 2 * 577 * 577 * 1024
     projector = 2 * 576 * (1024 * 4096 + 4096 * 4096)
-    assert LLAVA_7B_VISION.flops() == patches + 23 * layer + projector
+    assert LLAVA_7B_VISION.flops([576]) == patches + 23 * layer + projector
 
 
 def test_a_schedule_for_another_depth_is_refused() -> None:
@@ -258,6 +259,6 @@ def test_reused_rows_are_attended_to_and_not_run(rows: int, data: st.DataObject)
 
 
 def test_only_images_that_the_tower_runs_are_counted() -> None:
-    plan = make_plan(NoPruning().schedule(PAPER), 1200, [Span(0, 576), Span(600, 576)])
+    plan = make_plan(NoPruning().schedule(PAPER), 1200, [Span(0, 576, 0), Span(600, 576, 1)])
     assert encoder_flops(LLAVA_7B_VISION, plan, []) == 0
-    assert encoder_flops(LLAVA_7B_VISION, plan, [1]) == LLAVA_7B_VISION.flops()
+    assert encoder_flops(LLAVA_7B_VISION, plan, [1]) == LLAVA_7B_VISION.flops([576])

@@ -6,6 +6,7 @@ import pytest
 
 from tests.server.harness import IMAGE_TOKENS, Server, image_url
 from vllm_hidrop.cli.costing import Workload, read_model, request_costs
+from vllm_hidrop.cli.media import image
 from vllm_hidrop.config import HidropConfig, Resolved, resolve
 from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.plan.costs import RequestCosts
@@ -28,7 +29,7 @@ def planned(text_tokens: int, num_images: int, method: str | None = None) -> Req
         other = resolve(HidropConfig.parse({"method": method, "force": True}), shape, model.trained)
         keeps = [other.schedule.stages[other.schedule.stage_of_layer(s.first_layer)].keep for s in own.schedule.stages]
         resolved = replace(other, schedule=own.schedule.with_keeps([keep.dump() for keep in keeps]))
-    return request_costs(model, resolved, Workload((IMAGE_TOKENS,) * num_images, text_tokens, BLOCK_SIZE))
+    return request_costs(model, resolved, Workload((image(IMAGE_TOKENS),) * num_images, text_tokens, BLOCK_SIZE))
 
 
 @pytest.mark.parametrize("num_images", [1, 3])

@@ -156,20 +156,16 @@ def reduction(threshold: float | None = 0.8, window: int = 3) -> EncoderReductio
     ("reduces", "num_patches"), [(reduction(), 576), (reduction(window=2), 64), (reduction(None), 577)]
 )
 def test_a_tower_that_can_be_reduced_passes(reduces: EncoderReduction, num_patches: int) -> None:
-    reduces.check(num_patches, has_class_token=True)
+    reduces.check(num_patches)
 
 
 @pytest.mark.parametrize(
-    ("reduces", "num_patches", "has_class_token", "message"),
+    ("reduces", "num_patches", "message"),
     [
-        (reduction(), 64, True, "merge_window 3 does not tile the tower's 64 patches"),
-        (reduction(window=2), 20, True, "merge_window 2 does not tile the tower's 20 patches as a square grid"),
-        (reduction(), 576, False, "class token"),
-        (reduction(None), 576, False, "class token"),
+        (reduction(), 64, "merge_window 3 does not tile the tower's 64 patches"),
+        (reduction(window=2), 20, "merge_window 2 does not tile the tower's 20 patches as a square grid"),
     ],
 )
-def test_a_tower_that_cannot_be_reduced_is_refused(
-    reduces: EncoderReduction, num_patches: int, has_class_token: bool, message: str
-) -> None:
+def test_a_tower_that_cannot_be_reduced_is_refused(reduces: EncoderReduction, num_patches: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        reduces.check(num_patches, has_class_token)
+        reduces.check(num_patches)

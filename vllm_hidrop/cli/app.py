@@ -10,8 +10,8 @@ import typer
 
 from vllm_hidrop.cli.bench_app import bench_app
 from vllm_hidrop.cli.errors import OneLineErrors
+from vllm_hidrop.cli.media import MOST_TOKENS
 from vllm_hidrop.cli.options import (
-    MOST_TOKENS,
     AsJson,
     Choice,
     JsonFile,

@@ -17,6 +17,7 @@ from vllm_hidrop.bench.rows import Row, provenance, ratio, write_rows
 from vllm_hidrop.bench.shapes import SHAPES, make_checkpoint
 from vllm_hidrop.bench.tables import print_rows
 from vllm_hidrop.cli import costing
+from vllm_hidrop.cli.media import image
 from vllm_hidrop.config import HidropConfig, Resolved, resolve
 from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.plan.costs import RequestCosts
@@ -82,7 +83,7 @@ class Bench:
 
     def costs(self, images: int, text: int, decided: Sequence[int] | None = None) -> RequestCosts:
         """Calculated costs of a pruned request; ``decided``: vision tokens per stage, where the method decides them."""
-        workload = costing.Workload((TOKENS_PER_IMAGE,) * images, text, BLOCK_SIZE)
+        workload = costing.Workload((image(TOKENS_PER_IMAGE),) * images, text, BLOCK_SIZE)
         return costing.request_costs(self.known, self.resolved, workload, decided)
 
     def command(self, section: str, **flags: Any) -> str:

@@ -14,7 +14,7 @@ from vllm_hidrop.outputs import write_file
 from vllm_hidrop.plan.costs import request_costs
 from vllm_hidrop.plan.places import Span
 from vllm_hidrop.plan.plan import make_plan
-from vllm_hidrop.plan.shapes import text_shape, vision_shape
+from vllm_hidrop.plan.shapes import text_shape
 from vllm_hidrop.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -58,10 +58,12 @@ def run(
 
 def ideal_ratio(config: Any, method: Method, num_vision: int, text: int) -> float:
     """Dense FLOPs of a step over staged ones; optimiser and loss are left out."""
+    from vllm_hidrop.models.llava import Llava
+
     shape = text_shape(config.text_config)
     schedule = method.schedule(ModelShape(shape.num_layers, num_vision))
     plan = make_plan(schedule, num_vision + text, [Span(1, num_vision)])
-    costs = request_costs(shape, schedule, plan, method.signal, 32, vision_shape(config, shape))
+    costs = request_costs(shape, schedule, plan, method.signal, 32, Llava().vision_shape(config))
     tower = costs.encoder_flops or 0
     return (BACKWARD_AND_FORWARD * costs.dense_flops + tower) / (BACKWARD_AND_FORWARD * costs.flops + tower)
 

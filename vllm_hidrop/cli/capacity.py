@@ -36,7 +36,8 @@ def run(
 ) -> None:
     """Print capacities and machines needed. Raises ValueError: bad model or choice, or no request fits the pool."""
     known, resolved, _, costs = planned(model, choice, prompt, BLOCK_SIZE)
-    assert costs.encoder_flops is not None and costs.dense_encoder_flops is not None  # noqa: PT018 (a family's tower)
+    if costs.encoder_flops is None or costs.dense_encoder_flops is None:
+        raise ValueError(f"the FLOPs of the vision tower of {model} are not counted, and a machine runs them too")
     requests = {
         "dense": Request(costs.dense_flops + costs.dense_encoder_flops, costs.dense_kv_bytes, target.output_tokens),
         resolved.method.name: Request(costs.flops + costs.encoder_flops, costs.kv_bytes, target.output_tokens),

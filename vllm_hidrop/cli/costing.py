@@ -6,15 +6,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_hidrop.cli.media import Item, Size, image, image_of_pixels, parse_images, spans_of, video
 from vllm_hidrop.cli.options import Prompt
 from vllm_hidrop.config import HidropConfig, Resolved, resolve, training_warning
 from vllm_hidrop.methods import Adaptive, ModelShape
 from vllm_hidrop.plan import costs, shapes
 from vllm_hidrop.plan.costs import RequestCosts
 from vllm_hidrop.plan.names import nearest
-from vllm_hidrop.plan.places import Span
 from vllm_hidrop.plan.plan import make_plan
-from vllm_hidrop.plan.shapes import TextShape, VisionShape, text_shape
+from vllm_hidrop.plan.shapes import TextShape, text_shape
+from vllm_hidrop.plan.vision import LLAVA_7B_VISION, LLAVA_13B_VISION, VisionShape
 
 if TYPE_CHECKING:
     from vllm_hidrop.models.family import Family
@@ -41,16 +42,16 @@ class Model:
 
 
 SHAPES = {
-    "7b": Model(shapes.LLAVA_7B, shapes.LLAVA_7B_VISION, ModelShape(32, 576)),
-    "13b": Model(shapes.LLAVA_13B, shapes.LLAVA_13B_VISION, ModelShape(40, 576)),
+    "7b": Model(shapes.LLAVA_7B, LLAVA_7B_VISION, ModelShape(32, 576)),
+    "13b": Model(shapes.LLAVA_13B, LLAVA_13B_VISION, ModelShape(40, 576)),
 }  # LLaVA-1.5, known without any file
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One request: vision tokens of each image, text tokens, and the server's tokens per block."""
+    """One request: its images and videos, text tokens, and the server's tokens per block."""
 
-    images: tuple[int, ...]
+    items: tuple[Item, ...]
     text: int
     block_size: int
 
@@ -65,31 +66,49 @@ def planned(
     """
     config = HidropConfig.checked(choice)  # before a hub is asked
     known = SHAPES.get(model) or read_model(model)
-    workload = Workload(tuple(prompt.images or [known.tokens_per_image]), prompt.text, block_size)
+    workload = Workload(_items(model, known, prompt), prompt.text, block_size)
     resolved = resolve(config, known.shape, known.trained)
+    left_out = None
     if known.family is not None:
-        from vllm_hidrop.engine.model_checks import check_model
+        from vllm_hidrop.engine.model_checks import fitted_to_model
 
-        check_model(resolved, known.family, known.hf_config)
-    if warning := training_warning(resolved, known.trained):
-        print(f"hidrop: warning: {warning}", file=sys.stderr)
+        resolved, left_out = fitted_to_model(resolved, known.family, known.hf_config)
+    for warning in (training_warning(resolved, known.trained), left_out):
+        if warning is not None:
+            print(f"hidrop: warning: {warning}", file=sys.stderr)
     return known, resolved, workload, request_costs(known, resolved, workload)
+
+
+def _items(model: str, known: Model, prompt: Prompt) -> tuple[Item, ...]:
+    """The images and the video of a prompt, one image of typical size where it names none."""
+    sizes = parse_images(prompt.images or ())
+    items = [_image(model, known, size) for size in sizes]
+    if prompt.video is not None:
+        items.append(video(prompt.video, known.family, known.hf_config, known.vision))
+    return tuple(items or [image(known.tokens_per_image)])
+
+
+def _image(model: str, known: Model, size: int | Size) -> Item:
+    if isinstance(size, int):
+        return image(size)
+    if known.family is None:
+        return image(known.tokens_per_image)
+    return image_of_pixels(_source(model), known.family, known.hf_config, size)
 
 
 def request_costs(
     model: Model, resolved: Resolved, workload: Workload, decided: Sequence[int] | None = None
 ) -> RequestCosts:
     """Costs of a request, images first; ``decided``: vision tokens per stage of an adaptive method, else its bounds."""
-    spans, offset = [], 0
-    for num_tokens in workload.images:
-        spans.append(Span(offset, num_tokens))
-        offset += num_tokens
+    spans = spans_of(workload.items)
     adaptive = isinstance(resolved.method, Adaptive)
-    plan = make_plan(resolved.schedule, offset + workload.text, spans, adaptive=adaptive)
+    num_tokens = workload.text + sum(span.length for span in spans)
+    plan = make_plan(resolved.schedule, num_tokens, spans, adaptive=adaptive)
     if adaptive and decided is not None and spans:
         plan = replace(plan, kept=tuple(_split(count, len(spans)) for count in decided), decided=True)
     schedule, signal = resolved.schedule, resolved.method.signal
-    return costs.request_costs(model.text, schedule, plan, signal, workload.block_size, model.vision)
+    tiles = {index: item.num_tiles for index, item in enumerate(workload.items) if item.num_tiles is not None}
+    return costs.request_costs(model.text, schedule, plan, signal, workload.block_size, model.vision, tiles)
 
 
 def _split(count: int, parts: int) -> tuple[int, ...]:
@@ -99,14 +118,19 @@ def _split(count: int, parts: int) -> tuple[int, ...]:
 
 def read_model(model: str) -> Model:
     """Shapes of a directory or hub model. Raises ValueError: it does not exist, or ``hidrop serve`` would refuse it."""
-    from vllm_hidrop.embedded import MODEL_DIR
     from vllm_hidrop.models.families import family_of
 
-    config = _read_config(str(MODEL_DIR) if model == EMBEDDED else model)
+    config = _read_config(_source(model))
     family = family_of(next(iter(config.architectures or []), None))
     family.check(config)
     text, vision = text_shape(family.text_config(config)), family.vision_shape(config)
     return Model(text, vision, family.shape(config), getattr(config, "hidrop", None), config, family)
+
+
+def _source(model: str) -> str:
+    from vllm_hidrop.embedded import MODEL_DIR
+
+    return str(MODEL_DIR) if model == EMBEDDED else model
 
 
 def _read_config(source: str) -> Any:

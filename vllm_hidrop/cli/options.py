@@ -13,11 +13,11 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
+from vllm_hidrop.cli.media import MOST_TOKENS
 from vllm_hidrop.json_text import parse_object, read_short_text
 from vllm_hidrop.outputs import check_file, check_folder
 from vllm_hidrop.plan.names import unknown
 
-MOST_TOKENS = 1_000_000  # of an image, a prompt, an answer or a block
 Result = TypeVar("Result")
 
 
@@ -146,12 +146,18 @@ class Prompt:
     """The sizes of one request."""
 
     images: Annotated[
-        list[int] | None,
+        list[str] | None,
         typer.Option(
-            min=1,
-            max=MOST_TOKENS,
-            help="Vision tokens of an image; repeat for several.",
-            show_default="one image of the model's size",
+            metavar="TOKENS|WxH",
+            help="Images, by comma or repeated: vision tokens, or pixels, which the model's processor is asked about.",
+            show_default="one image, of a typical size",
+        ),
+    ] = None
+    video: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FRAMES|FRAMESxTOKENS",
+            help="A video: its frames, and the vision tokens of each. Frames that share tokens count as one.",
         ),
     ] = None
     text: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Text tokens of the prompt.")] = 64

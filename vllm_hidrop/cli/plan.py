@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from vllm_hidrop.cli.costing import Workload, planned
+from vllm_hidrop.cli.media import Item
 from vllm_hidrop.cli.options import Prompt
 from vllm_hidrop.config import Resolved
 from vllm_hidrop.methods import Adaptive
@@ -39,7 +40,10 @@ def _as_json(
         "method": resolved.method.name,
         "preset": resolved.preset,
         "are_bounds": isinstance(resolved.method, Adaptive),
-        **dataclasses.asdict(workload),
+        "images": [item.frames[0] for item in workload.items if len(item.frames) == 1],
+        "videos": [item.frames for item in workload.items if len(item.frames) > 1],
+        "text": workload.text,
+        "block_size": workload.block_size,
         "group_size": found.group_size,
         "stages": [dataclasses.asdict(stage) for stage in found.stages],
         "total": {
@@ -63,7 +67,7 @@ def _as_json(
 
 def _print_table(model: str, resolved: Resolved, workload: Workload, found: RequestCosts, paper_note: str) -> None:
     preset = f" {resolved.preset}" if resolved.preset else ""
-    images = " + ".join(str(num_tokens) for num_tokens in workload.images)
+    images = " + ".join(_shown(item) for item in workload.items)
     table = Table(
         title=f"{resolved.method.name}{preset} on {model}: {images} vision and {workload.text} text tokens",
         caption="Percentages are of dense. Last row: mean per layer of vision and rows, sums of the rest.",
@@ -86,12 +90,17 @@ def _print_table(model: str, resolved: Resolved, workload: Workload, found: Requ
         )
 
 
+def _shown(item: Item) -> str:
+    frames = item.frames
+    return str(frames[0]) if len(frames) == 1 else f"{len(frames)} x {frames[0]}"
+
+
 def _paper_note(shape: TextShape, resolved: Resolved, paper: PaperFlops) -> str:
     """The FLOPs by the paper's own formula, the formula, and options that make VisiPruner's layers fixed."""
     scale, unit = (1e12, "TFLOPs") if paper.dense_flops >= 1e12 else (1e9, "GFLOPs")
     note = (
         f"By the papers' formula for vision alone: {paper.flops / scale:.2f} of {paper.dense_flops / scale:.2f} {unit} "
-        f"(multiply-adds, {paper.formula}; n vision tokens, d {shape.hidden_size}, m {shape.intermediate_size}"
+        f"(multiply-adds, {paper.formula}; n vision tokens, d {shape.hidden_size}, m {shape.active_size}"
     )
     if paper.quiet_layers:
         note += f"; 2 n^2 d not in the first {paper.quiet_layers} layers, as VisiPruner's appendix M"

@@ -9,14 +9,15 @@ from vllm.platforms import current_platform
 
 from vllm_hidrop.config import HidropConfig, Resolved, make_method, moved_options, resolve, training_warning
 from vllm_hidrop.engine.gate import check_gate
-from vllm_hidrop.engine.model_checks import ModelFamily, check_model, reduction_of
+from vllm_hidrop.engine.model_checks import ModelFamily, fitted_to_model, reduction_of
 from vllm_hidrop.engine.step_budget import most_tokens
 from vllm_hidrop.methods import METHODS, Adaptive, Method, ModelShape
 from vllm_hidrop.methods.scored_layers import check_scored_layers
 from vllm_hidrop.plan.form import Form
 from vllm_hidrop.plan.planner import Alternative, Planner
 from vllm_hidrop.plan.schedule import Cached, Schedule
-from vllm_hidrop.plan.shapes import VisionShape, text_shape
+from vllm_hidrop.plan.shapes import text_shape
+from vllm_hidrop.plan.vision import VisionShape
 from vllm_hidrop.runners.tower_attention import KERNEL, has_tower_kernel
 
 logger = init_logger(__name__)
@@ -54,12 +55,13 @@ def configure(vllm_config: Any, family: Family) -> None:
     config = HidropConfig.parse({k: v for k, v in chosen.items() if k != "resolved"})
     shape = family.shape(hf_config)
     resolved = resolve(config, shape, getattr(hf_config, "hidrop", None))
-    check_model(resolved, family, hf_config)
+    resolved, left_out = fitted_to_model(resolved, family, hf_config)
     if resolved.moved:
         _tell_moved(resolved)
     _warn_of_trained_positions(config, resolved, getattr(hf_config, "hidrop", None))
-    if warning := training_warning(resolved, getattr(hf_config, "hidrop", None)):
-        logger.warning_once("%s.", warning)
+    for warning in (training_warning(resolved, getattr(hf_config, "hidrop", None)), left_out):
+        if warning is not None:
+            logger.warning_once("%s.", warning)
     dtype = vllm_config.model_config.dtype
     has_kernel = family.has_tower_kernel and has_tower_kernel(hf_config.vision_config, dtype)
     methods = alternatives(resolved, shape, has_kernel)

@@ -1,6 +1,7 @@
 """What a choice of method and positions asks of a model, read from its Hugging Face configuration; imports no vLLM."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from vllm_hidrop.config import Resolved
@@ -22,29 +23,50 @@ class ModelFamily(Protocol):
     def form(self, config: Any) -> Form:
         """The form of the decoder layers."""
 
+    def no_reduction(self, config: Any) -> str | None:
+        """Why no reduction can run in the vision tower, or None."""
+
     def check_reduction(self, config: Any, reduction: EncoderReduction) -> None:
-        """Refuse a reduction that cannot run in the vision tower."""
+        """Refuse a reduction that cannot run in a vision tower that can run others."""
 
 
-def check_model(resolved: Resolved, family: ModelFamily, hf_config: Any) -> None:
-    """Raise ValueError, which names the obstacle, where a model cannot run by a choice that fits its shape."""
+def fitted_to_model(resolved: Resolved, family: ModelFamily, hf_config: Any) -> tuple[Resolved, str | None]:
+    """A choice that fits a model's shape, as this model runs it, and a warning of what is left out, or None.
+
+    Raises:
+        ValueError: the model cannot run by it; names the obstacle.
+    """
     if resolved.positions is not PositionScheme.PERSISTENT:
         if family.form(hf_config) is not Form.STANDARD:
             raise ValueError(f"{resolved.positions} positions need decoder layers of the standard form")
         check_rope(family.text_config(hf_config), resolved.positions)
-    check_adaptive(resolved, family, hf_config)
+    method = resolved.method
+    if not isinstance(method, Adaptive):
+        return resolved, None
+    if resolved.positions is PositionScheme.COMPACTED:
+        raise ValueError(f"method {method.name!r} needs persistent positions, not compacted ones")
+    return _fitted_to_tower(resolved, method, family, hf_config)
 
 
-def check_adaptive(resolved: Resolved, family: ModelFamily, hf_config: Any) -> None:
-    """Raise ValueError, which names the obstacle, where an adaptive method cannot run with this model or scheme."""
-    if isinstance(resolved.method, Adaptive) and resolved.positions is PositionScheme.COMPACTED:
-        raise ValueError(f"method {resolved.method.name!r} needs persistent positions, not compacted ones")
-    reduction = reduction_of([resolved.method])
-    if reduction is not None:
+def _fitted_to_tower(
+    resolved: Resolved, method: Adaptive, family: ModelFamily, hf_config: Any
+) -> tuple[Resolved, str | None]:
+    """Without the method's reduction where no reduction can run in the tower, unless an option asks for it."""
+    if method.reduction is None:
+        return resolved, None
+    reason = family.no_reduction(hf_config)
+    if reason is None:
         try:
-            family.check_reduction(hf_config, reduction)
+            family.check_reduction(hf_config, method.reduction)
         except ValueError as error:
-            raise ValueError(f"method {resolved.method.name!r}: {error}") from None
+            raise ValueError(f"method {method.name!r}: {error}") from None
+        return resolved, None
+    off = dict(method.without_reduction)
+    asked = [name for name, value in off.items() if resolved.options.get(name, value) != value]
+    if asked:
+        raise ValueError(f"method {method.name!r}: {reason}; leave out {' and '.join(asked)}")
+    left_out = f"method {method.name!r} runs without its part in the vision tower ({', '.join(off)}): {reason}"
+    return replace(resolved, method=replace(method, **off), options={**resolved.options, **off}), left_out
 
 
 def check_rope(text_config: Any, positions: PositionScheme) -> None:

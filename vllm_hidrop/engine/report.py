@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from itertools import dropwhile
 from typing import Any, Self
 
+from pydantic import TypeAdapter
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from vllm_hidrop.plan.costs import encoder_flops, flops_run
+from vllm_hidrop.plan.costs import dense_encoder_flops, encoder_flops, flops_run
 from vllm_hidrop.plan.plan import Plan
 from vllm_hidrop.plan.planner import Planner
-from vllm_hidrop.plan.shapes import TextShape, VisionShape
+from vllm_hidrop.plan.shapes import TextShape
 from vllm_hidrop.plan.signal import Signal
+from vllm_hidrop.plan.vision import VisionShape
 from vllm_hidrop.staged.explain import Patches, every_patch
 
 EMBEDDINGS = "image_embeds"
@@ -49,8 +51,8 @@ class Costing:
             pages[spec.block_size] += spec.page_size_bytes * ranks * len(group.layer_names)
         return cls(
             planner,
-            TextShape(**shapes["text"]),
-            VisionShape(**shapes["vision"]) if shapes["vision"] else None,
+            TypeAdapter(TextShape).validate_python(shapes["text"]),
+            TypeAdapter(VisionShape | None).validate_python(shapes["vision"]),
             kv_cache_config.kv_cache_tensors[0].size // kv_cache_config.num_blocks * ranks,
             pages,
         )
@@ -63,19 +65,22 @@ class Costing:
         """Bytes that stock vLLM holds for ``num_tokens`` tokens: one group of all layers, nothing padded."""
         return sum(page * cdiv(num_tokens, block_size) for block_size, page in self.page_bytes.items())
 
-    def flops(self, plan: Plan, rows: Sequence[int], reused: Sequence[int], images: Collection[int]) -> int:
+    def flops(
+        self, plan: Plan, rows: Sequence[int], reused: Sequence[int], images: Collection[int], tiles: Mapping[int, int]
+    ) -> int:
         """Prefill FLOPs of one request: text model, scoring, LM head; vision tower and projector for ``images``.
 
-        ``rows[s]`` are the whole prompt's rows in stage ``s``; the first ``reused[s]`` come from the KV cache.
+        ``rows[s]`` are the whole prompt's rows in stage ``s``; the first ``reused[s]`` come from the KV cache;
+        ``tiles`` as :func:`num_tiles` has them.
         """
         signal = self.planner.methods[plan.method].signal or Signal.NONE
         text = flops_run(self.text, self.planner.schedule, plan, signal, rows, reused)
-        return text + (encoder_flops(self.vision, plan, images) if self.vision else 0)
+        return text + (encoder_flops(self.vision, plan, images, tiles) if self.vision else 0)
 
-    def flops_dense(self, plan: Plan, images: Collection[int]) -> int:
+    def flops_dense(self, plan: Plan, images: Collection[int], tiles: Mapping[int, int]) -> int:
         """Prefill FLOPs of the dense model, with nothing reused and all ``images`` encoded."""
-        layers = self.planner.schedule.num_layers * self.text.layer_flops(plan.num_prompt_tokens)
-        tower = self.vision.flops() * len(images) if self.vision else 0
+        layers = self.text.layers_flops(plan.num_prompt_tokens, range(self.planner.schedule.num_layers))
+        tower = dense_encoder_flops(self.vision, plan, images, tiles) if self.vision else 0
         return layers + self.text.lm_head_flops + tower
 
 
@@ -103,6 +108,7 @@ def what_ran(costing: Costing, plan: Plan, run: Run, request: Any) -> dict[str, 
     """
     planner, reused = costing.planner, run.reused
     schedule = planner.schedule
+    tiles = num_tiles(request.mm_features)
     rows = run.rows or (plan.num_prompt_tokens,) * len(schedule.stages)
     num_text_tokens = plan.num_prompt_tokens - plan.num_vision_tokens
     held = [plan.stage_tokens(i, reused) for i in range(len(rows))]
@@ -134,8 +140,8 @@ def what_ran(costing: Costing, plan: Plan, run: Run, request: Any) -> dict[str, 
         "stages": stages,
         **_cut_and_exit(stages, plan.num_vision_tokens),
         "encoded_images": len(run.images),
-        "prefill_flops": costing.flops(plan, rows, held, run.images),
-        "prefill_flops_dense": costing.flops_dense(plan, tower_images(request)),
+        "prefill_flops": costing.flops(plan, rows, held, run.images, tiles),
+        "prefill_flops_dense": costing.flops_dense(plan, tower_images(request), tiles),
         "layer_tokens": sum((stage["rows"] - stage["reused"]) * _num_layers(stage) for stage in stages),
         "layer_tokens_dense": plan.num_prompt_tokens * schedule.num_layers,
     }
@@ -185,6 +191,12 @@ def _cut_and_exit(stages: Sequence[dict[str, Any]], num_vision_tokens: int) -> d
 def tower_images(request: Any) -> frozenset[int]:
     """Indices of the images of vLLM's request that the tower encodes: not those that a client sent as features."""
     return frozenset(i for i, feature in enumerate(request.mm_features) if EMBEDDINGS not in (feature.data or ()))
+
+
+def num_tiles(mm_features: Sequence[Any]) -> dict[int, int]:
+    """By index, the tiles that the tower runs of each image that was cut into some, with those that pad a batch."""
+    pixels = {i: (feature.data or {}).get("pixel_values") for i, feature in enumerate(mm_features)}
+    return {i: len(each.data) for i, each in pixels.items() if each is not None and each.data.ndim == 4}
 
 
 def _mode(plan: Plan) -> str:

@@ -1,9 +1,10 @@
 """The base class of adaptive methods, and the attention edits and encoder reductions that they may ask for."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from math import isqrt
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -66,13 +67,8 @@ class EncoderReduction:
         """A name that is equal for reductions that make the same features of an image."""
         return f"merge {self.merge_threshold} of {self.merge_window}, keys {self.key_rate} of {self.key_layer}"
 
-    def check(self, num_patches: int, has_class_token: bool) -> None:
-        """Raise ValueError, which names what is missing, where a vision tower cannot run the reduction."""
-        if not has_class_token:
-            raise ValueError(
-                "it needs a vision tower whose class token ranks the patches, as CLIP's does: "
-                "set merge_threshold null and key_rate 0"
-            )
+    def check(self, num_patches: int) -> None:
+        """Raise ValueError, which says what else to set, where the windows do not tile a tower's patches."""
         side = isqrt(num_patches)
         if self.merge_threshold is not None and (side * side != num_patches or side % self.merge_window):
             raise ValueError(
@@ -101,6 +97,9 @@ class Adaptive(Method):
     The keeps of the schedule are upper bounds. There is no score: :meth:`judge` decides on entry to a stage, by signals
     of the layer before it.
     """
+
+    without_reduction: ClassVar[Mapping[str, Any]] = {}
+    """The options that switch :attr:`reduction` off, and their values."""
 
     @property
     def reduction(self) -> EncoderReduction | None:

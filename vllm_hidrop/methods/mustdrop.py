@@ -36,8 +36,9 @@ class MustDrop(Adaptive):
     float16.
 
     **Options** ``global_threshold``, ``individual_threshold``, ``filter_layers`` (zero-based), ``merge_threshold``
-    (None: no merging), ``merge_window`` (patches a side), ``key_rate`` (0: no key tokens; with both off, towers without
-    a class token can be served), ``cut_cache``, ``shape`` and ``scale`` as for HiDrop.
+    (None: no merging), ``merge_window`` (patches a side), ``key_rate`` (0: no key tokens), ``cut_cache``, ``shape`` and
+    ``scale`` as for HiDrop. Where no reduction is written for a vision tower, or it has no class token, the first phase
+    is left out with a warning; there, asking for ``merge_threshold`` or ``key_rate`` is refused.
     Deviation by choice: ``key_layer`` "feature" ranks by the last layer that is loaded anyway, not by the tower's last.
     """
 
@@ -45,6 +46,7 @@ class MustDrop(Adaptive):
     paper = "arXiv 2411.10803"
     summary = "merged in the encoder, then what text attends to, then that alone in the cache"
     signal = Signal.TEXT_ATTENTION
+    without_reduction = {"merge_threshold": None, "key_rate": 0.0}  # noqa: RUF012
     default_preset = "tok64"
     presets = {  # noqa: RUF012
         "tok192": {"global_threshold": 0.001, "individual_threshold": 0.001},

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.methods.adaptive import EncoderReduction
 from vllm_hidrop.plan.form import Form
-from vllm_hidrop.plan.shapes import VisionShape
+from vllm_hidrop.plan.vision import VisionShape
 
 TYPICAL_SIDE = 1024
 """Pixels of a side of the square image that is typical where images of any size are taken."""
@@ -90,11 +90,12 @@ class Family:
             if found not in known:
                 raise ValueError(f"{self.stock} with {part} {found!r} cannot run staged; supported: {', '.join(known)}")
 
+    def no_reduction(self, config: Any) -> str | None:
+        """Why no reduction of a method can run in the vision tower; None where some can."""
+        return f"no reduction is written for the vision tower of {self.title}"
+
     def check_reduction(self, config: Any, reduction: EncoderReduction) -> None:
-        """Raise ValueError, which names the obstacle, where a method's reduction cannot run in the vision tower."""
-        raise ValueError(
-            f"no reduction is written for the vision tower of {self.title}: set merge_threshold null and key_rate 0"
-        )
+        """Raise ValueError, which names the obstacle, where a tower that can run others cannot run this reduction."""
 
     # Of the model, once it is loaded.
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from vllm_hidrop.models.family import Family, square_tokens
 from vllm_hidrop.plan.form import Form
+from vllm_hidrop.plan.vision import VisionShape
 
 
 class Glm4v(Family):
@@ -19,6 +20,22 @@ class Glm4v(Family):
         """A square image."""
         vision = config.vision_config
         return square_tokens(vision.patch_size, vision.spatial_merge_size)
+
+    def vision_shape(self, config: Any) -> VisionShape | None:
+        """A gated MLP of the size of the output; a convolution joins patches, a matrix and a gated MLP follow."""
+        vision = config.vision_config
+        size, out_size = vision.hidden_size, vision.out_hidden_size
+        joined = size * vision.spatial_merge_size**2
+        return VisionShape(
+            num_layers=vision.depth,
+            hidden_size=size,
+            mlp_weights=3 * size * out_size,
+            patch_size=vision.patch_size,
+            projector_weights=joined * out_size + out_size**2 + 3 * out_size * vision.intermediate_size,
+            num_channels=vision.in_channels,
+            patch_frames=vision.temporal_patch_size,
+            merge=vision.spatial_merge_size,
+        )
 
 
 class Glm4vMoe(Glm4v):

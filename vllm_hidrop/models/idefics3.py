@@ -5,6 +5,7 @@ from typing import Any
 from vllm_hidrop.models.family import Family
 from vllm_hidrop.models.llava import patches
 from vllm_hidrop.plan.form import Form
+from vllm_hidrop.plan.vision import VisionShape
 
 TYPICAL_TILES = 13
 """Three by four, and the whole image."""
@@ -21,6 +22,21 @@ class Idefics3(Family):
     def tokens(self, config: Any) -> int:
         """A typical number of tiles."""
         return TYPICAL_TILES * patches(config) // int(config.scale_factor) ** 2
+
+    def vision_shape(self, config: Any) -> VisionShape | None:
+        """SigLIP's on tiles of one size; patches are joined by pixel shuffle, then one matrix."""
+        tower, merge = config.vision_config, int(config.scale_factor)
+        return VisionShape(
+            num_layers=tower.num_hidden_layers,
+            hidden_size=tower.hidden_size,
+            mlp_weights=2 * tower.hidden_size * tower.intermediate_size,
+            patch_size=tower.patch_size,
+            projector_weights=merge**2 * tower.hidden_size * self.text_config(config).hidden_size,
+            num_channels=tower.num_channels,
+            merge=merge,
+            tile_patches=patches(config),
+            tile_tokens=patches(config) // merge**2,
+        )
 
     def text_model(self, model: Any) -> Any:
         """The text model has no head of its own."""

@@ -5,7 +5,7 @@ from typing import Any
 from vllm_hidrop.methods.adaptive import EncoderReduction
 from vllm_hidrop.models.family import Family
 from vllm_hidrop.plan.form import Form
-from vllm_hidrop.plan.shapes import VisionShape, text_shape, vision_shape
+from vllm_hidrop.plan.vision import VisionShape
 
 LAYERS = dict.fromkeys(("llama", "mistral", "qwen2"), Form.STANDARD)
 TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -28,16 +28,45 @@ class Llava(Family):
         return patches(config) + (has_class_token and config.vision_feature_select_strategy == "full")
 
     def vision_shape(self, config: Any) -> VisionShape | None:
-        """CLIP's or SigLIP's, up to the feature layer."""
-        return vision_shape(config, text_shape(self.text_config(config)))
+        """Of one tile."""
+        return tower_shape(config, self.tokens(config))
+
+    def no_reduction(self, config: Any) -> str | None:
+        """The class token ranks patches."""
+        if config.vision_config.model_type == "clip_vision_model":
+            return None
+        return "it needs a vision tower whose class token ranks the patches, as CLIP's does"
 
     def check_reduction(self, config: Any, reduction: EncoderReduction) -> None:
-        """It needs a class token, and features that are one layer's patches."""
-        has_class_token = config.vision_config.model_type == "clip_vision_model"
+        """It needs features that are one layer's patches."""
         is_one_layer = isinstance(config.vision_feature_layer, int)
-        if has_class_token and not (is_one_layer and config.vision_feature_select_strategy == "default"):
+        if not (is_one_layer and config.vision_feature_select_strategy == "default"):
             raise ValueError("one feature layer is needed, its patches alone")
-        reduction.check(patches(config), has_class_token)
+        reduction.check(patches(config))
+
+
+def tower_shape(config: Any, tile_tokens: int, merge: int = 1) -> VisionShape:
+    """CLIP's or SigLIP's tower up to the last layer that is read, and two projections; see ``VisionShape``."""
+    tower, text_size = config.vision_config, config.get_text_config().hidden_size
+    chosen = config.vision_feature_layer
+    chosen = [chosen] if isinstance(chosen, int) else list(chosen)
+    return VisionShape(
+        num_layers=max(layers_before(layer, tower.num_hidden_layers) for layer in chosen),
+        hidden_size=tower.hidden_size,
+        mlp_weights=2 * tower.hidden_size * tower.intermediate_size,
+        patch_size=tower.patch_size,
+        projector_weights=tower.hidden_size * len(chosen) * text_size + text_size**2,
+        num_channels=tower.num_channels,
+        merge=merge,
+        tile_patches=patches(config),
+        tile_tokens=tile_tokens,
+        num_class_tokens=int(tower.model_type == "clip_vision_model"),
+    )
+
+
+def layers_before(output: int, num_layers: int) -> int:
+    """Layers that make an output, as Hugging Face counts: 0 is the patch embedding, -1 the last layer's."""
+    return output if output >= 0 else num_layers + 1 + output
 
 
 def patches(config: Any) -> int:

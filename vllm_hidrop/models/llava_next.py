@@ -3,7 +3,8 @@
 from typing import Any
 
 from vllm_hidrop.models.family import Family
-from vllm_hidrop.models.llava import LAYERS, TOWERS, patches
+from vllm_hidrop.models.llava import LAYERS, TOWERS, patches, tower_shape
+from vllm_hidrop.plan.vision import VisionShape
 
 
 class LlavaNext(Family):
@@ -18,6 +19,10 @@ class LlavaNext(Family):
     def tokens(self, config: Any) -> int:
         """A square image: whole, and two by two tiles with their newlines."""
         return 5 * patches(config) + 2 * int(patches(config) ** 0.5)
+
+    def vision_shape(self, config: Any) -> VisionShape | None:
+        """Of a tile, which has a newline per row at most."""
+        return tower_shape(config, patches(config) + int(patches(config) ** 0.5))
 
 
 class LlavaNextVideo(Family):
@@ -37,3 +42,7 @@ class LlavaNextVideo(Family):
     def frame_tokens(self, config: Any) -> int:
         """All the same."""
         return self.tokens(config)
+
+    def vision_shape(self, config: Any) -> VisionShape | None:
+        """Of a frame, which is pooled before it is projected."""
+        return tower_shape(config, self.tokens(config), config.spatial_pool_stride)

@@ -3,7 +3,9 @@
 from typing import Any
 
 from vllm_hidrop.models.family import Family, square_tokens
+from vllm_hidrop.models.llava import layers_before
 from vllm_hidrop.plan.form import Form
+from vllm_hidrop.plan.vision import VisionShape
 
 
 class Mistral3(Family):
@@ -17,3 +19,17 @@ class Mistral3(Family):
     def tokens(self, config: Any) -> int:
         """A square image, without breaks."""
         return square_tokens(config.vision_config.patch_size, config.spatial_merge_size)
+
+    def vision_shape(self, config: Any) -> VisionShape | None:
+        """A gated MLP; a matrix joins patches, two project them."""
+        tower, merge = config.vision_config, config.spatial_merge_size
+        size, text_size = tower.hidden_size, self.text_config(config).hidden_size
+        return VisionShape(
+            num_layers=layers_before(config.vision_feature_layer, tower.num_hidden_layers),
+            hidden_size=size,
+            mlp_weights=3 * size * tower.intermediate_size,
+            patch_size=tower.patch_size,
+            projector_weights=merge**2 * size**2 + size * text_size + text_size**2,
+            num_channels=tower.num_channels,
+            merge=merge,
+        )

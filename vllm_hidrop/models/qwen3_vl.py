@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from vllm_hidrop.models.family import Family, square_tokens
+from vllm_hidrop.models.qwen_vl import merging_tower
 from vllm_hidrop.plan.form import Form
+from vllm_hidrop.plan.vision import VisionShape
 
 
 class Qwen3VL(Family):
@@ -21,6 +23,13 @@ class Qwen3VL(Family):
         """A square image."""
         vision = config.vision_config
         return square_tokens(vision.patch_size, vision.spatial_merge_size)
+
+    def vision_shape(self, config: Any) -> VisionShape | None:
+        """A plain MLP, and a merger for every deepstack level."""
+        vision = config.vision_config
+        mlp_weights = 2 * vision.hidden_size * vision.intermediate_size
+        num_mergers = 1 + self.num_levels(config)
+        return merging_tower(vision, vision.hidden_size, mlp_weights, vision.out_hidden_size, num_mergers)
 
     def num_levels(self, config: Any) -> int:
         """One per tower layer that is read besides the last."""

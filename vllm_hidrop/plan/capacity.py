@@ -53,8 +53,9 @@ def capacity(shape: TextShape, machine: Machine, request: Request, bytes_per_wei
     """The upper bound of one machine; ValueError where not even one request fits into its KV pool.
 
     A request needs its prefill and its share of the decode steps: ``1 / (prefill + output tokens * step / sequences)``.
-    A step takes the longer of two times: to read all weights and the KV of all sequences (on average with half of their
-    output), and to compute 2 FLOPs per weight and sequence.
+    A step takes the longer of two times: to read the weights and the KV of all sequences (on average with half of their
+    output), and to compute 2 FLOPs per weight and sequence. Of experts, each sequence computes its own and a step reads
+    those that any sequence meets (``Experts.mean_met``).
     """
     token_bytes = shape.num_layers * shape.kv_bytes_per_row
     full = request.prompt_kv_bytes + request.output_tokens * token_bytes
@@ -62,8 +63,8 @@ def capacity(shape: TextShape, machine: Machine, request: Request, bytes_per_wei
     if sequences < 1:
         raise ValueError(f"one request holds {full / 2**30:.2f} GiB of KV, the pool has {machine.kv_bytes / 2**30:.2f}")
     average = request.prompt_kv_bytes + request.output_tokens * token_bytes / 2
-    reads = (shape.num_weights * bytes_per_weight + sequences * average) / machine.bytes_per_second
-    computes = 2 * shape.num_weights * sequences / machine.flops_per_second
+    reads = (shape.weights_read(sequences) * bytes_per_weight + sequences * average) / machine.bytes_per_second
+    computes = 2 * shape.active_weights * sequences / machine.flops_per_second
     step = max(reads, computes)
     prefill = request.prefill_flops / machine.flops_per_second
     return Capacity(sequences, prefill, step, 1 / (prefill + request.output_tokens * step / sequences))

@@ -4,13 +4,17 @@ The numbers compare schedules before anything runs; what a server reports is rea
 in ``plan.shapes``.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from vllm_hidrop.plan.plan import Plan
 from vllm_hidrop.plan.schedule import Schedule
-from vllm_hidrop.plan.shapes import TextShape, VisionShape
+from vllm_hidrop.plan.shapes import TextShape
 from vllm_hidrop.plan.signal import Signal, Under
+from vllm_hidrop.plan.vision import VisionShape
+
+NO_TILES: Mapping[int, int] = MappingProxyType({})
 
 
 def group_size(schedule: Schedule) -> int:
@@ -33,7 +37,8 @@ class StageCosts:
     """One request in one stage; ``dense_`` fields are the dense model's in the same layers.
 
     Attributes:
-        vision_tokens: kept, all images together.
+        kept: vision tokens of every image or frame.
+        vision_tokens: all of them together.
         rows: text and kept vision tokens that every layer of the stage runs.
         layer_blocks: blocks that hold one layer's K and V each, summed over the stage's layers.
         kv_blocks: vLLM's blocks after prefill; each holds ``block_size`` tokens of ``group_size`` layers.
@@ -46,6 +51,7 @@ class StageCosts:
 
     first_layer: int
     end_layer: int
+    kept: tuple[int, ...]
     vision_tokens: int
     dense_vision_tokens: int
     rows: int
@@ -146,25 +152,33 @@ class RequestCosts:
 
 
 def request_costs(
-    shape: TextShape, schedule: Schedule, plan: Plan, signal: Signal, block_size: int, vision: VisionShape | None = None
+    shape: TextShape,
+    schedule: Schedule,
+    plan: Plan,
+    signal: Signal,
+    block_size: int,
+    vision: VisionShape | None = None,
+    num_tiles: Mapping[int, int] = NO_TILES,
 ) -> RequestCosts:
     """Cost one request's prefill and the KV cache it holds afterwards.
 
     ``plan`` is over the stages of ``schedule``, with an adaptive method's decided counts; ``signal`` is what the method
-    looks at; a KV block has ``block_size`` tokens; ``vision`` is run once per image. ValueError where schedule and
-    shape disagree on the number of layers, or block_size is under 1.
+    looks at; a KV block has ``block_size`` tokens; ``vision`` is run once per image or video, ``num_tiles`` as in
+    :func:`encoder_flops`. ValueError where schedule and shape disagree on the number of layers, or block_size is under
+    1.
     """
     if schedule.num_layers != shape.num_layers:
         raise ValueError(f"the schedule has {schedule.num_layers} layers, the model {shape.num_layers}")
     if block_size < 1:
         raise ValueError(f"block_size must be >= 1, got {block_size}")
     stages = range(len(schedule.stages))
+    items = {span.item for span in plan.spans}
     return RequestCosts(
         tuple(_stage_costs(shape, schedule, plan, signal, block_size, stage) for stage in stages),
         group_size(schedule),
         shape.lm_head_flops,
-        None if vision is None else encoder_flops(vision, plan, range(len(plan.spans))),
-        None if vision is None else vision.flops() * len(plan.spans),
+        None if vision is None else encoder_flops(vision, plan, items, num_tiles),
+        None if vision is None else dense_encoder_flops(vision, plan, items, num_tiles),
     )
 
 
@@ -177,36 +191,54 @@ def flops_run(
     where the others attend to them. The other arguments are those of :func:`request_costs`.
     """
     layers = sum(
-        schedule.layers_in(stage) * (shape.layer_flops(rows[stage]) - shape.layer_flops(reused[stage]))
-        for stage in range(len(schedule.stages))
+        shape.layers_flops(rows[stage], layers) - shape.layers_flops(reused[stage], layers)
+        for stage, layers in enumerate(schedule.layer_ranges)
     )
     cuts = sum(_cut_flops(shape, plan, signal, stage) for stage in range(len(schedule.stages)))
     return layers + cuts + shape.lm_head_flops
 
 
-def encoder_flops(vision: VisionShape, plan: Plan, images: Iterable[int]) -> int:
-    """FLOPs of the vision tower and projector on these ``images`` of a request, by index."""
-    left = tokens_left(plan, vision)
-    return sum(vision.flops(left[image]) for image in images)
+def encoder_flops(
+    vision: VisionShape, plan: Plan, items: Iterable[int], num_tiles: Mapping[int, int] = NO_TILES
+) -> int:
+    """FLOPs of the vision tower and projector on these images and videos of a request.
+
+    ``items`` are indices, as in ``Span.item``; ``num_tiles`` by index are known tiles, see ``VisionShape.views``.
+    """
+    total = 0
+    for item in items:
+        frames = [index for index, span in enumerate(plan.spans) if span.item == item]
+        views = vision.views([plan.spans[frame] for frame in frames], num_tiles.get(item))
+        total += vision.flops(views, _patches_left(plan, frames, views))
+    return total
+
+
+def dense_encoder_flops(
+    vision: VisionShape, plan: Plan, items: Iterable[int], num_tiles: Mapping[int, int] = NO_TILES
+) -> int:
+    """As :func:`encoder_flops`, with no patch merged."""
+    return encoder_flops(vision, replace(plan, adaptive=False), items, num_tiles)
 
 
 def ideal_decode_ratio(shape: TextShape, costs: RequestCosts, batch: int, bytes_per_weight: int = 2) -> float:
     """Bytes read by a decode step of ``batch`` such requests, dense over staged: the weights once, each one's rows."""
-    weights = shape.num_weights * bytes_per_weight
+    weights = shape.weights_read(batch) * bytes_per_weight
     return (weights + batch * costs.dense_kv_token_bytes) / (weights + batch * costs.kv_token_bytes)
 
 
-def tokens_left(plan: Plan, vision: VisionShape) -> list[int | None]:
-    """Per image, the patches that the tower's later layers run, by the merging that the plan shows; None: all."""
-    if not plan.adaptive:
-        return [None] * len(plan.spans)
-    return [vision.num_patches * kept // span.length for kept, span in zip(plan.kept[0], plan.spans, strict=True)]
+def _patches_left(plan: Plan, frames: Sequence[int], views: Sequence[int]) -> int | None:
+    """Patches that the tower's later layers run, by the merging that the plan shows; None: all."""
+    if not plan.adaptive or len(views) > 1:  # only a tower of one view merges
+        return None
+    (frame,) = frames
+    return views[0] * plan.kept[0][frame] // plan.spans[frame].length
 
 
 def _stage_costs(
     shape: TextShape, schedule: Schedule, plan: Plan, signal: Signal, block_size: int, stage: int
 ) -> StageCosts:
-    layers = schedule.layers_in(stage)
+    of_stage = schedule.layer_ranges[stage]
+    layers = len(of_stage)
     rows, dense_rows = plan.num_prompt_tokens - plan.dropped[stage], plan.num_prompt_tokens
     cached = plan.num_prompt_tokens - plan.after_prefill(schedule).dropped[stage]
     blocks, dense_blocks = _ceil_div(cached, block_size), _ceil_div(dense_rows, block_size)
@@ -215,6 +247,7 @@ def _stage_costs(
     return StageCosts(
         first_layer=schedule.stages[stage].first_layer,
         end_layer=schedule.end_layers[stage],
+        kept=plan.kept[stage],
         vision_tokens=sum(plan.kept[stage]),
         dense_vision_tokens=plan.num_vision_tokens,
         rows=rows,
@@ -227,8 +260,8 @@ def _stage_costs(
         dense_kv_bytes=layers * dense_blocks * layer_block_bytes,
         kv_token_bytes=layers * cached * shape.kv_bytes_per_row,
         dense_kv_token_bytes=layers * dense_rows * shape.kv_bytes_per_row,
-        flops=layers * shape.layer_flops(rows) + _cut_flops(shape, plan, signal, stage),
-        dense_flops=layers * shape.layer_flops(dense_rows),
+        flops=shape.layers_flops(rows, of_stage) + _cut_flops(shape, plan, signal, stage),
+        dense_flops=shape.layers_flops(dense_rows, of_stage),
     )
 
 

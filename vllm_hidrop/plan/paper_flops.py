@@ -11,7 +11,7 @@ from vllm_hidrop.plan.costs import RequestCosts
 from vllm_hidrop.plan.shapes import TextShape
 
 FORMULA = "sum over layers of 4 n d^2 + 2 n^2 d + 3 n d m"
-"""n vision tokens of the layer, d hidden size, m size of the MLP."""
+"""n vision tokens of the layer, d hidden size, m size of the MLP, or of the experts that a token runs."""
 QUIET = frozenset({"visipruner"})
 """Methods whose paper leaves 2 n^2 d out in the layers before the cut; their released code runs it, as we do."""
 
@@ -32,7 +32,7 @@ def paper_flops(shape: TextShape, costs: RequestCosts, method: str) -> PaperFlop
     dense = [stage.dense_vision_tokens for stage in costs.stages for _ in range(stage.num_layers)]
     cut = next((layer for layer, (kept, whole) in enumerate(zip(tokens, dense, strict=True)) if kept < whole), 0)
     quiet = cut if method in QUIET else 0
-    sizes = (shape.hidden_size, shape.intermediate_size)
+    sizes = (shape.hidden_size, shape.active_size)
     return PaperFlops(paper_vision_flops(tokens, *sizes, quiet), paper_vision_flops(dense, *sizes), quiet)
 
 

@@ -20,12 +20,14 @@ import numpy.typing as npt
 class Span:
     """Where the vision tokens of one image, or of one frame of a video, stand: ``[offset, offset + length)``.
 
-    ``item`` is the index, in prompt order, of the image or video among a prompt's.
+    ``item`` is the index, in prompt order, of the image or video among a prompt's; ``num_separators`` of the tokens are
+    no vision but stay with it: breaks behind rows, text between tiles.
     """
 
     offset: int
     length: int
     item: int = 0
+    num_separators: int = 0
 
     @property
     def end(self) -> int:

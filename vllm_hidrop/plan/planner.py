@@ -288,7 +288,8 @@ def spans_of(feature: Any, item: int, frame_tokens: int | None) -> list[Span]:
     """
     runs = [(start, end + 1) for start, end in feature.mm_position.extract_embeds_range()]
     if feature.modality != "video":
-        return [Span(runs[0][0], runs[-1][1] - runs[0][0], item)]
+        length = runs[-1][1] - runs[0][0]
+        return [Span(runs[0][0], length, item, length - sum(end - start for start, end in runs))]
     if len(runs) == 1:
         runs = _frames(*runs[0], feature.data, frame_tokens)
     return [Span(start, end - start, item) for start, end in runs]

@@ -1,15 +1,42 @@
-"""The sizes of a model's layers, from its Hugging Face configuration, and their FLOPs.
+"""The sizes of a text model's layers, from its Hugging Face configuration, and their FLOPs.
 
 A multiply-add counts as 2 FLOPs. Norms, activations, RoPE, softmax and sampling are left out.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Gated MLPs of which a router chooses ``num_active`` for every row, in place of the MLP in some ``layers``.
+
+    ``intermediate_size`` is one expert's; ``shared_size`` that of the expert, or experts together, that every row runs.
+    """
+
+    num_experts: int
+    num_active: int
+    intermediate_size: int
+    shared_size: int
+    layers: tuple[int, ...]
+
+    @property
+    def active_size(self) -> int:
+        """Intermediate sizes of the experts that a row runs, together."""
+        return self.num_active * self.intermediate_size + self.shared_size
+
+    def mean_met(self, num_rows: int) -> float:
+        """Experts that at least one of ``num_rows`` rows chooses, on average, if each chooses evenly and alone."""
+        return self.num_experts * (1 - (1 - self.num_active / self.num_experts) ** num_rows)
+
+
+@dataclass(frozen=True)
 class TextShape:
-    """Sizes of a Llama-like decoder with gated MLP and grouped-query attention; K and V in float16 or bfloat16."""
+    """Sizes of a Llama-like decoder with gated MLP and grouped-query attention; K and V in float16 or bfloat16.
+
+    ``intermediate_size`` is the MLP's, in the layers without ``experts``.
+    """
 
     num_layers: int
     hidden_size: int
@@ -19,6 +46,7 @@ class TextShape:
     head_size: int
     vocab_size: int
     kv_bytes_per_element: int = 2
+    experts: Experts | None = None
 
     @property
     def kv_bytes_per_row(self) -> int:
@@ -31,17 +59,26 @@ class TextShape:
         heads = self.num_heads + 2 * self.num_kv_heads
         return 2 * self.hidden_size * heads * self.head_size
 
-    def layer_flops(self, rows: int) -> int:
+    @property
+    def active_size(self) -> int:
+        """The MLP's size as a row runs it; of a model with experts, in the layers that have them."""
+        return self.experts.active_size if self.experts else self.intermediate_size
+
+    def layer_flops(self, rows: int, layer: int) -> int:
         """FLOPs of one decoder layer that prefills ``rows`` rows.
 
         ``T (2 C (H + 2 G) D + 2 H D C + 6 C M) + 4 H D T (T + 1) / 2`` with T rows, C hidden size, H query heads,
         G KV heads, D head size, M the MLP's size: 2 per weight and row for Q, K, V, output and the three MLP matrices;
-        then, causally, ``Q K^T`` and the sum over V.
+        then, causally, ``Q K^T`` and the sum over V. With experts, M is the active ones' and a router of E experts adds
+        ``2 C E``.
         """
         width = self.num_heads * self.head_size
-        output_and_mlp = 2 * width * self.hidden_size + 6 * self.hidden_size * self.intermediate_size
         attention = 2 * width * rows * (rows + 1)
-        return rows * (self.qkv_flops_per_row + output_and_mlp) + attention
+        return 2 * rows * int(self._layer_weights(layer, self._num_active)) + attention
+
+    def layers_flops(self, rows: int, layers: Iterable[int]) -> int:
+        """The sum of :meth:`layer_flops` over ``layers``."""
+        return sum(self.layer_flops(rows, layer) for layer in layers)
 
     @property
     def lm_head_flops(self) -> int:
@@ -50,59 +87,39 @@ class TextShape:
 
     @property
     def num_weights(self) -> int:
-        """Weights of all matrices that a decode step reads, LM head included; each costs a row 2 FLOPs."""
-        width = self.num_heads * self.head_size
-        per_layer = self.qkv_flops_per_row // 2 + self.hidden_size * (width + 3 * self.intermediate_size)
-        return self.num_layers * per_layer + self.hidden_size * self.vocab_size
+        """Weights of all matrices in memory, every expert's and the LM head's included; without token embeddings."""
+        return int(self._weights(self.experts.num_experts if self.experts else 0))
+
+    @property
+    def active_weights(self) -> int:
+        """Of :attr:`num_weights`, those that one row of a decode step meets; each costs it 2 FLOPs."""
+        return int(self._weights(self._num_active))
+
+    def weights_read(self, num_rows: int) -> float:
+        """Of :attr:`num_weights`, those that a decode step of ``num_rows`` reads: of the experts, ``mean_met``."""
+        return self._weights(self.experts.mean_met(num_rows) if self.experts else 0)
+
+    @property
+    def _num_active(self) -> int:
+        return self.experts.num_active if self.experts else 0
+
+    def _weights(self, num_experts: float) -> float:
+        layers = sum(self._layer_weights(layer, num_experts) for layer in range(self.num_layers))
+        return layers + self.hidden_size * self.vocab_size
+
+    def _layer_weights(self, layer: int, num_experts: float) -> float:
+        """Weights of a layer, of ``num_experts`` of its experts if it has any."""
+        attention = self.qkv_flops_per_row // 2 + self.num_heads * self.head_size * self.hidden_size
+        if self.experts is None or layer not in self.experts.layers:
+            return attention + 3 * self.hidden_size * self.intermediate_size
+        of_experts = num_experts * self.experts.intermediate_size + self.experts.shared_size
+        return attention + self.hidden_size * (3 * of_experts + self.experts.num_experts)
 
 
 LLAVA_7B = TextShape(32, 4096, 11008, 32, 32, 128, 32064)
 """LLaVA-1.5-7B's language model, Vicuna-7B."""
 LLAVA_13B = TextShape(40, 5120, 13824, 40, 40, 128, 32064)
 """LLaVA-1.5-13B's language model, Vicuna-13B."""
-
-
-@dataclass(frozen=True)
-class VisionShape:
-    """A ViT as in CLIP or SigLIP, and LLaVA's two-layer projector behind it.
-
-    ``num_layers`` counts the layers that run (LLaVA reads the last but one, so the last never does). ``num_tokens`` are
-    the tower's rows, a class token included; ``num_patches`` of them are projected.
-    """
-
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    patch_size: int
-    num_patches: int
-    num_tokens: int
-    projector_input_size: int
-    text_hidden_size: int
-    num_channels: int = 3
-
-    def flops(self, tokens_left: int | None = None) -> int:
-        """FLOPs of one image: ``2 P c p^2 C``, ``L (T (8 C^2 + 4 C M) + 4 C T^2)``, projector.
-
-        P patches of side p and c channels, T rows, L layers, C hidden size, M MLP size; attention is bidirectional. The
-        projector is ``2 P (C_in C_text + C_text^2)``. Layers after the first, and the projector, run ``tokens_left``
-        patches (None: all).
-        """
-        left = self.num_patches if tokens_left is None else tokens_left
-        rows_left = left + self.num_tokens - self.num_patches
-        patches = 2 * self.num_patches * self.num_channels * self.patch_size**2 * self.hidden_size
-        layers = self._layer_flops(self.num_tokens) + (self.num_layers - 1) * self._layer_flops(rows_left)
-        into, out = self.projector_input_size, self.text_hidden_size
-        return patches + layers + 2 * left * (into * out + out**2)
-
-    def _layer_flops(self, rows: int) -> int:
-        hidden = self.hidden_size
-        return rows * (8 * hidden**2 + 4 * hidden * self.intermediate_size) + 4 * hidden * rows**2
-
-
-LLAVA_7B_VISION = VisionShape(23, 1024, 4096, 14, 576, 577, 1024, 4096)
-"""CLIP ViT-L/14 at 336 pixels up to its last but one layer, projected to 4096."""
-LLAVA_13B_VISION = VisionShape(23, 1024, 4096, 14, 576, 577, 1024, 5120)
-"""The same tower, projected to 5120."""
 
 
 def text_shape(config: Any) -> TextShape:
@@ -116,28 +133,26 @@ def text_shape(config: Any) -> TextShape:
         num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
         vocab_size=config.vocab_size,
+        experts=_experts(config),
     )
 
 
-def vision_shape(config: Any, text: TextShape) -> VisionShape | None:
-    """Sizes of LLaVA's CLIP or SigLIP tower as it runs, and of its projector; None for other towers."""
-    tower = config.vision_config
-    num_class_tokens = {"clip_vision_model": 1, "siglip_vision_model": 0}.get(tower.model_type)
-    if num_class_tokens is None:
+def _experts(config: Any) -> Experts | None:
+    """As Qwen3's (every ``decoder_sparse_step``-th layer) and GLM-4.5's (all but the first) configurations say."""
+    size = getattr(config, "moe_intermediate_size", None)
+    if size is None:
         return None
-    chosen = config.vision_feature_layer
-    chosen = [chosen] if isinstance(chosen, int) else list(chosen)
-    # Hugging Face counts outputs: 0 is the patch embedding, so -1 is the last of num_hidden_layers + 1.
-    last = max(layer if layer >= 0 else tower.num_hidden_layers + 1 + layer for layer in chosen)
-    num_patches = (tower.image_size // tower.patch_size) ** 2
-    return VisionShape(
-        num_layers=last,
-        hidden_size=tower.hidden_size,
-        intermediate_size=tower.intermediate_size,
-        patch_size=tower.patch_size,
-        num_patches=num_patches,
-        num_tokens=num_patches + num_class_tokens,
-        projector_input_size=tower.hidden_size * len(chosen),
-        text_hidden_size=text.hidden_size,
-        num_channels=tower.num_channels,
+    first, step = getattr(config, "first_k_dense_replace", 0), getattr(config, "decoder_sparse_step", 1)
+    dense = getattr(config, "mlp_only_layers", None) or ()
+    shared = getattr(config, "shared_expert_intermediate_size", None) or getattr(config, "n_shared_experts", 0) * size
+    return Experts(
+        num_experts=getattr(config, "num_experts", None) or config.n_routed_experts,
+        num_active=config.num_experts_per_tok,
+        intermediate_size=size,
+        shared_size=shared,
+        layers=tuple(
+            layer
+            for layer in range(config.num_hidden_layers)
+            if layer >= first and (layer + 1) % step == 0 and layer not in dense
+        ),
     )
