@@ -13,8 +13,11 @@ from tests.engine.harness import Ask, Engine, engine
 from tests.families.checkpoints import CHECKPOINTS, form, qwen
 from tests.families.test_hybrid import CHOICES, HIDROP, MUSTDROP, SETTINGS, VISIPRUNER, deviation
 from vllm_hidrop.engine.kv_cache import StageManager
+from vllm_hidrop.plan.costs import RequestCosts, request_costs
 from vllm_hidrop.plan.places import Span
 from vllm_hidrop.plan.planner import Planner
+from vllm_hidrop.plan.shapes import text_shape
+from vllm_hidrop.plan.signal import Signal
 
 pytestmark = pytest.mark.engine
 
@@ -52,6 +55,14 @@ def blocks_held(running: Engine, request_id: str) -> tuple[dict[int, int], int]:
     return of_stage, num_states
 
 
+def planned_costs(running: Engine, num_text: int, num_vision: int) -> RequestCosts:
+    """By arithmetic, of a prompt with one image."""
+    planner = running.scheduler.planner
+    shape = text_shape(running.scheduler.vllm_config.model_config.hf_config.get_text_config())
+    plan = planner.plan(num_text + num_vision, [Span(0, num_vision)], None)
+    return request_costs(shape, planner.schedule, plan, Signal.NEXT_ATTENTION, planner.block_size)
+
+
 def test_blocks_are_the_plans_and_a_state_is_one_block(wide: Path) -> None:
     with engine(wide, CHOICES["hidrop"], **SETTINGS) as running:
         size = running.scheduler.planner.block_size
@@ -59,6 +70,7 @@ def test_blocks_are_the_plans_and_a_state_is_one_block(wide: Path) -> None:
         running.add("a", asked("4iii5", 1, 40))
         running.add("b", asked("9", 2, 3))
         num_text, num_vision = 1 + 4 + 5 + 6, 192
+        costs = planned_costs(running, num_text, num_vision)
         reports = []
         for step in range(40):
             ended = [output for output in running.step() if output.finished]
@@ -70,7 +82,9 @@ def test_blocks_are_the_plans_and_a_state_is_one_block(wide: Path) -> None:
             tokens = {2: num_text + step + num_vision // 2, 3: num_text + step + num_vision // 4, 4: num_text + step}
             expected = {stage: -(-n // size) for stage, n in tokens.items()}
             assert blocks_held(running, request_id) == (expected, 9), f"step {step}"
+            assert step or expected == {i: stage.kv_blocks for i, stage in enumerate(costs.stages) if i >= 2}
             assert running.scheduler.check_integrity() == []
+        assert costs.stages[0].kv_bytes == costs.stages[1].kv_bytes == 0
         text, pruned = reports
         page = running.scheduler.kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes
         for report, blocks in ((text, [0, 0, 1, 1, 1]), (pruned, [0, 0, 2, 2, 1])):
