@@ -94,6 +94,9 @@ class Scenario(_Data):
     arrivals: Arrivals
     images: int = Field(ge=0, le=16)  # of every request, or of a conversation's first turn
     image_side: int = Field(default=336, ge=1, le=4096)  # width and height in pixels
+    videos: int = Field(default=0, ge=0, le=8)  # as images; before them
+    video_side: int = Field(default=224, ge=16, le=2048)  # width and height in pixels
+    video_frames: int = Field(default=16, ge=1, le=600)  # four a second
     words: int = Field(ge=1, le=100_000)  # of every question
     output_tokens: int = Field(ge=1, le=100_000)  # of every answer, end-of-sequence ignored: servers do equal work
     turns: int = Field(default=1, ge=1)  # of a conversation

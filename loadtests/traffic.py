@@ -1,4 +1,4 @@
-"""What a scenario's clients send, all drawn from its seed: questions about pictures, broken requests, departures.
+"""What a scenario's clients send, all drawn from its seed: questions about pictures or videos, mistakes, departures.
 
 Arms get the same arrivals, words and mistakes but different pictures: both may be one server, which caches pictures.
 """
@@ -10,7 +10,7 @@ from itertools import cycle
 from random import Random
 from typing import Any
 
-from hidrop_loadtests.pictures import picture_url
+from hidrop_loadtests.pictures import picture_url, video_url
 from hidrop_loadtests.scenarios import Burst, Scenario
 
 VOCABULARY = (
@@ -61,6 +61,7 @@ def mistakes() -> dict[str, dict[str, Any]]:
         "bad base64": {"messages": [_user([_image("data:image/png;base64,%%%%"), _text("what ?")])]},
         "truncated image": {"messages": [_user([_image(f"{header},{data[: len(data) // 8 * 4]}"), _text("what ?")])]},
         "not an image": {"messages": [_user([_image("data:image/png;base64,aGVsbG8="), _text("what ?")])]},
+        "not a video": {"messages": [_user([_video("data:video/mp4;base64,aGVsbG8="), _text("what ?")])]},
         "file URL": {"messages": [_user([_image("file:///etc/hostname"), _text("what ?")])]},
         "loopback URL": {"messages": [_user([_image("http://127.0.0.1:1/a.png"), _text("what ?")])]},
         "too many images": {"messages": [_user([*[_image(picture)] * 40, _text("what ?")])]},
@@ -75,11 +76,14 @@ def _ask(scenario: Scenario, picture_seed: int, index: int, rng: Random, bad: It
         name = next(bad)
         return Ask([_user([_text("what ?")])], send_at, bad=name, body=mistakes()[name])
     leaves = draw < scenario.bad_share + scenario.cancel_share
-    seeds = ((scenario.seed, picture_seed, index, number) for number in range(scenario.images))
-    images = [_image(picture_url(seed, scenario.image_side)) for seed in seeds]
-    return Ask(
-        [_user([*images, question])], send_at, cancel_after=moment * scenario.cancel_within_seconds if leaves else None
-    )
+    cancel_after = moment * scenario.cancel_within_seconds if leaves else None
+    return Ask([_user([*_media(scenario, (scenario.seed, picture_seed, index)), question])], send_at, cancel_after)
+
+
+def _media(scenario: Scenario, seed: tuple[int, int, int]) -> list[dict[str, Any]]:
+    sizes = scenario.video_side, scenario.video_frames
+    videos = [_video(video_url((*seed, number), *sizes)) for number in range(scenario.videos)]
+    return [*videos, *(_image(picture_url((*seed, number), scenario.image_side)) for number in range(scenario.images))]
 
 
 def _send_at(scenario: Scenario, index: int) -> float | None:
@@ -97,6 +101,10 @@ def _user(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _text(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
+
+
+def _video(url: str) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": url}}
 
 
 def _image(url: str) -> dict[str, Any]:

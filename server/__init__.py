@@ -8,7 +8,7 @@ The way of a request:
    (``http/typed_fields``), every value (``http/body_walk``), parts of messages (``media/parts``), and pruning options
    (``control/options``).
 4. vLLM's route, request model and renderer run, with our handlers (``serving``); ``media/connector`` fetches and
-   decodes media (``media/fetching``, ``media/images``).
+   decodes media (``media/fetching``, ``media/images``, ``media/videos``; each video in a ``media/video_process``).
 5. ``engine`` plans the options in ``vllm_xargs``, for a 400 before anything is queued, and has grammars tried
    (``control/grammars``); then vLLM's engine runs, with the scheduler and workers of `vllm_hidrop`.
 6. The engine's report comes with the outputs: it is counted when a sequence ends (``metrics``) and stands in the

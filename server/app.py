@@ -42,6 +42,7 @@ from hidrop_server.http.listening import refused_in_one_line
 from hidrop_server.http.typed_fields import TypedFields, request_models
 from hidrop_server.media.connector import register_connector
 from hidrop_server.media.parts import MediaParts
+from hidrop_server.media.videos import VideoLimits
 from hidrop_server.playground.page import PATH
 from hidrop_server.playground.page import router as playground
 from hidrop_server.serving import (
@@ -111,7 +112,7 @@ async def make_app(engine: HidropLLM, args: Namespace) -> FastAPI:
     hide_routes(app, admin_too=not args.enable_admin_routes)
     app.include_router(router)
     app.include_router(playground)
-    register_connector(partial(engine.metrics.refused, "media"), args.allowed_media_networks)
+    register_connector(partial(engine.metrics.refused, "media"), VideoLimits.of(args), args.allowed_media_networks)
     await init_app_state(engine, app.state, args, tasks)
     extend_state(app.state, engine)
     protect(app, engine, args)

@@ -47,6 +47,7 @@ def parse(model: str | None, vllm_args: list[str], method: str | None = None) ->
     refused = find_refused(args)
     if refused is not None:
         raise StartError(f"{refused.name} is not supported by hidrop serve: {refused.reason}")
+    args.limit_mm_per_prompt = {**flag_defaults(embedded=False)["limit_mm_per_prompt"], **args.limit_mm_per_prompt}
     _listen_on_loopback(args)
     _count_processes(args)
     try:

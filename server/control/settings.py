@@ -124,9 +124,36 @@ SETTINGS = (
         network,
         "CIDR",
     ),
+    Setting(
+        "--max-video-frames",
+        32,
+        "media.videos",
+        "Most frames that are sampled of a video; in one that is sent as a list of frames, the most there may be.",
+        positive,
+        "COUNT",
+    ),
+    Setting("--max-video-seconds", 300, "media.videos", "Longest video; over it: 400.", positive, "SECONDS"),
+    Setting(
+        "--max-video-megapixels",
+        100,
+        "media.videos",
+        "Most pixels of a video's sampled frames together, in millions (3 MB each); over it: 400, before a frame is "
+        "decoded.",
+        positive,
+        "COUNT",
+    ),
+    Setting(
+        "--max-video-decode-seconds",
+        30,
+        "media.videos, media.video_process",
+        "CPU time that decoding a video may take, in a process of its own; over it: 400.",
+        positive,
+        "SECONDS",
+    ),
     # vLLM's own, with another default.
     Setting(API_KEY, None, "http.access", variable="VLLM_API_KEY"),
-    Setting("--limit-mm-per-prompt", {"image": 16}, "vLLM"),  # vLLM's: 999
+    # vLLM's: 999. A kind of media that the user's own limits leave out keeps this one (`control.arguments`).
+    Setting("--limit-mm-per-prompt", {"image": 16, "video": 1}, "vLLM, control.arguments"),
     Setting("--max-num-queued-reqs", 1024, "vLLM, engine"),  # vLLM's: any number
     # vLLM's: 0, abort at once. With the 10 s that ending may take, this is within an orchestrator's usual 30.
     Setting("--shutdown-timeout", 20, "engine, http.exchanges"),

@@ -18,7 +18,7 @@ flattened on white by vLLM."""
 
 
 class MediaRefused(VLLMValidationError):
-    """An image or a URL that this server does not take: one line, answered with 400."""
+    """An image, a video or a URL that this server does not take: one line, answered with 400."""
 
 
 def limit_decoder() -> None:

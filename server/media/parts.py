@@ -77,13 +77,20 @@ class MediaParts:
         taken = {None, *takes}
         self.openai = {name: kind for name, kind in OPENAI.items() if kind.needs in taken}
         self.anthropic = {name: kind for name, kind in ANTHROPIC.items() if kind.needs in taken}
+        self.lacking = {name: kind.needs for name, kind in OPENAI.items() if kind.needs not in taken}
 
     def check(self, parts: list[Any], where: str, anthropic: bool = False) -> bool:
         """Check the parts of one message; returns whether there are media among them. BodyRefused names the part."""
         kinds = self.anthropic if anthropic else self.openai
         for index, part in enumerate(parts):
+            self._check_modality(part, f"{where}.{index}")
             _check_part(part, f"{where}.{index}", kinds)
         return any(kinds[part["type"]].needs for part in parts)
+
+    def _check_modality(self, part: Any, where: str) -> None:
+        name = part.get("type") if isinstance(part, dict) else None
+        if isinstance(name, str) and name in self.lacking:
+            raise BodyRefused(f"{where}.type: this model, as it is served here, takes no {self.lacking[name]}", "media")
 
     def check_keys(self, found: Mapping[str, Any], where: str, known: Iterable[str] = ()) -> None:
         """Refuse media (BodyRefused) under keys that nothing reads at the place ``where``, all but ``known``."""
@@ -105,15 +112,15 @@ def _check_part(part: Any, where: str, kinds: Mapping[str, PartKind]) -> None:
     content = part.get(kind.key)
     if kind.key in (*TEXT_KEYS, "name") and not isinstance(content, str):
         raise BodyRefused(f"{where}.{kind.key}: must be a string")
-    if kind.needs == "image":
-        _check_image(part, content, f"{where}.{kind.key}")
+    if kind.needs in ("image", "video"):
+        _check_media(part, content, f"{where}.{kind.key}")
 
 
-def _check_image(part: Mapping[str, Any], content: Any, where: str) -> None:
+def _check_media(part: Mapping[str, Any], content: Any, where: str) -> None:
     if part["type"] == "image":
         _check_source(content, where)
     elif content is None and part.get("uuid") is not None:
-        return  # an image that the server was sent before, by its id
+        return  # an image or a video that the server was sent before, by its id
     elif part["type"] == "input_image":
         _check_url(content, where)
     elif not isinstance(content, dict):

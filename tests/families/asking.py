@@ -8,7 +8,7 @@ from typing import Any
 from vllm import SamplingParams
 
 from tests.engine.harness import Answer, Engine, picture
-from tests.families.checkpoints import TinyCheckpoint
+from tests.families.checkpoints.form import TinyCheckpoint
 from vllm_hidrop.verify.reference.shortened import Span
 
 NUM_TOKENS = 8
@@ -84,10 +84,12 @@ def questions(family: TinyCheckpoint) -> list[Question]:
     return [*asked, Question(family, "3v5", (), 4)] if family.video else asked
 
 
-def ask(running: Engine, asked: Sequence[Question], **options: Any) -> tuple[list[Answer], list[list[int]]]:
+def ask(
+    running: Engine, asked: Sequence[Question], num_tokens: int = NUM_TOKENS, **options: Any
+) -> tuple[list[Answer], list[list[int]]]:
     """Answers to all questions in one batch as far as the scheduler allows, and their expanded prompts."""
     params = SamplingParams(
-        temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=-1, detokenize=False, extra_args=options
+        temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=-1, detokenize=False, extra_args=options
     )
     outputs = running.llm.generate([question.prompt() for question in asked], params, use_tqdm=False)
     return [running.answer(output) for output in outputs], [list(output.prompt_token_ids) for output in outputs]

@@ -1,6 +1,6 @@
-"""Every family, every method: off is stock vLLM, pruned is the reference on Hugging Face modules, blocks are the plan."""
+"""Every family, every method: off is stock vLLM, pruned is the reference on Hugging Face modules, blocks the plan."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,8 @@ import torch
 from transformers import AutoVideoProcessor
 
 from tests.engine.harness import Answer, Engine, engine
+from tests.engine.test_blocks import count_preemptions, record_chunks
+from tests.engine.test_prefix import budget
 from tests.families.asking import NUM_TOKENS, Question, ask, questions, settings
 from tests.families.checkpoints import CHECKPOINTS
 from tests.families.test_checkpoints import with_image_tokens
@@ -123,8 +125,8 @@ class Tiny:
 
 
 @pytest.fixture(scope="module", params=[name for name in CHECKPOINTS if name not in HYBRIDS])
-def tiny(request: pytest.FixtureRequest, checkpoint: Callable[[str], Path]) -> Iterator[Tiny]:
-    yield Tiny(request.param, checkpoint(request.param))
+def tiny(request: pytest.FixtureRequest, checkpoint: Callable[[str], Path]) -> Tiny:
+    return Tiny(request.param, checkpoint(request.param))
 
 
 def same(ours: Answer, theirs: Answer) -> bool:
@@ -138,9 +140,10 @@ def close(ours: Answer | Result, theirs: Answer | Result, tolerance: float = TOL
 @pytest.mark.parametrize("method", CHOICES)
 def test_pruned_is_the_reference_and_off_is_stock(tiny: Tiny, method: str) -> None:
     stock = tiny.stock
+    cuts: set[bool] = set()
     with engine(tiny.directory, choice_of(method, tiny.name), **tiny.settings) as running:
-        for ours, theirs in zip(ask(running, tiny.questions, hidrop="off")[0], stock, strict=True):
-            assert same(ours, theirs)
+        off, _ = ask(running, tiny.questions, hidrop="off")
+        assert all(map(same, off, stock))
         pruned, _ = ask(running, tiny.questions, hidrop_explain=True)
         warm, _ = ask(running, tiny.questions, hidrop_explain=True)
         for index, (cold, again) in enumerate(zip(pruned, warm, strict=True)):
@@ -149,19 +152,34 @@ def test_pruned_is_the_reference_and_off_is_stock(tiny: Tiny, method: str) -> No
                 assert close(cold, stock[index])
                 continue
             assert bool(again.cached_tokens) == (method in STAGES)
-            check_pruned(cold, tiny.expected(index, method), running)
+            theirs = tiny.expected(index, method)
+            check_pruned(cold, theirs)
+            if method in STAGES:
+                check_blocks(cold, theirs, len(tiny.expanded[index]), running)
+            cuts |= {len(tokens) < len(whole) for tokens, whole in zip(theirs.kept[-2], theirs.kept[0], strict=True)}
+        assert True in cuts or method == "hidrop", "nothing was dropped: nothing was tested"
         if method == "hidrop":
             check_all_kept(running, tiny)
 
 
-def check_pruned(ours: Answer, theirs: Result, running: Engine) -> None:
-    """The same tokens kept in every layer, the same logits and answer, and as many blocks as the kept tokens need."""
+def check_pruned(ours: Answer, theirs: Result) -> None:
+    """The same tokens kept in every layer, the same logits and answer; a method that drops nothing shows nothing."""
     assert ours.report["mode"] == "pruned"
     for stage in ours.report["stages"]:
         layer = stage["first_layer"]
         assert stage["patches"] == theirs.kept[layer], f"in layer {layer}"
     assert min(theirs.margins.values(), default=1) > 1e-6, "a decision that rounding could turn"
     assert close(ours, theirs)
+
+
+def check_blocks(ours: Answer, theirs: Result, num_prompt: int, running: Engine) -> None:
+    """A stage's KV groups hold the text, what the stage keeps, and the generated tokens but the last."""
+    groups = [group.kv_cache_spec.stage for group in running.scheduler.kv_cache_config.kv_cache_groups]
+    num_vision = max(sum(map(len, layer)) for layer in theirs.kept)
+    for index, stage in enumerate(ours.report["stages"]):
+        kept = sum(map(len, theirs.kept[stage["first_layer"]]))
+        num_slots = num_prompt - num_vision + kept + NUM_TOKENS - 1
+        assert stage["kv_blocks"] == groups.count(index) * -(-num_slots // BLOCK_SIZE)
 
 
 def check_all_kept(running: Engine, tiny: Tiny) -> None:
@@ -175,3 +193,21 @@ def check_all_kept(running: Engine, tiny: Tiny) -> None:
     for ours, theirs in zip(answers, tiny.stock, strict=True):
         assert ours.report["mode"] in ("pruned", "text")
         assert close(ours, theirs, 0 if is_whole else TOLERANCE)
+
+
+@pytest.mark.parametrize(("name", "method"), [("qwen2_5_vl", "fastv"), ("qwen3_vl", "hidrop"), ("glm4v", "fastv")])
+def test_preemption_and_chunked_text_change_nothing(name: str, method: str, checkpoint: Callable[[str], Path]) -> None:
+    family = CHECKPOINTS[name]
+    sizes = family.image_sizes[1::-1]
+    asked = [Question(family, layout, sizes, seed) for seed, layout in enumerate(("9" * 12 + "i3i4", "2i3i4") * 2)]
+    with engine(checkpoint(name), CHOICES[method], **settings(family)) as roomy:
+        expected = [ask(roomy, [question], num_tokens=60)[0][0] for question in asked]
+    tight = {"num_gpu_blocks_override": 70, "max_model_len": 256, "max_num_batched_tokens": 256}
+    with engine(checkpoint(name), CHOICES[method], **settings(family) | tight) as running:
+        preempted, chunks = count_preemptions(running), record_chunks(running)
+        with budget(running, 110):
+            answers, _ = ask(running, asked, num_tokens=60)
+    assert preempted, "the pool was large enough: nothing was tested"
+    assert any(first == 0 and 1 < count < 82 for _, first, count in chunks), "no prefix was split"
+    for ours, theirs in zip(answers, expected, strict=True):
+        assert close(ours, theirs)

@@ -108,7 +108,7 @@ def test_what_is_not_answered_in_time_is_given_up_and_fails_the_run(stub: Stub) 
 
 
 def test_a_bad_request_that_is_answered_fails_the_run(stub: Stub) -> None:
-    result = load(stub, bad_share=1.0)
+    result = load(stub, bad_share=1.0, requests=len(mistakes()))
     names = [outcome.bad for outcome in result.outcomes]
     assert set(names) == set(mistakes())
     kinds = {outcome.bad: outcome.kind for outcome in result.outcomes}

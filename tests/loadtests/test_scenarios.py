@@ -1,15 +1,19 @@
 """What a scenario may say, and what its clients then send."""
 
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import cv2
 import pytest
 
+from hidrop_loadtests.pictures import video_url
 from hidrop_loadtests.scenarios import SHIPPED, Scenario, choose, lengthened, load
 from hidrop_loadtests.traffic import Ask, first_turns, mistakes, next_turns
 
-NAMES = ["smoke", "steady", "burst", "ramp", "soak", "multi-image", "chat-turns", "cancel-storm", "abuse"]
+NAMES = ["smoke", "steady", "burst", "ramp", "soak", "multi-image", "video", "chat-turns", "cancel-storm", "abuse"]
 
 
 def scenario(**more: Any) -> Scenario:
@@ -102,6 +106,29 @@ def test_shares_are_kept_and_images_come_before_the_text() -> None:
     kinds = [part["type"] for part in next(ask for ask in asks if ask.bad is None).messages[0]["content"]]
     assert kinds == ["image_url", "image_url", "text"]
     assert {ask.bad for ask in asks} - {None} == set(mistakes())
+
+
+def test_videos_are_sent_by_the_scenario_of_their_name_alone_and_differ() -> None:
+    assert [name for name, each in load().items() if each.videos] == ["video"]
+    small = scenario(requests=3, images=1, videos=2, video_side=32, video_frames=5)
+    asks = first_turns(small, 0)
+    assert [part["type"] for part in asks[0].messages[0]["content"]] == ["video_url", "video_url", "image_url", "text"]
+    urls = [part["video_url"]["url"] for ask in asks for part in parts(ask, "video_url")]
+    assert len(set(urls)) == 6
+    assert [ask.messages for ask in first_turns(small, 0)] == [ask.messages for ask in asks], "the same clips again"
+    assert not set(urls) & {
+        part["video_url"]["url"] for ask in first_turns(small, 1) for part in parts(ask, "video_url")
+    }
+
+
+def test_a_video_can_be_decoded_to_its_frames() -> None:
+    file = base64.b64decode(video_url((1, 2), 48, 7).partition(",")[2])
+    stream: Any = io.BytesIO(file)
+    capture = cv2.VideoCapture(stream, cv2.CAP_FFMPEG, [])
+    frames = [capture.read()[1] for _ in range(7)]
+    assert all(frame.shape == (48, 48, 3) for frame in frames)
+    assert not capture.read()[0]
+    assert abs(frames[0].astype(int) - frames[6]).max() > 50, "something moves"
 
 
 def test_bursts_are_sent_at_fixed_times() -> None:

@@ -14,5 +14,5 @@ def test_text_is_answered_and_an_image_refused(flags: list[str]) -> None:
         server.chat([], max_tokens=2)
         response = server.http.post("/v1/chat/completions", json=server.body([image_url()]))
         assert response.status_code == 400, response.text
-        assert "a part must be one of text" in response.json()["error"]["message"]
+        assert "takes no image" in response.json()["error"]["message"]
         assert server.http.get("/ready").status_code == 200

@@ -32,7 +32,7 @@ def _of_carried(state: torch.Tensor, index: int, levels: Levels) -> torch.Tensor
 def embeds_before(embeds: torch.Tensor, levels: Levels, first_layer: int) -> torch.Tensor:
     """Rows as they are injected before ``first_layer`` [T, C]: the layers are skipped, what is added behind is not."""
     for level in levels[:first_layer]:
-        embeds = embeds + level
+        embeds = embeds + level[: len(embeds)]
     return embeds
 
 

@@ -41,7 +41,13 @@ def test_nothing_is_unbounded_by_default() -> None:
     assert args.max_json_values == 262144
     assert not args.enable_admin_routes
     assert args.allowed_media_networks == []
-    assert (args.limit_mm_per_prompt, args.max_num_queued_reqs, args.shutdown_timeout) == ({"image": 16}, 1024, 20)
+    assert (args.limit_mm_per_prompt, args.max_num_queued_reqs, args.shutdown_timeout) == (
+        {"image": 16, "video": 1},
+        1024,
+        20,
+    )
+    assert (args.max_video_frames, args.max_video_seconds) == (32, 300)
+    assert (args.max_video_megapixels, args.max_video_decode_seconds) == (100, 30)
 
 
 def test_help_does_not_print_the_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

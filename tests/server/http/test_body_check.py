@@ -140,6 +140,21 @@ def test_what_the_model_reads_is_taken() -> None:
     assert "image_url" not in refusal(CHAT, holding(CHAT, [{"type": "image_url", "image_url": URL}]), "text").says
 
 
+def test_a_model_without_videos_says_so() -> None:
+    refused = refusal(CHAT, holding(CHAT, [{"type": "video_url", "video_url": URL}]))
+    assert refused.says.endswith(".type: this model, as it is served here, takes no video")
+    assert refused.reason == "media"
+
+
+@pytest.mark.parametrize(
+    "video_url", [None, {}, {"url": None}, {"url": ""}, {"url": 5}, "data:video/mp4;base64,AAAA", []]
+)
+def test_a_video_that_cannot_be_used_is_not_dropped(video_url: Any) -> None:
+    refused = refusal(CHAT, holding(CHAT, [{"type": "video_url", "video_url": video_url}]), "video")
+    assert "video_url" in refused.says
+    assert refused.reason == "media"
+
+
 TAKEN: dict[str, tuple[str, Any]] = {
     "an image": (CHAT, holding(CHAT, [{"type": "image_url", "image_url": {**URL, "detail": "low"}, "uuid": "a"}])),
     "a known image": (CHAT, holding(CHAT, [{"type": "image_url", "image_url": None, "uuid": "a"}])),

@@ -14,6 +14,7 @@ from vllm.multimodal.media import ImageMediaIO
 from hidrop_server.control.settings import SETTINGS
 from hidrop_server.media.connector import Decoder, HidropMediaConnector
 from hidrop_server.media.images import MediaRefused, limit_decoder
+from hidrop_server.media.videos import VideoLimits
 from tests.server.harness import data_url, picture, png_that_claims
 from tests.server.media.files import (
     EPS,
@@ -37,6 +38,9 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setenv(each.name, each.default)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
     limit_decoder()
+
+
+VIDEOS = VideoLimits(max_frames=32, max_seconds=300, max_megapixels=100, decode_seconds=30)
 
 
 def decode(file: bytes) -> Image.Image:
@@ -194,7 +198,9 @@ def test_a_phones_jpeg_with_more_pictures_behind_it_is_its_first() -> None:
 
 def test_a_local_file_that_is_not_there_is_refused_without_its_path(tmp_path: Path) -> None:
     refused: list[None] = []
-    connector = HidropMediaConnector(allowed_local_media_path=str(tmp_path), on_refused=lambda: refused.append(None))
+    connector = HidropMediaConnector(
+        allowed_local_media_path=str(tmp_path), on_refused=lambda: refused.append(None), videos=VIDEOS
+    )
     (tmp_path / "here.png").write_bytes(picture())
     assert connector.load_from_url((tmp_path / "here.png").as_uri(), ImageMediaIO()).media.size == (192, 192)
     with pytest.raises(MediaRefused) as caught:
