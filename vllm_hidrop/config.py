@@ -127,6 +127,17 @@ def training_warning(resolved: Resolved, trained: Mapping[str, Any] | None) -> s
     )
 
 
+def moved_note(resolved: Resolved) -> str | None:
+    """A line to print if the method's published cuts lie elsewhere in this model."""
+    if not resolved.moved:
+        return None
+    moved = ", ".join(f"{option} {value}" for option, value in resolved.moved.items())
+    return (
+        f"cuts of {resolved.method.name} are scored by attention, which not every layer of this model has: "
+        f"moved to {moved}"
+    )
+
+
 def moved_options(name: str, preset: str | None, options: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
     """The options, none of them among the user's, that move a method's cuts to layers with attention."""
     moved = make_method(name, preset, options).moved(shape)

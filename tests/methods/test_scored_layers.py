@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from vllm_hidrop.config import HidropConfig, make_method, resolve
+from vllm_hidrop.config import HidropConfig, make_method, moved_note, resolve
 from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.methods.scored_layers import check_scored_layers, nearest_cuts
 from vllm_hidrop.plan.schedule import Schedule
@@ -49,6 +49,7 @@ def test_cuts_that_the_user_does_not_name_move(choice: dict[str, Any], layers: l
     assert [stage.first_layer for stage in resolved.schedule.stages] == layers
     assert resolved.method.schedule(QWEN35) == resolved.schedule
     assert resolved.moved.items() <= resolved.options.items()
+    assert bool(moved_note(resolved)) == bool(resolved.moved)
 
 
 def test_a_checkpoints_own_choice_moves_as_it_was_trained() -> None:

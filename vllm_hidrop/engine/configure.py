@@ -7,7 +7,7 @@ from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_hidrop.config import HidropConfig, Resolved, make_method, moved_options, resolve, training_warning
+from vllm_hidrop.config import HidropConfig, Resolved, make_method, moved_note, moved_options, resolve, training_warning
 from vllm_hidrop.engine.gate import check_gate
 from vllm_hidrop.engine.model_checks import ModelFamily, fitted_to_model, reduction_of
 from vllm_hidrop.engine.step_budget import most_tokens
@@ -56,8 +56,8 @@ def configure(vllm_config: Any, family: Family) -> None:
     shape = family.shape(hf_config)
     resolved = resolve(config, shape, getattr(hf_config, "hidrop", None))
     resolved, left_out = fitted_to_model(resolved, family, hf_config)
-    if resolved.moved:
-        _tell_moved(resolved)
+    if moved := moved_note(resolved):
+        logger.info("%s.", moved)
     _warn_of_trained_positions(config, resolved, getattr(hf_config, "hidrop", None))
     for warning in (training_warning(resolved, getattr(hf_config, "hidrop", None)), left_out):
         if warning is not None:
@@ -91,15 +91,6 @@ def configure(vllm_config: Any, family: Family) -> None:
         _set_kernels(vllm_config)
         if not current_platform.is_cpu():
             _set_graphs(vllm_config)
-
-
-def _tell_moved(resolved: Resolved) -> None:
-    """Say that a method's published cuts lie elsewhere in this model."""
-    logger.info(
-        "Cuts of %s are scored by attention, which not every layer of this model has: moved to %s.",
-        resolved.method.name,
-        ", ".join(f"{option} {value}" for option, value in resolved.moved.items()),
-    )
 
 
 def _set_no_prefix_cache(cache_config: Any) -> None:
