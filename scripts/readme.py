@@ -13,13 +13,12 @@ from typer.cli import get_docs_for_click
 from hidrop_server.metrics import METRICS
 from vllm_hidrop.bench.rows import Row, read_rows
 from vllm_hidrop.bench.tables import cells, markdown_sections, measured_with
+from vllm_hidrop.cli import families
 from vllm_hidrop.cli.app import app
 from vllm_hidrop.cli.methods import about
 from vllm_hidrop.config import HidropConfig
 from vllm_hidrop.engine.gate import CHECKED, RULES
 from vllm_hidrop.methods import METHODS, Method
-from vllm_hidrop.models.families import FAMILIES
-from vllm_hidrop.models.family import Family
 from vllm_hidrop.plan.planner import REQUEST_KEYS
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +28,6 @@ FIVE = (  # the README's rows of docs/bench.json; the fifth is accuracy, from do
     ("one image: KV cache held", "kv hidrop, bytes held, 1 image + 64 text"),
     ("HTTP server, every request with an image", "serve hidrop, requests/s"),
 )
-TINY_MODELS = "LlavaForConditionalGeneration"  # the family of vllm_hidrop/verify/tiny_models.py
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -91,36 +89,36 @@ def _method_section(name: str, method: type[Method]) -> str:
 
 
 def families_table() -> str:
-    """One row per text model and vision tower of a family, with the tests that run the pair."""
-    sources = {
-        path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests/engine").glob("test_*.py"))
-    }
-    rows = (
-        [f"`{family.stock}`", f"`{text}`", f"`{tower}`", _tests_with(sources, family, f"{text}-{tower.split('_')[0]}")]
-        for family in FAMILIES.values()
-        for text in family.layers
-        for tower in family.towers
-    )
-    return table(("architecture", "text model", "vision tower", "run with random weights in"), rows)
+    """One row per family: its parts, what is left out of methods, and the pairs that were run."""
+    head = ("family", "tower", "text model: layers", "takes", "methods", "run with random weights", "with real weights")
+    return table(head, map(_family_row, families.catalogue()))
 
 
-def _tests_with(sources: Mapping[str, str], family: Family, pair: str) -> str:
-    if family.stock != TINY_MODELS:
-        return "not run"
-    return ", ".join(f"`{name}`" for name, text in sources.items() if f'"{pair}"' in text) or "not run as a pair"
+def _family_row(row: Mapping[str, Any]) -> list[str]:
+    left_out = [_left_out(name, each, row["towers"]) for name, each in row["left_out"].items()]
+    return [
+        f"{row['title']}, `{row['architecture']}`",
+        _code(row["towers"]),
+        ", ".join(f"`{text}`: {form}" for text, form in row["text_models"].items()),
+        families.shown_media(row),
+        "; ".join(("all", *left_out)),
+        *(_code(pairs) or "no" for pairs in row["run"].values()),
+    ]
+
+
+def _left_out(method: str, part: Mapping[str, Any], towers: list[str]) -> str:
+    where = "" if part["towers"] == towers else f" with {_code(part['towers'])}"
+    return f"`{method}` without `{part['options']}`{where}"
+
+
+def _code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def family_names() -> str:
-    """One line per family, for the README."""
-    return table(("family", "vision towers", "text models"), (_family_row(family) for family in FAMILIES.values()))
-
-
-def _family_row(family: Family) -> list[str]:
-    return [
-        f"`{family.stock}`",
-        ", ".join(f"`{tower}`" for tower in family.towers),
-        ", ".join(f"`{text}`" for text in family.layers),
-    ]
+    """One row per family, for the README."""
+    rows = ([row["title"], families.shown_media(row), families.shown_runs(row)] for row in families.catalogue())
+    return table(("family", "takes", "run on a CPU with"), rows)
 
 
 def flags_as_code(text: str) -> str:

@@ -140,8 +140,12 @@ def protect(app: FastAPI, engine: HidropLLM, args: Namespace) -> None:
 def body_check(app: FastAPI, engine: HidropLLM, args: Namespace) -> BodyCheck:
     """Make the check of bodies for this server's routes, model and flags."""
     limits = BodyLimits.of(args.max_json_values, engine.model_config.max_model_len, args.max_grammar_kb)
-    modalities = [name for name, most in engine.allowed_media.items() if most > 0]
-    return BodyCheck(limits, MediaParts(modalities), TypedFields(request_models(app)))
+    return BodyCheck(limits, MediaParts(modalities(engine)), TypedFields(request_models(app)))
+
+
+def modalities(engine: HidropLLM) -> list[str]:
+    """What the model takes besides text, as far as the server lets it."""
+    return [name for name, most in engine.allowed_media.items() if most > 0]
 
 
 OUTERMOST = (CORSMiddleware, XRequestIdMiddleware)  # write headers into all answers, also refusals and errors
@@ -191,7 +195,8 @@ HANDLERS_WHY = "init_app_state names the handlers' classes and makes them of twe
 
 def extend_state(state: State, engine: HidropLLM) -> None:
     """Put our handlers where vLLM's routes look for them; one handler answers chats and batches of chats."""
-    state.hidrop = describe(engine.planner)
+    shape = engine.vllm_config.additional_config["hidrop"]["resolved"]["model_shape"]
+    state.hidrop = describe(engine.planner, modalities(engine), shape["is_dynamic"])
     state.openai_serving_chat = state.openai_serving_chat_batch
     for name, handler in HANDLERS.items():
         setattr(state, name, subclass(getattr(state, name), handler, why=HANDLERS_WHY))

@@ -1,11 +1,16 @@
 """The user's choice, resolved for a checkpoint, or refused with the reason."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from vllm_hidrop.config import HidropConfig, Resolved, make_method, resolve
+from vllm_hidrop.config import HidropConfig, Resolved, make_method, provenance, resolve, training_warning
 from vllm_hidrop.methods import ModelShape
+from vllm_hidrop.methods.base import PUBLISHED_FAMILY, SCALED
+from vllm_hidrop.methods.visipruner import VisiPruner
+from vllm_hidrop.models.families import FAMILIES
+from vllm_hidrop.models.family import Family
 
 PAPER = ModelShape(num_layers=32, tokens_per_image=576)
 TRAINED = {"method": "hidrop", "preset": "tok48"}
@@ -100,11 +105,11 @@ def test_an_option_goes_over_the_presets_value() -> None:
         ({"method": "hidrop", "options": {"keeps": [1, 2, 3, 4]}}, r"method 'hidrop': keep must not rise"),
         ({"methd": "fastv"}, r"methd: .*; known keys: method, preset, options, positions, prefix_state_bytes, force"),
         ({"positions": "absolute"}, r"positions: .*'persistent', 'compacted', 'grouped' or 'renumbered'; known keys: "),
-        ({"force": "perhaps"}, r"force: .*; known keys: .*, force$"),
+        ({"force": "perhaps"}, r"force: .*; known keys: .*, note$"),
         ({"layer": 3}, r"'layer' is an option of fastv, random, uniform: put it under \"options\""),
         ({"method": "fastv", "layer": 3}, r"'layer' is an option of fastv: put it under \"options\""),
-        ({"method": "hidrop", "layer": 3}, r"layer: .*; known keys: .*, force$"),
-        ({"metod": "fastv"}, r"metod: .*; known keys: .*, force; did you mean 'method'\?$"),
+        ({"method": "hidrop", "layer": 3}, r"layer: .*; known keys: .*, note$"),
+        ({"metod": "fastv"}, r"metod: .*; known keys: .*, force, note; did you mean 'method'\?$"),
         ({"method": "hidrop", "preset": "tok48c1"}, r"; did you mean 'tok48-c1'\?$"),
         ({"method": "fastv", "options": {"layr": 3}}, r"; did you mean 'layer'\?$"),
         ({"method": "pyramidrop"}, r"; did you mean 'pyramiddrop'\?$"),
@@ -124,3 +129,65 @@ def test_an_unknown_key_of_the_checkpoint_is_refused_too() -> None:
 def test_a_schedule_for_another_depth_is_refused() -> None:
     with pytest.raises(ValueError, match=r"method 'hidrop': .* for 12 layers, the model has 32"):
         resolved({"method": "hidrop", "preset": "embedded"})
+
+
+QWEN = ModelShape(28, 1296, is_dynamic=True, family="Qwen2-VL")
+TRAINING_FREE = ("fastv", "pyramiddrop", "visipruner", "mustdrop")
+
+
+def on(model: ModelShape, method: str, **options: Any) -> Resolved:
+    return resolve(HidropConfig.parse({"method": method, "options": options}), model)
+
+
+@pytest.mark.parametrize("method", TRAINING_FREE)
+def test_training_free_methods_are_scaled_to_other_families_and_marked(method: str) -> None:
+    for shape in (QWEN, replace(QWEN, num_layers=32), replace(QWEN, num_layers=64)):
+        found = on(shape, method)
+        assert found.schedule.num_layers == shape.num_layers
+        assert f"method '{method}' on Qwen2-VL: {SCALED}" in str(provenance(found, shape))
+    assert provenance(on(PAPER, method), PAPER) is None
+
+
+def test_layers_scale_by_depth() -> None:
+    assert [stage.first_layer for stage in on(QWEN, "pyramiddrop").schedule.stages] == [0, 7, 14, 21]
+    scaled = on(QWEN, "visipruner").method
+    assert isinstance(scaled, VisiPruner)
+    assert scaled.shallow_layers == 5
+    assert on(replace(QWEN, num_layers=64), "mustdrop").schedule.stages[1].first_layer == 4
+
+
+def test_thresholds_of_visipruner_are_unpublished_for_all_but_one_model() -> None:
+    line = provenance(on(QWEN, "visipruner"), QWEN)
+    assert line is not None
+    assert line.endswith("unpublished: cosine, norm, exit_cosine are LLaVA-1.5-7B's")
+    thirteen = ModelShape(40, 576)
+    assert provenance(on(thirteen, "visipruner"), thirteen) == (
+        "method 'visipruner' on LLaVA-1.5: unpublished: cosine, norm, exit_cosine are LLaVA-1.5-7B's"
+    )
+    fixed = {"shallow_layers": 4, "filter_layer": 12, "exit_layer": 20, "shape": [28, 1296], "keep": "16/1296"}
+    assert provenance(on(QWEN, "visipruner", **fixed), QWEN) is None
+
+
+def test_layers_that_a_user_names_are_not_scaled_behind_his_back() -> None:
+    with pytest.raises(ValueError, match="this visipruner schedule is for 32 layers, the model has 28"):
+        on(QWEN, "visipruner", shallow_layers=4)
+    named = on(QWEN, "mustdrop", filter_layers=[2, 6], shape=[28, 1296])
+    assert provenance(named, QWEN) == (
+        f"method 'mustdrop' on Qwen2-VL: {SCALED}: global_threshold, individual_threshold are LLaVA-1.5's"
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.stock)
+def test_hidrop_on_weights_that_say_nothing_of_it_warns_for_every_family(family: Family) -> None:
+    """As for LLaVA-1.5: served, with a warning, where the layers fit; refused where they do not."""
+    shape = ModelShape(32, 576, family.is_dynamic, family.title)
+    assert "expect wrong answers" in str(training_warning(on(shape, "hidrop"), None))
+    with pytest.raises(ValueError, match="this hidrop schedule is for 32 layers, the model has 28"):
+        on(replace(shape, num_layers=28), "hidrop")
+    trained = {"method": "hidrop", "preset": "tok48"}
+    with pytest.raises(ValueError, match=r"trained for hidrop preset 'tok48', not 'tok64'; .*--force"):
+        resolve(HidropConfig.parse({"method": "hidrop", "preset": "tok64"}), shape, trained)
+
+
+def test_papers_write_for_the_first_family() -> None:
+    assert next(iter(FAMILIES.values())).title == PUBLISHED_FAMILY

@@ -61,6 +61,7 @@ RULES = {
     "vllm_hidrop.outputs": Rule(),
     "vllm_hidrop.terminal": Rule(),
     "vllm_hidrop.cli": Rule(("vllm_hidrop.bench", "vllm_hidrop.lab.evaluate", *EDGES, *CONFIG), lazily=EVERYTHING),
+    "vllm_hidrop.cli.families": Rule(("vllm_hidrop.models.families", "vllm_hidrop.models.family", *EDGES, *CONFIG)),
     "vllm_hidrop.cli.verify": Rule(
         ("vllm_hidrop.cli", "vllm_hidrop.verify", *EDGES), lazily=("torch", "vllm_hidrop.lab.train.packed_attention")
     ),
@@ -72,16 +73,20 @@ RULES = {
         ("vllm_hidrop.lab.evaluate", "vllm_hidrop.lab.train.scenes", "vllm_hidrop.lab.train.questions")
     ),
     "vllm_hidrop.lab.evaluate.report": Rule(("vllm_hidrop.lab", "vllm_hidrop.embedded", "vllm_hidrop.cli", *CONFIG)),
-    "vllm_hidrop.lab.calibrate": Rule((*EDGES, *CONFIG, "torch"), lazily=("vllm_hidrop.lab.train",)),
+    "vllm_hidrop.lab.calibrate": Rule(
+        (*EDGES, *CONFIG, "vllm_hidrop.models", "torch"), lazily=("vllm_hidrop.lab.train",)
+    ),
     "vllm_hidrop.monitoring": Rule(("vllm_hidrop.cli", *EDGES)),
     "vllm_hidrop.bench": Rule(
         EDGES, lazily=("vllm_hidrop.engine.compat", "hidrop_loadtests.pictures", "torch", "vllm")
     ),
     "vllm_hidrop.verify": Rule(
         ("vllm_hidrop.bench", "vllm_hidrop.models.families", *EDGES, *CONFIG, "torch"),
-        lazily=("vllm_hidrop.cli", "vllm_hidrop.embedded", "vllm"),
+        lazily=("vllm_hidrop.cli", "vllm_hidrop.embedded", "vllm_hidrop.models.family", "vllm"),
     ),
-    "vllm_hidrop.verify.tiny_models": Rule(("vllm_hidrop.bench", "torch")),
+    "vllm_hidrop.verify.tiny_models": Rule(("vllm_hidrop.bench", "vllm_hidrop.verify.tiny_parts", "torch")),
+    "vllm_hidrop.verify.tiny_parts": Rule(("torch",)),
+    "vllm_hidrop.verify.tiny_qwen": Rule(("vllm_hidrop.verify",)),
     # An independent second opinion: what it shares with the engine it cannot judge.
     "vllm_hidrop.verify.reference": Rule(("torch",)),
     "hidrop_server": Rule(
@@ -194,7 +199,7 @@ def test_every_module_imports_only_what_its_rule_allows() -> None:
         ("hidrop_loadtests.run", "from vllm.benchmarks import serve"),
         ("hidrop_loadtests.run", "def late():\n    from vllm import LLM"),
         ("vllm_hidrop.somewhere", "import json"),
-        ("vllm_hidrop.verify.reference.masked", "from vllm_hidrop.methods.scoring import select_top"),
+        ("vllm_hidrop.verify.reference.shortened", "from vllm_hidrop.methods.scoring import select_top"),
         ("vllm_hidrop.verify.reference.attention", "def late():\n    import vllm"),
     ],
 )

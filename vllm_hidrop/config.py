@@ -11,6 +11,7 @@ from typing import Any, Self, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from vllm_hidrop.methods import METHODS, Method, ModelShape
+from vllm_hidrop.methods.base import PUBLISHED_FAMILY, PUBLISHED_SIZE, SCALED
 from vllm_hidrop.methods.scored_layers import check_scored_layers
 from vllm_hidrop.plan.names import nearest, unknown
 from vllm_hidrop.plan.positions import PositionScheme
@@ -32,6 +33,7 @@ class HidropConfig(BaseModel):
         1 << 28, ge=0, description="memory for reusing images in later prompts under methods that cut; 0: not reused"
     )
     force: bool = Field(False, description="serve a schedule or positions the checkpoint was not trained for")
+    note: str | None = Field(None, description="where the numbers come from, printed at start; changes nothing")
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Self:
@@ -103,7 +105,7 @@ def resolve(config: HidropConfig, shape: ModelShape, trained: Mapping[str, Any] 
             f"serve that one, or {FORCE}"
         )
     is_own = name == own.method and preset == own.preset
-    options = own.options | config.options if is_own else config.options
+    options = own.options | config.options if is_own else dict(_scaled(METHODS[_known(name)], config.options, shape))
     moved = moved_options(name, preset, options, shape)
     schedule = _schedule(name, preset, options | moved, shape)
     own_options = own.options | moved_options(name, preset, own.options, shape) if is_own else {}
@@ -114,6 +116,33 @@ def resolve(config: HidropConfig, shape: ModelShape, trained: Mapping[str, Any] 
         )
     method = make_method(name, preset, options | moved).fitted(shape)
     return Resolved(method, preset, options | moved, schedule, positions, moved)
+
+
+def _scaled(method: type[Method], options: Mapping[str, Any], shape: ModelShape) -> Mapping[str, Any]:
+    """The options, and ``scale`` where a training-free method's layers are neither given nor published for a family."""
+    given = {"scale", "shape", *method.layer_options} & options.keys()
+    is_free = "scale" in method.option_names() and not method.needs_training
+    return {**options, "scale": True} if is_free and not given and shape.family != PUBLISHED_FAMILY else options
+
+
+def provenance(resolved: Resolved, shape: ModelShape, trained: Mapping[str, Any] | None = None) -> str | None:
+    """A line on numbers that are not the paper's for this model; None where they are, or belong to the checkpoint."""
+    method, preset = resolved.method, METHODS[resolved.method.name].presets.get(resolved.preset or "", {})
+    if (trained or {}).get("method") == method.name:
+        return None
+    size: Any = resolved.options.get("shape") or preset.get("shape") or PUBLISHED_SIZE
+    is_elsewhere = shape.family != PUBLISHED_FAMILY
+    given = resolved.options.keys() | (preset.keys() if "shape" in preset and not is_elsewhere else set())
+    carried = [option for option in method.tuned_options if option not in given]
+    parts = []
+    is_scaled = "scale" in method.option_names() and size[0] != shape.num_layers
+    if carried and (is_elsewhere or is_scaled):
+        parts.append(f"{SCALED}: {', '.join(carried)} {'is' if len(carried) == 1 else 'are'} {PUBLISHED_FAMILY}'s")
+    borrowed = {option: owner for option, owner in method.unpublished(shape).items() if option not in given}
+    for owner in dict.fromkeys(borrowed.values()):
+        options = ", ".join(option for option in borrowed if borrowed[option] == owner)
+        parts.append(f"unpublished: {options} are {owner}'s")
+    return f"method {method.name!r} on {shape.family}: {'; '.join(parts)}" if parts else None
 
 
 def training_warning(resolved: Resolved, trained: Mapping[str, Any] | None) -> str | None:

@@ -1,5 +1,6 @@
 """Our routes: ``/hidrop`` (what is pruned), ``/ready``, and vLLM's ``/v1/models`` with what is pruned."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -41,8 +42,11 @@ async def show_models(raw_request: Request) -> JSONResponse:
     return JSONResponse(models.model_dump())
 
 
-def describe(planner: Planner) -> dict[str, Any]:
-    """What this server prunes, as JSON values."""
+def describe(planner: Planner, modalities: Sequence[str], takes_any_size: bool) -> dict[str, Any]:
+    """What this server prunes and what its model takes, as JSON values.
+
+    Where it does not take images of any size, it sees them as squares of one size.
+    """
     schedule = planner.schedule
     return {
         "method": planner.method,
@@ -50,6 +54,8 @@ def describe(planner: Planner) -> dict[str, Any]:
         "positions": str(planner.positions),
         "keeps_are_bounds": planner.methods[planner.method].adaptive,
         "request_methods": list(planner.methods),
+        "modalities": list(modalities),
+        "pictures": "any size" if takes_any_size else "squares",
         "prefix_state_bytes": planner.state_bytes,
         "schedule": schedule.dump(),
         "stages": [

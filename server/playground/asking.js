@@ -22,12 +22,19 @@ function keepOf(text) {
   return Number.isFinite(Number(text)) ? Number(text) : text;
 }
 
+/* The part of a message that shows what is asked about. */
+function media() {
+  if (video) return { type: "video_url", video_url: { url: video.url }, uuid: imageId() };
+  if (!takes("image")) throw new Error("Choose a video first: this model takes no pictures.");
+  return { type: "image_url", image_url: { url: sent.toDataURL("image/png") }, uuid: imageId() };
+}
+
 function body(off, most) {
   const xargs = { hidrop_explain: true, ...(off ? { hidrop: "off" } : wishes()) };
   return JSON.stringify({
     model,
     messages: [{ role: "user", content: [
-      { type: "image_url", image_url: { url: square.toDataURL("image/png") }, uuid: imageId() },
+      media(),
       { type: "text", text: $("question").value },
     ] }],
     max_tokens: most,

@@ -9,7 +9,8 @@ from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
 FOLDER = Path(__file__).parent
-SCRIPTS = ("state.js", "picture.js", "asking.js", "results.js", "start.js")  # joined in this order
+SCRIPTS = ("state.js", "picture.js", "video.js", "grid.js", "asking.js", "results.js", "start.js")
+"""Joined in this order."""
 PATH = "/playground"
 
 router = APIRouter()
@@ -38,6 +39,7 @@ def build() -> tuple[str, dict[str, str]]:
         "script-src": _hash(script),
         "style-src": _hash(style),
         "img-src": "data:",
+        "media-src": "data:",
         "connect-src": "'self'",
         "base-uri": "'none'",
         "form-action": "'none'",

@@ -1,33 +1,47 @@
-/* The picture: drawn whole into a square of its longer side, which is what is sent. */
-function fit(source, width, height) {
-  const side = Math.min(Math.max(width, height), MOST_PIXELS), scale = side / Math.max(width, height);
-  square.width = square.height = side;
-  const to = square.getContext("2d");
-  to.fillStyle = "#7f7f7f";
-  to.fillRect(0, 0, side, side);
+/* The picture as it is sent: whole, no side over MOST_PIXELS; padded to a square where the model sees squares only. */
+function fit(source, width, height, isSquare = own?.pictures !== "any size") {
+  given = [source, width, height];
+  const scale = Math.min(1, MOST_PIXELS / Math.max(width, height));
   const w = Math.max(1, Math.round(width * scale)), h = Math.max(1, Math.round(height * scale));
-  to.drawImage(source, Math.floor((side - w) / 2), Math.floor((side - h) / 2), w, h);
+  sent.width = isSquare ? Math.max(w, h) : w;
+  sent.height = isSquare ? Math.max(w, h) : h;
+  const to = sent.getContext("2d");
+  to.fillStyle = "#7f7f7f";
+  to.fillRect(0, 0, sent.width, sent.height);
+  to.drawImage(source, Math.floor((sent.width - w) / 2), Math.floor((sent.height - h) / 2), w, h);
   showPicture();
-}
-
-function showPicture() {
-  for (const canvas of [$("picture"), $("patches")]) canvas.width = canvas.height = SHOWN;
-  $("picture").getContext("2d").drawImage(square, 0, 0, SHOWN, SHOWN);
   runs = {};
   showRuns();
 }
 
+function showPicture() {
+  const scale = SHOWN / Math.max(sent.width, sent.height);
+  for (const canvas of [$("picture"), $("patches")]) {
+    canvas.width = Math.max(1, Math.round(sent.width * scale));
+    canvas.height = Math.max(1, Math.round(sent.height * scale));
+  }
+  const { width, height } = $("picture");
+  $("drop").style.width = width < height ? percent(width / height).replace(" ", "") : "";
+  $("picture").getContext("2d").drawImage(sent, 0, 0, width, height);
+}
+
 async function takeFile(file) {
   if (!file) return;
+  if (takes("video") && file.type.startsWith("video/")) return takeVideo(file);
   try {
     const bitmap = await createImageBitmap(file);
+    video = null;
     fit(bitmap, bitmap.width, bitmap.height);
-    $("picture").setAttribute("aria-label", `Picture ${file.name}`);
+    describe(`Picture ${file.name}`);
     $("status").textContent = `${file.name} is ready.`;
     fail("");
   } catch {
     fail(`${file.name} is not a picture that this browser can read.`);
   }
+}
+
+function describe(text) {
+  $("picture").setAttribute("aria-label", text);
 }
 
 function drawExample() {
@@ -56,9 +70,9 @@ function drawExample() {
   to.beginPath();
   to.arc(138, 134, 14, 0, 2 * Math.PI);
   to.fill();
+  video = null;
   fit(canvas, side, side);
-  $("picture").setAttribute("aria-label",
-    "Example picture: a yellow star, a blue triangle, a white square and a red circle on grey");
+  describe("Example picture: a yellow star, a blue triangle, a white square and a red circle on grey");
 }
 
 function addNoise(to, side) {
@@ -70,39 +84,4 @@ function addNoise(to, side) {
     for (let c = 0; c < 3; c++) pixels.data[i + c] += Math.round(grain * 12);
   }
   to.putImageData(pixels, 0, 0);
-}
-
-/* Patches are numbered row by row over a square grid; the rest of the picture is dimmed. */
-function light(patches, total) {
-  const to = $("patches").getContext("2d"), grid = Math.sqrt(total);
-  to.clearRect(0, 0, SHOWN, SHOWN);
-  if (!patches || !Number.isInteger(grid)) {
-    if (patches) $("shown").textContent += "; they are not a square grid, so none is drawn";
-    return;
-  }
-  to.fillStyle = "rgb(6 9 16 / 74%)";
-  to.fillRect(0, 0, SHOWN, SHOWN);
-  const side = SHOWN / grid;
-  for (const patch of patches) {
-    to.clearRect(Math.floor(patch % grid * side), Math.floor(Math.floor(patch / grid) * side), Math.ceil(side), Math.ceil(side));
-  }
-  if (patches.length === total) return;
-  outline(to, new Set(patches), grid, side);
-}
-
-/* The edges between lit and dim. */
-function outline(to, lit, grid, side) {
-  to.strokeStyle = "#ffb454";
-  to.lineWidth = 2;
-  to.beginPath();
-  for (const patch of lit) {
-    const column = patch % grid, row = Math.floor(patch / grid);
-    const x = column * side, y = row * side;
-    const edge = (isOpen, fromX, fromY, toX, toY) => isOpen && (to.moveTo(fromX, fromY), to.lineTo(toX, toY));
-    edge(row === 0 || !lit.has(patch - grid), x, y, x + side, y);
-    edge(row === grid - 1 || !lit.has(patch + grid), x, y + side, x + side, y + side);
-    edge(column === 0 || !lit.has(patch - 1), x, y, x, y + side);
-    edge(column === grid - 1 || !lit.has(patch + 1), x + side, y, x + side, y + side);
-  }
-  to.stroke();
 }

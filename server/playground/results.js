@@ -88,16 +88,22 @@ function showStages() {
   const stages = runs.pruned?.report?.stages;
   $("stages-card").hidden = !stages;
   $("stage").disabled = !stages;
+  $("frame-part").hidden = true;
+  $("tiles-part").hidden = true;
   $("chart").replaceChildren();
   $("stages").tBodies[0].replaceChildren();
   if (!stages) {
-    $("patches").getContext("2d").clearRect(0, 0, SHOWN, SHOWN);
+    $("patches").getContext("2d").clearRect(0, 0, $("patches").width, $("patches").height);
     $("shown").textContent = "Ask, then move the slider: the patches that a stage kept stay lit.";
     return;
   }
   const total = runs.pruned.report.vision_tokens, cut = stages.findIndex((s) => s.kept && s.kept < total);
   $("stage").max = stages.length - 1;
   $("stage").value = Math.max(cut, 0);
+  const numFrames = spans().length;
+  $("frame-part").hidden = numFrames < 2;
+  $("frame").max = numFrames - 1;
+  $("frame").value = 0;
   stages.forEach((stage, index) => {
     cells($("stages").tBodies[0].insertRow(), String(index),
       [layers(stage), number(stage.kept), number(stage.cached), number(stage.kv_blocks)]);
@@ -109,6 +115,21 @@ function showStages() {
     bar.addEventListener("click", () => { $("stage").value = index; showStage(); });
     $("chart").append(bar);
   });
+  showFrame();
+}
+
+/* The images and frames of the pruned answer: of one picture, or of one video. */
+function spans() {
+  return runs.pruned?.report?.spans ?? [];
+}
+
+function showFrame() {
+  const numFrames = spans().length, index = Number($("frame").value);
+  if (numFrames > 1) {
+    const second = seek(index, numFrames), at = second === undefined ? "" : `, about second ${number(second)}`;
+    $("frame-shown").textContent = `Frame ${index + 1} of ${numFrames}${at}`;
+    $("frame").setAttribute("aria-valuetext", $("frame-shown").textContent);
+  }
   showStage();
 }
 
@@ -121,11 +142,13 @@ function showStage() {
   const report = runs.pruned?.report, index = Number($("stage").value), stage = report?.stages[index];
   if (!stage) return;
   const kept = `${number(stage.kept)} of ${number(report.vision_tokens)} patches`;
-  const said = `Stage ${index}, layer${stage.end_layer - stage.first_layer > 1 ? "s" : ""} ${layers(stage)}: ${kept}`;
+  const at = spans().length > 1 ? Number($("frame").value) : 0, span = spans()[at], patches = stage.patches?.[at];
+  const ofFrame = spans().length > 1 ? `; in this frame ${number(patches.length)} of ${number(span.tokens)}` : "";
+  const said = `Stage ${index}, layer${stage.end_layer - stage.first_layer > 1 ? "s" : ""} ${layers(stage)}: ${kept}`
+    + ofFrame + light(patches, span);
   $("shown").textContent = said;
   $("stage").setAttribute("aria-valuetext", said);
   [...$("chart").children].forEach((bar, i) => bar.classList.toggle("now", i === index));
   [...$("stages").tBodies[0].rows].forEach((row, i) => i === index
     ? row.setAttribute("aria-current", "true") : row.removeAttribute("aria-current"));
-  light(stage.patches?.[0], report.vision_tokens);
 }

@@ -19,5 +19,5 @@ const SAVINGS = [
   ["Vision tokens, mean", meanKept, (run) => run.report?.vision_tokens, number],
   ["First token", (run) => run.firstMs, () => runs.off?.firstMs, milliseconds],
 ];
-const square = document.createElement("canvas");
-let model = null, own = null, key = "", runs = {}, aborter = null, isWarm = false;
+const sent = document.createElement("canvas");
+let model = null, own = null, key = "", given = null, video = null, runs = {}, aborter = null, isWarm = false;

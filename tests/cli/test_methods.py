@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen2VLConfig
 from typer.testing import CliRunner
 
 from vllm_hidrop.cli.app import app
@@ -41,6 +42,23 @@ def test_one_method_is_told_with_what_differs_from_its_paper_and_code(name: str)
     for words in DIFFERENCES.get(name, ()):
         assert words in text
         assert words in row["about"]
+
+
+def test_numbers_for_other_families_are_marked() -> None:
+    rows = {row["name"]: row["other_families"] for row in json.loads(invoke("methods", "--json"))}
+    assert {name for name, words in rows.items() if words is None} == {"none", "random", "uniform"}
+    assert rows["mustdrop"] == "scaled, not tuned"
+    assert rows["visipruner"] == "scaled, not tuned; thresholds unpublished for all but 7B"
+    assert "beyond" in invoke("methods")
+
+
+def test_a_plan_for_another_family_says_that_its_numbers_are_not_tuned(tmp_path: Path) -> None:
+    Qwen2VLConfig(architectures=["Qwen2VLForConditionalGeneration"]).save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["plan", str(tmp_path), "--method", "visipruner", "--json"])
+    assert result.exit_code == 0, result.output
+    assert "hidrop: note: method 'visipruner' on Qwen2-VL: scaled, not tuned: shallow_layers is" in result.stderr
+    assert json.loads(result.stdout)["provenance"] in result.stderr
+    assert json.loads(invoke("plan", "7b", "--method", "visipruner", "--json"))["provenance"] is None
 
 
 def test_an_unknown_method_is_one_line_that_names_the_known_ones() -> None:

@@ -15,9 +15,10 @@ import torch
 
 from tests.engine.harness import Answer, Ask, Engine, engine, prompt
 from tests.engine.test_oracle_parity import pixel_values
+from tests.oracles.visipruner import VisiPrunerOracle
 from vllm_hidrop.verify.reference.mustdrop import MustDropOracle
 from vllm_hidrop.verify.reference.mustdrop_settings import MustDropSettings
-from vllm_hidrop.verify.reference.visipruner import VisiPrunerOracle, VisiPrunerSettings
+from vllm_hidrop.verify.reference.visipruner import VisiPrunerSettings
 from vllm_hidrop.verify.tiny_models import IMAGE_TOKEN, NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 
 pytestmark = pytest.mark.engine

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
+from math import isqrt
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +17,11 @@ from tests.engine.test_blocks import count_preemptions
 from tests.engine.test_image_prefix import conversation
 from tests.engine.test_oracle_parity import asks, reference
 from tests.engine.test_prefix import CHOICES
+from tests.oracles.masked import OracleResult
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.plan.schedule import Schedule
 from vllm_hidrop.staged.explain import patches_run
-from vllm_hidrop.verify.reference.masked import OracleResult
 from vllm_hidrop.verify.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 
 pytestmark = pytest.mark.engine
@@ -170,3 +171,14 @@ def test_nothing_is_read_back_where_nobody_asks() -> None:
 def test_a_wish_that_is_neither_true_nor_false_is_refused(hidrop: Engine, value: Any) -> None:
     with pytest.raises(ValueError, match=r"hidrop_explain.* must be true or false"):
         hidrop.scheduler.planner.plan(9, (), {"hidrop_explain": value})
+
+
+def test_where_the_tokens_lie_is_told_image_by_image_pruned_or_not(hidrop: Engine) -> None:
+    asked = Ask(prompt(np.random.default_rng(8), "3i2i4"), (1, 2))
+    side = isqrt(TOKENS_PER_IMAGE)
+    tile = {"start": 0, "columns": side, "rows": side, "stride": side, "box": [0, 0, 1, 1]}
+    grid = {"tiles": [tile], "whole": None, "cropped": True}
+    spans = [{"item": image, "frame": None, "tokens": TOKENS_PER_IMAGE, "grid": grid} for image in (0, 1)]
+    off = replace(asked, options={"hidrop": "off"})
+    answers = hidrop.ask([explained(asked), explained(off), asked])
+    assert [answer.report.get("spans") for answer in answers] == [spans, spans, None]

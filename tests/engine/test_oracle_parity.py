@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.engine.harness import Answer, Ask, engine, in_any_order, picture, prompt
+from tests.oracles.masked import Oracle, OracleResult
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.methods import METHODS, ModelShape
 from vllm_hidrop.plan.signal import Signal
-from vllm_hidrop.verify.reference.masked import Oracle, OracleResult
 from vllm_hidrop.verify.reference.stages import OracleStage, Rule
 from vllm_hidrop.verify.tiny_models import IMAGE_TOKEN, NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 

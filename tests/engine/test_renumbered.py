@@ -29,10 +29,11 @@ from tests.engine.test_oracle_parity import OWN, SHAPE, pixel_values, rule_of
 from tests.engine.test_prefix import reused
 from tests.engine.test_start import configure
 from tests.oracles.renumbered import RenumberedOracle
+from tests.oracles.visipruner import RenumberedVisiPrunerOracle
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.verify.reference.mustdrop_settings import MustDropSettings
 from vllm_hidrop.verify.reference.stages import OracleStage
-from vllm_hidrop.verify.reference.visipruner import RenumberedVisiPrunerOracle, VisiPrunerSettings
+from vllm_hidrop.verify.reference.visipruner import VisiPrunerSettings
 from vllm_hidrop.verify.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 
 pytestmark = pytest.mark.engine

@@ -249,6 +249,19 @@ def test_a_start_by_a_method_for_trained_checkpoints_warns_of_others(
     assert told[0].startswith("method 'hidrop' is for checkpoints trained with it")
 
 
+def test_the_log_says_which_numbers_are_not_the_papers_and_repeats_the_users_note(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("vllm_hidrop.engine.configure.logger.info_once", lambda text, *args: told.append(text % args))
+    configure(model, {"method": "visipruner", "options": {"scale": True}, "note": "from my images"})
+    assert any("scaled, not tuned: shallow_layers is" in line and "unpublished: cosine" in line for line in told)
+    assert "from my images." in told
+    told.clear()
+    configure(model, FASTV)
+    assert not told
+
+
 def test_memory_for_states_is_as_chosen(model: Path) -> None:
     assert Planner.from_vllm_config(configure(model, FASTV)).state_bytes == 1 << 28
     assert Planner.from_vllm_config(configure(model, FASTV | {"prefix_state_bytes": 7})).state_bytes == 7

@@ -18,6 +18,7 @@ from vllm_hidrop.plan.places import Span
 from vllm_hidrop.plan.planner import Planner
 from vllm_hidrop.plan.shapes import text_shape
 from vllm_hidrop.plan.signal import Signal
+from vllm_hidrop.verify import tiny_qwen
 
 pytestmark = pytest.mark.engine
 
@@ -25,10 +26,10 @@ pytestmark = pytest.mark.engine
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Blocks have 96 tokens: a state 136 KB, a token's keys and values in one layer 2 KB."""
-    rope = qwen.rope([6, 5, 5], mrope_interleaved=True, partial_rotary_factor=0.25)
+    rope = tiny_qwen.rope([6, 5, 5], mrope_interleaved=True, partial_rotary_factor=0.25)
     changed = {"num_key_value_heads": 4, "head_dim": 128, "linear_num_value_heads": 2, "rope_parameters": rope}
     text = qwen.hybrid_text() | changed
-    config = Qwen3_5Config(text_config=text, vision_config=qwen.qwen3_vision(), **qwen.token_ids())
+    config = Qwen3_5Config(text_config=text, vision_config=tiny_qwen.qwen3_vision(), **tiny_qwen.token_ids())
     directory = tmp_path_factory.mktemp("wide")
     form.save(directory, Qwen3_5ForConditionalGeneration, config, qwen.hybrid_processor(), "bfloat16")
     return directory

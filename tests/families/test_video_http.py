@@ -12,6 +12,10 @@ import pytest
 from tests.server.conftest import serving
 from tests.server.harness import Server, image_url, kept
 from tests.server.media.clips import PLAYLIST, clip, frame_list, recording
+from tests.server.playground import browser as chrome
+from tests.server.playground.test_grids import choose_picture, lit
+from tests.server.playground.test_playground import chats, report_in
+from vllm_hidrop.plan.grid import Tile
 
 pytestmark = pytest.mark.server
 
@@ -118,3 +122,23 @@ def test_bad_videos_hold_up_no_good_ones_and_leave_no_process(qwen: Server) -> N
     assert qwen.http.get("/ready").status_code == 200
     names = [" ".join(each.cmdline()) for each in psutil.Process().children(recursive=True)]
     assert not [name for name in names if "video_process" in name]
+
+
+@pytest.mark.skipif(chrome.chromium_path() is None, reason=chrome.ADVICE)
+def test_the_playground_lights_what_was_kept_of_a_picture_and_of_every_frame(qwen: Server) -> None:
+    with chrome.chromium() as browser, chrome.playground(browser, qwen.url) as page:
+        answers = chats(page)
+        choose_picture(page, (112, 80))
+        chrome.ask(page)
+        pruned = report_in(answers[0])
+        assert lit(page, Tile(0, 7, 5, 7)) == pruned["stages"][1]["patches"][0]
+        assert len(lit(page, Tile(0, 7, 5, 7))) == 17
+        file = {"name": "a.webm", "mimeType": "video/webm", "buffer": clip("webm", "VP80")}
+        page.locator("#video").set_input_files(file)  # type: ignore[arg-type]
+        page.get_by_role("img", name="Video a.webm").wait_for()
+        chrome.ask(page)
+        of_frames = report_in(answers[2])["stages"][1]["patches"]
+        assert list(map(len, of_frames)) == [6, 6]
+        for frame, kept_of_frame in enumerate(of_frames):
+            page.get_by_role("slider", name="Frame").press("End" if frame else "Home")
+            assert lit(page, Tile(0, 4, 3, 4)) == kept_of_frame

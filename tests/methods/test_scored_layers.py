@@ -10,7 +10,7 @@ from vllm_hidrop.methods.scored_layers import check_scored_layers, nearest_cuts
 from vllm_hidrop.plan.schedule import Schedule
 from vllm_hidrop.plan.signal import Signal
 
-QWEN35 = ModelShape(32, 1024, True, tuple(range(3, 32, 4)))
+QWEN35 = ModelShape(32, 1024, True, "Qwen3.5", tuple(range(3, 32, 4)))
 """Qwen3.5-9B's."""
 
 
@@ -62,4 +62,6 @@ def test_a_checkpoints_own_choice_moves_as_it_was_trained() -> None:
 def test_what_chooses_nothing_may_lie_anywhere(keeps: dict[int, Any]) -> None:
     check_scored_layers(make_method("pyramiddrop"), Schedule.of(keeps, 32), QWEN35)
     with pytest.raises(ValueError, match=r"the cut at layer 3 .* usable for cuts: layers none"):
-        check_scored_layers(make_method("pyramiddrop"), Schedule.of({0: "all", 3: 9}, 32), ModelShape(32, 1, True, ()))
+        check_scored_layers(
+            make_method("pyramiddrop"), Schedule.of({0: "all", 3: 9}, 32), ModelShape(32, 1, True, "Qwen3.5", ())
+        )

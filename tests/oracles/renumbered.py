@@ -38,6 +38,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from tests.oracles.masked import Oracle
 from vllm_hidrop.verify.reference.attention import (
     Heads,
     Kept,
@@ -46,7 +47,6 @@ from vllm_hidrop.verify.reference.attention import (
     top_indices,
     uniform_indices,
 )
-from vllm_hidrop.verify.reference.masked import Oracle
 from vllm_hidrop.verify.reference.mustdrop import (
     MARGINS,
     MustDropOracle,

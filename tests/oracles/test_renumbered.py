@@ -9,6 +9,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from tests.oracles import renumbered as renumbered_oracle
+from tests.oracles.masked import Oracle
 from tests.oracles.renumbered import DecodeIds, Order, Positions, RenumberedOracle, RenumberedResult, gap, merged_first
 from tests.verify.reference.test_mustdrop import (
     ALL_STAGES,
@@ -22,7 +23,6 @@ from tests.verify.reference.test_mustdrop import (
     load,
     pixels,
 )
-from vllm_hidrop.verify.reference.masked import Oracle
 from vllm_hidrop.verify.reference.mustdrop import MustDropOracle
 from vllm_hidrop.verify.reference.mustdrop_settings import MustDropSettings
 from vllm_hidrop.verify.reference.stages import OracleStage, Rule

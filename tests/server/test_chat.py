@@ -175,10 +175,11 @@ def test_the_model_list_and_hidrop_describe_the_schedule(server: Server) -> None
     (card,) = server.http.get("/v1/models").json()["data"]
     description = server.http.get("/hidrop").json()
     fields = {"method", "preset", "positions", "schedule", "stages", "keeps_are_bounds", "request_methods"}
-    fields |= {"prefix_state_bytes"}
+    fields |= {"prefix_state_bytes", "modalities", "pictures"}
     assert card["hidrop"].keys() == fields
     assert card["hidrop"].items() <= description.items()
     assert (card["hidrop"]["method"], card["hidrop"]["preset"]) == ("hidrop", "embedded")
+    assert (card["hidrop"]["modalities"], card["hidrop"]["pictures"]) == (["image"], "squares")
     assert [stage["end_layer"] for stage in card["hidrop"]["stages"]] == list(server.schedule.end_layers)
     assert set(description["request_options"]) == {"hidrop", "hidrop_keep", "hidrop_method", "hidrop_explain"}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hidrop.verify.cases import TINY, tiny_model
+from vllm_hidrop.verify.cases import TINY, tiny_models
 from vllm_hidrop.verify.checks import Machine, Subject, jobs_of, rows_of
 from vllm_hidrop.verify.comparing import Status
 from vllm_hidrop.verify.engines import EngineChild, run_jobs
@@ -17,7 +17,7 @@ NEVER = float("inf")
 
 
 def test_graphs_of_the_v2_runner_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = replace(tiny_model(tmp_path), served=TINY[:1], layouts=("3i5", "2ii3", "9"))
+    model = replace(tiny_models(tmp_path)[0], served=TINY[:1], layouts=("3i5", "2ii3", "9"))
     jobs = jobs_of(model, "float32", with_graphs=True)
     monkeypatch.setattr(EngineChild, "module", "tests.v2.emulated_engine")
     ran = run_jobs(jobs, lambda: None, False, NEVER)

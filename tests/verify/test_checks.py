@@ -1,9 +1,11 @@
 """Which rows engines' answers make, where all are equal and where not; no engine runs."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from tests.families.checkpoints import CHECKPOINTS
 from tests.verify.test_comparing import answer
 from vllm_hidrop.methods import METHODS, ModelShape
 from vllm_hidrop.verify.cases import Model, Served, own_model
@@ -14,17 +16,18 @@ from vllm_hidrop.verify.expected import resolved_choice
 
 NEVER = float("inf")
 SERVED = (Served({"method": "hidrop", "options": {"scale": True}}, ("hidrop",)),)
-MODEL = Model("tiny", "/none", ModelShape(2, 4), 127, (8, 8), (4, 100), SERVED, ("3i5",), 3, is_tiny=True)
+LLAVA = "LlavaForConditionalGeneration"
+MODEL = Model("tiny", "/none", LLAVA, ModelShape(2, 4), SERVED, ("3i5",), 3, is_tiny=True)
+FACTS = {"graphs": "FULL_DECODE_ONLY", "block_size": 32}
 WITH_GPU = Machine("cuda", "bfloat16", with_gpu=True)
 
 
 def rows(changed: dict[str, Ran] | None = None, model: Model = MODEL) -> dict[str, Check]:
     """The rows of answers that are all equal, but for the engines that are ``changed``."""
-    facts = {"graphs": "FULL_DECODE_ONLY"}
     batches = {"off": [answer()], "hidrop": [answer()], "beside": [answer()] * 2}
     names = (STOCK, "hidrop", GRAPHS, f"{STOCK}, {GRAPHS}")
-    without = {name: Ran(facts, {"off": [answer()], "hidrop": [answer()]}, []) for name in names[2:]}
-    ran = {name: Ran(facts, batches, []) for name in names[:2]} | without | (changed or {})
+    without = {name: Ran(FACTS, {"off": [answer()], "hidrop": [answer()]}, []) for name in names[2:]}
+    ran = {name: Ran(FACTS, batches, []) for name in names[:2]} | without | (changed or {})
     jobs = jobs_of(model, "bfloat16", with_graphs=True)
     assert set(jobs) == set(names)
     return {row.name: row for row in rows_of(Subject(model, "bfloat16", ran, jobs, None), WITH_GPU, NEVER)}
@@ -34,7 +37,7 @@ def test_graphs_are_compared_with_eager_steps_and_with_stock_vllms() -> None:
     found = rows()
     for name in ("graphs replay = eager", "off = stock, both with graphs"):
         assert found[name].status is Status.PASSED
-    wrong = Ran({"graphs": "FULL_DECODE_ONLY"}, {"off": [answer((7, 9, 7))], "hidrop": [answer()]}, [])
+    wrong = Ran(FACTS, {"off": [answer((7, 9, 7))], "hidrop": [answer()]}, [])
     found = rows({GRAPHS: wrong})
     assert found["graphs replay = eager"].detail == "prompt 0, token 1: 9, expected 7"
     assert found["off = stock, both with graphs"].status is Status.FAILED
@@ -43,7 +46,7 @@ def test_graphs_are_compared_with_eager_steps_and_with_stock_vllms() -> None:
 @pytest.mark.parametrize(
     ("ran", "detail"),
     [
-        (Ran({"graphs": "NONE"}, {}, []), "the engine switched its graphs off"),
+        (Ran(FACTS | {"graphs": "NONE"}, {}, []), "the engine switched its graphs off"),
         (Ran({}, {}, [], "ValueError: refused"), "ValueError: refused"),
     ],
 )
@@ -55,7 +58,7 @@ def test_an_engine_without_its_graphs_fails_the_row(ran: Ran, detail: str) -> No
 def test_off_prompts_that_ran_in_a_step_of_their_own_prove_nothing() -> None:
     late = replace(answer(), first_step=1)
     batches = {"off": [answer()], "hidrop": [answer()], "beside": [answer(), late]}
-    row = rows({"hidrop": Ran({}, batches, [])})["everything kept, by the staged loop = stock"]
+    row = rows({"hidrop": Ran(FACTS, batches, [])})["everything kept, by the staged loop = stock"]
     assert (row.status, row.detail) == (Status.FAILED, "off and pruned prompts did not run in one step")
 
 
@@ -73,6 +76,12 @@ def test_a_reference_that_does_not_fit_is_named() -> None:
     found = rows()
     for name in ("stock = reference, dense", "hidrop = reference"):
         assert (found[name].status, found[name].detail) == (Status.NOT_RUN, "memory: the reference does not fit")
+
+
+def test_a_users_model_that_takes_no_images_is_refused(tmp_path: Path) -> None:
+    CHECKPOINTS["llava_next_video"].make(tmp_path)
+    with pytest.raises(ValueError, match="LLaVA-NeXT-Video takes videos alone"):
+        own_model(str(tmp_path))
 
 
 def test_a_users_model_is_served_by_its_own_schedule_first_then_by_every_method() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from vllm_hidrop.verify.comparing import LEAST_TOLERANCE, compare, first_difference
 from vllm_hidrop.verify.engines import Answer
 from vllm_hidrop.verify.expected import Expected
+from vllm_hidrop.verify.prompts import Prompt
 
 KEPT = [[[0, 1, 2, 3]], [[1, 2]]]
 SURE = {7: -0.1, 8: -2.5, 9: -4.0}
@@ -15,7 +16,8 @@ EXPECTED = Expected([7, 7, 7], [SURE] * 3, KEPT)
 def answer(tokens: tuple[int, ...] = (7, 7, 7), off_by: float = 0.0, kept: list[Any] = KEPT) -> Answer:
     stages = [{"first_layer": n, "end_layer": n + 1, "patches": images} for n, images in enumerate(kept)]
     logprobs = [{token: value + off_by for token, value in SURE.items()} for _ in tokens]
-    return Answer(list(tokens), logprobs, 0, {"stages": stages, "mode": "pruned"})
+    prompt = Prompt([1, 2, 3, 4, 5, 6], [(1, 5)], [(8, 8)])
+    return Answer(list(tokens), logprobs, 0, {"stages": stages, "mode": "pruned"}, prompt)
 
 
 def problem(found: Answer, dtype: str = "bfloat16", floor: float = 0.05, expected: Expected = EXPECTED) -> str | None:

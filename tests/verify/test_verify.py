@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.families.checkpoints import CHECKPOINTS
 from tests.verify.faulty_engine import FAULTS
 from vllm_hidrop.cli import verify as command
 from vllm_hidrop.methods import METHODS
-from vllm_hidrop.verify import checks
-from vllm_hidrop.verify.cases import TINY, Model, tiny_model
+from vllm_hidrop.verify import cases, checks
+from vllm_hidrop.verify.cases import TINY, TINY_QWEN, Model, tiny_models
 from vllm_hidrop.verify.checks import STOCK, Machine, Subject, jobs_of, rows_of
 from vllm_hidrop.verify.comparing import Status
 from vllm_hidrop.verify.engines import EngineChild, Job, Ran, run_jobs
@@ -44,36 +45,45 @@ class Verified(NamedTuple):
     ran: dict[str, Ran]
 
 
-@pytest.fixture(scope="module")
-def verified(tmp_path_factory: pytest.TempPathFactory) -> Verified:
-    """All methods in float32, no table."""
-    file = tmp_path_factory.mktemp("verify") / "verify.json"
+def run(wish: command.Wish) -> Verified:
+    """The command, without its page on the terminal."""
+    assert wish.json_file is not None
     ran: dict[str, Ran] = {}
 
     def keeping(*given: Any) -> dict[str, Ran]:
-        ran.update(run_jobs(*given))
-        return ran
+        found = run_jobs(*given)
+        ran.update({f"{next(iter(given[0].values())).model.name}, {name}": of for name, of in found.items()})
+        return found
 
     pages: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checks, "run_jobs", keeping)
         patch.setattr(Report, "show", lambda report: pages.append("\n".join((report.verdict, *report.header()))))
-        status = command.run(command.Wish(None, "float32", "tiny", 0, file))
-    return Verified(status, pages[0], json.loads(file.read_text()), ran)
+        status = command.run(wish)
+    return Verified(status, pages[0], json.loads(wish.json_file.read_text()), ran)
+
+
+@pytest.fixture(scope="module")
+def verified(tmp_path_factory: pytest.TempPathFactory) -> Verified:
+    """The tiny models in float32, no table."""
+    return run(command.Wish(None, "float32", "tiny", 0, tmp_path_factory.mktemp("verify") / "verify.json"))
+
+
+def statuses(verified: Verified, subject: str) -> dict[str, str]:
+    """How each row of a subject ended."""
+    return {check["name"]: check["status"] for check in verified.written["checks"] if check["subject"] == subject}
 
 
 def test_every_method_passes_and_what_did_not_run_is_named(verified: Verified) -> None:
     assert verified.status == 0
-    found = {check["name"]: check for check in verified.written["checks"]}
-    passed = {name for name, check in found.items() if check["status"] == "passed"}
-    assert passed == {
-        "stock = reference, dense",
-        "off = stock",
-        STAGED,
-        BLOCKS,
-        *(f"{method} = reference" for method in METHODS if method != "none"),
-    }
-    reasons = {check["name"]: check["detail"] for check in found.values() if check["status"] == "not run"}
+    every = ("stock = reference, dense", "off = stock", STAGED, BLOCKS)
+    graphs = {"graphs replay = eager": "not run"}
+    methods = [f"{method} = reference" for method in METHODS if method != "none"]
+    assert statuses(verified, "tiny LLaVA, float32") == dict.fromkeys((*every, *methods), "passed") | graphs
+    methods = [f"{method} = reference" for served in TINY_QWEN for method in served.methods]
+    assert statuses(verified, "tiny Qwen3-VL, float32") == dict.fromkeys((*every, *methods), "passed") | graphs
+    found = verified.written["checks"]
+    reasons = {check["name"]: check["detail"] for check in found if check["status"] == "not run"}
     assert reasons.pop("graphs replay = eager") == "no CUDA graphs on a CPU"
     for backend in ("flash-attn", "xformers"):
         assert reasons.pop(f"{backend} = PyTorch's").startswith("is not installed")
@@ -81,8 +91,32 @@ def test_every_method_passes_and_what_did_not_run_is_named(verified: Verified) -
     assert len(reasons) == 5
 
 
+def test_every_method_is_verified() -> None:
+    assert {name for served in TINY for name in served.methods} == set(METHODS) - {"none"}
+
+
+def test_a_users_model_of_another_family_is_asked_with_images_of_two_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "model"
+    checkpoint.mkdir()
+    CHECKPOINTS["qwen2_5_vl"].make(checkpoint)
+    monkeypatch.setattr(command, "tiny_models", lambda _: [])
+    monkeypatch.setattr(command, "_time", lambda *_: None)
+    monkeypatch.setattr(cases, "OWN_MODEL", (cases.OWN_MODEL[0], cases.OWN_MODEL[-1]))
+    found = run(command.Wish(str(checkpoint), "float32", "tiny", 60, tmp_path / "verify.json"))
+    assert found.status == 0
+    passed = ("stock = reference, dense", "off = stock", STAGED, BLOCKS, "hidrop = reference", "mustdrop = reference")
+    rows = dict.fromkeys(passed, "passed") | {"graphs replay = eager": "not run"}
+    assert statuses(found, f"{checkpoint}, float32") == rows
+    details = {check["name"]: check["detail"] for check in found.written["checks"]}
+    assert details["mustdrop = reference"].startswith("without its part in the tower; same vision tokens in 2 of 2")
+    answers = next(ran for name, ran in found.ran.items() if name.endswith(STOCK)).answers["off"]
+    assert [[end - first for first, end in answer.prompt.spans] for answer in answers] == [[60], [64, 60]]
+
+
 def test_the_page_says_what_served(verified: Verified) -> None:
-    assert verified.page.startswith("hidrop verify: passed (11 passed, 0 failed, 8 not run), ")
+    assert verified.page.startswith("hidrop verify: passed (18 passed, 0 failed, 9 not run), ")
     assert "float32: runner V1, attention CPU_ATTN, CUDA graphs NONE" in verified.page
 
 
@@ -93,7 +127,8 @@ def test_the_json_has_every_row_and_the_versions(verified: Verified) -> None:
     }
     assert written["exit_status"] == 0
     assert all(set(check) == {"subject", "name", "status", "detail"} for check in written["checks"])
-    assert {check["subject"] for check in written["checks"]} == {"tiny, float32", "training", "timing, tiny shape"}
+    subjects = {check["subject"] for check in written["checks"]}
+    assert subjects == {"tiny LLaVA, float32", "tiny Qwen3-VL, float32", "training", "timing, tiny shape"}
     assert {"vllm", "torch", "python", "vllm_hidrop"} <= set(written["versions"])
     assert written["engines"][0]["runner"] == "V1"
 
@@ -115,7 +150,7 @@ class FaultyChild(EngineChild):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return replace(tiny_model(tmp_path_factory.mktemp("tiny")), served=TINY[:1])
+    return replace(tiny_models(tmp_path_factory.mktemp("tiny"))[0], served=TINY[:1])
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +174,7 @@ def test_a_fault_fails_its_rows_and_no_other(
 ) -> None:
     jobs = jobs_of(model, "float32", with_graphs=False)
     job = FaultyJob(**vars(jobs["hidrop"]), fault=fault)
-    ran = {STOCK: verified.ran[f"float32: {STOCK}"], "hidrop": faulty.run(job)}
+    ran = {STOCK: verified.ran[f"tiny LLaVA, float32: {STOCK}"], "hidrop": faulty.run(job)}
     report = Report(None, "tiny")
     report.add(list(rows_of(Subject(model, "float32", ran, jobs, references), MACHINE, NEVER)), list(ran.values()))
     failed = {check.name: check.detail for check in report.checks if check.status is Status.FAILED}

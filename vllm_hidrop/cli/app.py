@@ -4,7 +4,7 @@ A command imports the file that does its work when it runs, so help needs neithe
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -59,6 +59,14 @@ def methods(
     from vllm_hidrop.cli import methods as command
 
     command.run(name, as_json)
+
+
+@app.command()
+def families(as_json: AsJson = False) -> None:
+    """List the model families, and what was run of each."""
+    from vllm_hidrop.cli import families as command
+
+    command.run(as_json)
 
 
 @app.command()
@@ -248,6 +256,9 @@ def convert(
     preset: Annotated[
         str | None, typer.Option(help="Schedule it was trained with: tok48, tok64, tok80, tok48-c1 (C1) or none.")
     ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(metavar="JSON", help="Its schedule where no preset has it: HiDrop's options.")
+    ] = None,
     vision_tower: Annotated[
         Path | None, typer.Option(help="Directory of the CLIP tower.", show_default="mm_vision_tower, if it is one")
     ] = None,
@@ -255,7 +266,8 @@ def convert(
     """Turn an original LLaVA-1.5 or HiDrop checkpoint into the Hugging Face format that vLLM loads."""
     from vllm_hidrop.cli import convert as command
 
-    command.run(source, destination, preset, vision_tower)
+    own = None if schedule is None else parse_object(schedule, "--schedule")
+    command.run(source, destination, preset, own, vision_tower)
 
 
 eval_app = typer.Typer(
@@ -332,13 +344,23 @@ def calibrate(  # noqa: PLR0913, PLR0917 (one argument is one option)
         Path | None, typer.Option(help="Folder of the file's images.", show_default="the file's own")
     ] = None,
     samples: Annotated[int, typer.Option(min=2, max=MOST_QUESTIONS, help="Samples to measure.")] = 64,
+    method: Annotated[
+        Literal["hidrop", "visipruner"], typer.Option(help="Method whose numbers are proposed.")
+    ] = "hidrop",
     budget: Annotated[
         float,
-        typer.Option(min=0, max=MOST_TOKENS, help="Vision tokens per layer, mean over all layers."),
+        typer.Option(min=0, max=MOST_TOKENS, help="HiDrop: vision tokens per layer, mean over all layers."),
     ] = 64,
-    filters: Annotated[int, typer.Option(min=1, max=1024, help="Filters at most.")] = 4,
+    filters: Annotated[int, typer.Option(min=1, max=1024, help="HiDrop: filters at most.")] = 4,
+    keep: Annotated[
+        str, typer.Option(help="VisiPruner: vision tokens kept: a count, a fraction, or a share of the image's.")
+    ] = "16/576",
+    fixed_layers: Annotated[
+        bool, typer.Option("--fixed-layers", help="VisiPruner: propose layers and a keep, not thresholds.")
+    ] = False,
     exit_tolerance: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of answer tokens an early exit may change.")
+        float,
+        typer.Option(min=0, max=1, help="Share of answer tokens that an exit (VisiPruner: each part) may change."),
     ] = 0.01,
     windows: Annotated[str, typer.Option(help="ILVAS windows in layers; the first one decides.")] = "2,4",
     top_tokens: Annotated[
@@ -357,15 +379,20 @@ def calibrate(  # noqa: PLR0913, PLR0917 (one argument is one option)
         Path | None, typer.Option("--png", callback=output_file, help="Draw the curves and the schedule.")
     ] = None,
 ) -> None:
-    """Measure what a model's layers do with vision, and propose a HiDrop schedule for it (docs/calibrate.md)."""
+    """Measure what a model's layers do with vision; propose HiDrop's or VisiPruner's numbers (docs/calibrate.md)."""
     from vllm_hidrop.cli import calibrate as command
     from vllm_hidrop.lab.calibrate.curves import Settings
 
+    shown, output = command.Data(data, images, samples, seed), command.Output(json_file, png_file)
+    if method == "visipruner":
+        visipruner = command.VisiPrunerWish(keep, exit_tolerance, fixed_layers)
+        command.run_visipruner(model, shown, visipruner, output, answer_tokens, device)
+        return
     command.run(
         model,
-        command.Data(data, images, samples, seed),
+        shown,
         command.Wish(budget, filters, exit_tolerance),
-        command.Output(json_file, png_file),
+        output,
         Settings(parse_counts(windows, "--windows", 1, 1024), top_tokens, answer_tokens),
         device,
     )

@@ -1,7 +1,8 @@
 """``hidrop convert``: runs `vllm_hidrop.lab.convert` with a progress bar."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -11,7 +12,13 @@ if TYPE_CHECKING:
     from vllm_hidrop.lab.convert.conversion import Conversion
 
 
-def run(source: Path, destination: Path, preset: str | None, vision_tower: Path | None) -> None:
+def run(
+    source: Path,
+    destination: Path,
+    preset: str | None,
+    schedule: Mapping[str, Any] | None,
+    vision_tower: Path | None,
+) -> None:
     """Convert a checkpoint. Raises ValueError: not convertible, or no PyTorch; OSError: reading or writing failed."""
     try:
         from vllm_hidrop.lab.convert.conversion import prepare
@@ -19,7 +26,7 @@ def run(source: Path, destination: Path, preset: str | None, vision_tower: Path 
         raise ValueError(
             f"convert needs PyTorch, safetensors and transformers ({error}); install the extra cpu"
         ) from error
-    _convert(prepare(source, destination, preset, vision_tower))
+    _convert(prepare(source, destination, preset, vision_tower, schedule=schedule))
 
 
 def _convert(conversion: "Conversion") -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_hidrop.cli.media import Item, Size, image, image_of_pixels, parse_images, spans_of, video
 from vllm_hidrop.cli.options import Prompt
-from vllm_hidrop.config import HidropConfig, Resolved, moved_note, resolve, training_warning
+from vllm_hidrop.config import HidropConfig, Resolved, moved_note, provenance, resolve, training_warning
 from vllm_hidrop.methods import Adaptive, ModelShape
 from vllm_hidrop.plan import costs, shapes
 from vllm_hidrop.plan.costs import RequestCosts
@@ -76,6 +76,8 @@ def planned(
     for warning in (training_warning(resolved, known.trained), left_out, moved_note(resolved)):
         if warning is not None:
             print(f"hidrop: warning: {warning}", file=sys.stderr)
+    if note := provenance(resolved, known.shape, known.trained):
+        print(f"hidrop: note: {note}", file=sys.stderr)
     return known, resolved, workload, request_costs(known, resolved, workload)
 
 

@@ -49,6 +49,7 @@ def _describe(method: type[Method]) -> dict[str, Any]:
         "options": {field.name: field.default for field in dataclasses.fields(method)},
         "presets": {name: dict(values) for name, values in method.presets.items()},
         "default_preset": method.default_preset,
+        "other_families": method.elsewhere,
     }
 
 
@@ -60,6 +61,8 @@ def _table(catalogue: list[dict[str, Any]]) -> Table:
     for row in catalogue:
         presets = [f"{name} (default)" if name == row["default_preset"] else name for name in row["presets"]]
         summary = f"{row['summary']}\n{row['paper']}"
+        if row["other_families"]:
+            summary += f"\nbeyond LLaVA-1.5: {row['other_families']}"
         table.add_row(row["name"], summary, _options(row["options"]), "\n".join(presets) or "-")
     return table
 

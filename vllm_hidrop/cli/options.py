@@ -106,7 +106,7 @@ WholeChoice = Annotated[
     str | None,
     typer.Option(
         metavar="JSON|FILE",
-        help="The whole choice: method, preset, options, positions, prefix_state_bytes, force. Options here win.",
+        help="The whole choice: method, preset, options, positions, prefix_state_bytes, force, note. Options here win.",
     ),
 ]
 Model = Annotated[str, typer.Argument(help='A directory, a hub name, "embedded", or "7b" or "13b" for LLaVA-1.5.')]

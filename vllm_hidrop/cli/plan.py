@@ -11,7 +11,7 @@ from rich.table import Table
 from vllm_hidrop.cli.costing import Workload, planned
 from vllm_hidrop.cli.media import Item
 from vllm_hidrop.cli.options import Prompt
-from vllm_hidrop.config import Resolved
+from vllm_hidrop.config import Resolved, provenance
 from vllm_hidrop.methods import Adaptive
 from vllm_hidrop.methods.visipruner import VisiPruner
 from vllm_hidrop.plan.costs import RequestCosts, StageCosts
@@ -27,7 +27,8 @@ def run(model: str, choice: Mapping[str, Any], prompt: Prompt, block_size: int, 
     known, resolved, workload, found = planned(model, choice, prompt, block_size)
     paper = paper_flops(known.text, found, resolved.method.name)
     if as_json:
-        print(json.dumps(_as_json(model, resolved, workload, found, paper), indent=2))
+        origin = provenance(resolved, known.shape, known.trained)
+        print(json.dumps(_as_json(model, resolved, workload, found, paper) | {"provenance": origin}, indent=2))
     else:
         _print_table(model, resolved, workload, found, _paper_note(known.text, resolved, paper))
 

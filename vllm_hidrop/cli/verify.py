@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vllm_hidrop.cli.bench import TOK48, Bench
 from vllm_hidrop.outputs import write_file
 from vllm_hidrop.terminal import Terminal
-from vllm_hidrop.verify.cases import Model, own_model, tiny_model
+from vllm_hidrop.verify.cases import Model, own_model, tiny_models
 from vllm_hidrop.verify.checks import Machine, checks_of, jobs_of
 from vllm_hidrop.verify.comparing import Check, Status, passed_or
 from vllm_hidrop.verify.expected import References
@@ -49,7 +49,7 @@ def run(wish: Wish) -> int:
             Progress(*columns, console=Terminal(stderr=True)) as progress,
             tempfile.TemporaryDirectory(prefix="hidrop-verify-") as folder,
         ):
-            for model in (tiny_model(Path(folder)), *models):
+            for model in (*tiny_models(Path(folder)), *models):
                 dtypes = ("float32", machine.served_dtype) if model.is_tiny else (machine.served_dtype,)
                 _verify(model, tuple(dict.fromkeys(dtypes)), machine, report, progress)
             report.add(_training_backends())

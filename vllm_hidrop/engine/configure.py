@@ -7,7 +7,16 @@ from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_hidrop.config import HidropConfig, Resolved, make_method, moved_note, moved_options, resolve, training_warning
+from vllm_hidrop.config import (
+    HidropConfig,
+    Resolved,
+    make_method,
+    moved_note,
+    moved_options,
+    provenance,
+    resolve,
+    training_warning,
+)
 from vllm_hidrop.engine.gate import check_gate
 from vllm_hidrop.engine.model_checks import ModelFamily, fitted_to_model, reduction_of
 from vllm_hidrop.engine.step_budget import most_tokens
@@ -62,6 +71,9 @@ def configure(vllm_config: Any, family: Family) -> None:
     for warning in (training_warning(resolved, getattr(hf_config, "hidrop", None)), left_out):
         if warning is not None:
             logger.warning_once("%s.", warning)
+    for line in (provenance(resolved, shape, getattr(hf_config, "hidrop", None)), config.note):
+        if line:
+            logger.info_once("%s.", line)
     dtype = vllm_config.model_config.dtype
     has_kernel = family.has_tower_kernel and has_tower_kernel(hf_config.vision_config, dtype)
     methods = alternatives(resolved, shape, has_kernel)
@@ -75,6 +87,7 @@ def configure(vllm_config: Any, family: Family) -> None:
             "positions": str(resolved.positions),
             "shapes": _shapes(family, hf_config),
             "model_shape": dataclasses.asdict(shape),
+            "family": f"{type(family).__module__}:{type(family).__qualname__}",
             "frame_tokens": family.frame_tokens(hf_config),
             "num_levels": family.num_levels(hf_config),
             # The first call's value, where vLLM calls again: _set_limits has raised the limit since.

@@ -196,7 +196,7 @@ def tower_images(request: Any) -> frozenset[int]:
 def num_tiles(mm_features: Sequence[Any]) -> dict[int, int]:
     """By index, the tiles that the tower runs of each image that was cut into some, with those that pad a batch."""
     pixels = {i: (feature.data or {}).get("pixel_values") for i, feature in enumerate(mm_features)}
-    return {i: len(each.data) for i, each in pixels.items() if each is not None and each.data.ndim == 4}
+    return {i: len(each.data) for i, each in pixels.items() if each and getattr(each.data, "ndim", None) == 4}
 
 
 def _mode(plan: Plan) -> str:

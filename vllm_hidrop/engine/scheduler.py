@@ -47,6 +47,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_hidrop.engine.compat import end_with_error, let_clients_ask
+from vllm_hidrop.engine.grids import spans_on_grids
 from vllm_hidrop.engine.image_prefix import Entry, ImagePrefixes
 from vllm_hidrop.engine.integrity import IntegrityLog, find_faults
 from vllm_hidrop.engine.kv_cache import block_size_of, count_by, stage_managers
@@ -314,6 +315,8 @@ class StagedScheduler(Scheduler):
                 "selection_ms": record.selection_ms,
                 "reuse_off": self._reuse_off(plan),
             }
+            if plan.explains:
+                record.report["spans"] = spans_on_grids(plan.spans, request.mm_features, self.vllm_config)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         report = with_blocks(record.report, self.costing, managers, request)
         return report | {"kv_blocks_returned": record.num_returned}

@@ -13,19 +13,29 @@ from vllm_hidrop.plan.positions import PositionScheme
 from vllm_hidrop.plan.schedule import Schedule
 from vllm_hidrop.plan.signal import Signal
 
+PUBLISHED_FAMILY = "LLaVA-1.5"
+"""The one family that papers publish numbers for."""
+PUBLISHED_SIZE = (32, 576)
+"""Layers and tokens per image of its 7B model."""
+
+SCALED = "scaled, not tuned"
+"""Said of a paper's numbers that were carried over to another family."""
+
 
 @dataclass(frozen=True)
 class ModelShape:
     """What a schedule depends on of a model.
 
     ``tokens_per_image`` are those of every image, or of a typical one where ``is_dynamic``: images of another size or
-    form have another number of tokens there, and counts become shares. ``attention_layers`` are the layers with
-    attention, ascending; None: all. The others are recurrent, and no cut can be scored under them.
+    form have another number of tokens there, and counts become shares. ``family`` is the family's title.
+    ``attention_layers`` are the layers with attention, ascending; None: all. The others are recurrent, and no cut can
+    be scored under them.
     """
 
     num_layers: int
     tokens_per_image: int
     is_dynamic: bool = False
+    family: str = PUBLISHED_FAMILY
     attention_layers: tuple[int, ...] | None = None
 
     @property
@@ -65,6 +75,12 @@ class Method:
     """Whether a model answers badly by it unless it was trained with its schedule on."""
     trained_positions: ClassVar[PositionScheme | None] = None
     """Position scheme that the authors' own checkpoints were trained with, where their configuration does not say."""
+    layer_options: ClassVar[tuple[str, ...]] = ()
+    """The options that name layers."""
+    tuned_options: ClassVar[tuple[str, ...]] = ()
+    """The options whose values its paper found on LLaVA-1.5."""
+    elsewhere: ClassVar[str | None] = None
+    """What its numbers are for other families, in a few words; None where there are none to be tuned."""
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     default_preset: ClassVar[str | None] = None
 
@@ -86,6 +102,10 @@ class Method:
         fits = [name for name, values in cls.presets.items() if values.get("shape") == shape.size]
         default = cls.default_preset
         return default if default is None or default in fits or not fits else fits[0]
+
+    def unpublished(self, shape: ModelShape) -> Mapping[str, str]:
+        """By option, whose value stands in where the paper prints none for a model of this shape."""
+        return {}
 
     def fitted(self, shape: ModelShape) -> Self:
         """The method with its layer numbers scaled to this shape; ValueError where they may not be scaled."""

@@ -32,6 +32,8 @@ class FastV(Method):
     paper = "arXiv 2403.06764"
     summary = "all, then the tokens the last row attends to most"
     signal = Signal.PREVIOUS_ATTENTION
+    layer_options = tuned_options = ("layer",)
+    elsewhere = "not tuned: the layer of 32- and 40-layer LLaVA-1.5"
 
     layer: int = 2
     keep: KeepValue = 0.5

@@ -43,6 +43,9 @@ class HiDrop(Method):
     summary = "late injection, concave pyramid, early exit"
     signal = Signal.NEXT_ATTENTION
     needs_training = True
+    layer_options = ("inject_layer", "filter_layers", "exit_layer")
+    tuned_options = ("inject_layer", "filter_layers", "keeps", "exit_layer")
+    elsewhere = "needs a checkpoint trained with it; none is published"
     default_preset = "tok64"
     presets = {  # noqa: RUF012
         "tok48": _CONCAVE | {"keeps": (87, 10, 5, 1)},

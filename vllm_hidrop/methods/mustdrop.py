@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import Literal
 
 from vllm_hidrop.methods.adaptive import Adaptive, EncoderReduction, KeyLayer, Memory, Verdict
-from vllm_hidrop.methods.base import ModelShape, check_shape, depth_ratio
+from vllm_hidrop.methods.base import SCALED, ModelShape, check_shape, depth_ratio
 from vllm_hidrop.methods.scoring import Signals, TextAttention
 from vllm_hidrop.plan.schedule import Cached, KeepValue, Schedule
 from vllm_hidrop.plan.signal import Signal
@@ -47,6 +47,9 @@ class MustDrop(Adaptive):
     summary = "merged in the encoder, then what text attends to, then that alone in the cache"
     signal = Signal.TEXT_ATTENTION
     without_reduction = {"merge_threshold": None, "key_rate": 0.0}  # noqa: RUF012
+    layer_options = ("filter_layers",)
+    tuned_options = ("filter_layers", "global_threshold", "individual_threshold")
+    elsewhere = SCALED
     default_preset = "tok64"
     presets = {  # noqa: RUF012
         "tok192": {"global_threshold": 0.001, "individual_threshold": 0.001},

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_hidrop.methods.base import Method, ModelShape
+from vllm_hidrop.methods.base import SCALED, Method, ModelShape
 from vllm_hidrop.methods.scored_layers import nearest_cuts
 from vllm_hidrop.methods.scoring import Signals, attention_score
 from vllm_hidrop.plan.positions import PositionScheme
@@ -32,6 +32,8 @@ class PyramidDrop(Method):
     paper = "arXiv 2410.17247"
     summary = "halves the tokens at every quarter of the depth"
     signal = Signal.NEXT_ATTENTION
+    layer_options = tuned_options = ("cuts",)
+    elsewhere = SCALED
     trained_positions = PositionScheme.RENUMBERED
 
     cuts: tuple[float, ...] = (0.25, 0.5, 0.75)

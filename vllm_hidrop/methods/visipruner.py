@@ -1,14 +1,15 @@
 """VisiPruner: quiet shallow layers, one cut where vision is first read, an exit where it no longer is."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from vllm_hidrop.methods.adaptive import Adaptive, AttentionEdit, Memory, Sight, Verdict
-from vllm_hidrop.methods.base import ModelShape, check_shape, depth_ratio
+from vllm_hidrop.methods.base import PUBLISHED_FAMILY, PUBLISHED_SIZE, SCALED, ModelShape, check_shape, depth_ratio
 from vllm_hidrop.methods.scoring import Contribution, Signals, select_top
-from vllm_hidrop.plan.schedule import Cached, KeepValue, Schedule
+from vllm_hidrop.plan.schedule import Cached, Keep, KeepValue, Schedule
 from vllm_hidrop.plan.signal import Signal
 
 Part = Literal["shallow", "middle", "deep"]
@@ -27,7 +28,7 @@ class VisiPruner(Adaptive):
 
     **Source** arXiv 2510.17205 sections 3.3, 3.6, 4.4 and 5.3, equations 6 to 8; layer numbers here are zero-based, as
     in the released code (the paper's are one-based). Thresholds are magnitudes of one model's value space: those for
-    LLaVA-1.5 are published, the others belong to their checkpoint.
+    LLaVA-1.5-7B are published; the paper reports Qwen2-VL-7B and InternVL2.5-8B too, without their numbers.
 
     **Differs** every image of a prompt has its own test, cut and exit, its own sink and its own half; the code treats
     all as one. Rows of the shallow edit are not renormalised, as in the code; ``form`` "pre_softmax" renormalises them.
@@ -41,15 +42,18 @@ class VisiPruner(Adaptive):
     **Options** ``parts`` (which of shallow, middle, deep), ``shallow_layers``, ``cosine``, ``norm``, ``exit_cosine``,
     ``exit_count``, ``exit_consecutive``, ``sink`` ("first" token of the image as for 7B, second "half" as for 13B),
     ``form`` ("substitution", "pre_softmax"), ``shape`` and ``scale`` as for HiDrop. Deviations by choice:
-    ``test_every`` n-th layer only; ``filter_layer`` fixes the deciding layer, where the ``keep`` highest ||c_j|| stay
-    ("calibrated"); ``exit_layer`` fixes the first layer without vision; ``drop_shallow_kv`` frees the shallow layers'
-    vision KV after prefill (the paper's claim, section 6, not its code).
+    ``test_every`` n-th layer only; ``filter_layer`` fixes the deciding layer, where the ``keep`` (count, fraction or
+    share) highest ||c_j|| stay ("calibrated"); ``exit_layer`` fixes the first layer without vision;
+    ``drop_shallow_kv`` frees the shallow layers' vision KV after prefill (the paper's claim, section 6, not its code).
     """
 
     name = "visipruner"
     paper = "arXiv 2510.17205"
     summary = "all, then what the layer that reads the image uses, then nothing"
     signal = Signal.CONTRIBUTION
+    layer_options = ("shallow_layers", "filter_layer", "exit_layer")
+    tuned_options = ("shallow_layers",)
+    elsewhere = f"{SCALED}; thresholds unpublished for all but 7B"
     default_preset = "llava-1.5-7b"
     presets = {  # noqa: RUF012
         "llava-1.5-7b": {},
@@ -69,7 +73,7 @@ class VisiPruner(Adaptive):
     form: Literal["substitution", "pre_softmax"] = "substitution"
     test_every: int = 1
     filter_layer: int | None = None
-    keep: int = 16
+    keep: KeepValue = 16
     exit_layer: int | None = None
     drop_shallow_kv: bool = False
     shape: tuple[int, int] = (32, 576)
@@ -88,9 +92,17 @@ class VisiPruner(Adaptive):
         if self.filter_layer is not None and self.exit_layer is not None and self.exit_layer <= self.filter_layer:
             raise ValueError(f"exit_layer must come after filter_layer, got {self.exit_layer} and {self.filter_layer}")
         check_shape(self.shape)
-        for option, least in (("shallow_layers", 0), ("exit_count", 1), ("test_every", 1), ("keep", 0)):
+        for option, least in (("shallow_layers", 0), ("exit_count", 1), ("test_every", 1)):
             if getattr(self, option) < least:
                 raise ValueError(f"{option} must be >= {least}, got {getattr(self, option)}")
+        Keep.parse(self.keep)
+
+    def unpublished(self, shape: ModelShape) -> Mapping[str, str]:
+        """The thresholds that are in use, for all models but LLaVA-1.5-7B."""
+        if (shape.size, shape.family) == (PUBLISHED_SIZE, PUBLISHED_FAMILY) or "middle" not in self.parts:
+            return {}
+        used = ("cosine", "norm") * (self.filter_layer is None) + ("exit_cosine",) * self._tests_exit()
+        return dict.fromkeys(used, "LLaVA-1.5-7B")
 
     def fitted(self, shape: ModelShape) -> "VisiPruner":
         """Layer numbers scaled by depth and rounded."""
@@ -160,7 +172,8 @@ class VisiPruner(Adaptive):
             return Verdict(~(passes & (memory + 1 >= self.exit_count)).expand(len(norm)), passes)
         if self.filter_layer is not None:
             best = torch.zeros_like(norm, dtype=torch.bool)
-            best[select_top(norm.nan_to_num(0), min(self.keep, len(norm)))] = True
+            keep = Keep.parse(self.keep).resolve(signals.num_image_tokens)
+            best[select_top(norm.nan_to_num(0), min(keep, len(norm)))] = True
             return Verdict(best & ~norm.isnan(), best.new_ones(()))
         triggers = (cosine < self.cosine).any()
         return Verdict((norm > self.norm) | ~triggers, triggers)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.methods.adaptive import EncoderReduction
 from vllm_hidrop.plan.form import Form
+from vllm_hidrop.plan.grid import Grid, Tile
 from vllm_hidrop.plan.vision import VisionShape
 
 TYPICAL_SIDE = 1024
@@ -21,9 +22,14 @@ class Family:
         title: the name that people use.
         layers: ``model_type`` of the text models that it can run with -> the form of their decoder layers.
         towers: ``model_type`` of the vision towers that it can run with.
+        has_images: images are taken.
         is_dynamic: images have various numbers of tokens.
         has_video: videos are taken, and have a span per frame.
         has_tower_kernel: the tower runs batches of equal images, which vLLM's CPU kernel can take.
+        reuses_images: a later prompt can reuse an image's rows, as the schedule allows.
+        reducible_towers: those of ``towers`` in which a method's reduction can run.
+        ran: pairs of text model and tower that tests run with random weights, on a CPU.
+        ran_trained: those that were run with trained weights.
         path: ``module:class`` of the staged model, imported when the engine loads it.
     """
 
@@ -31,9 +37,14 @@ class Family:
     title: ClassVar[str]
     layers: ClassVar[Mapping[str, Form]]
     towers: ClassVar[tuple[str, ...]]
+    has_images: ClassVar[bool] = True
     is_dynamic: ClassVar[bool] = True
     has_video: ClassVar[bool] = False
     has_tower_kernel: ClassVar[bool] = False
+    reuses_images: ClassVar[bool] = True
+    reducible_towers: ClassVar[tuple[str, ...]] = ()
+    ran: ClassVar[tuple[tuple[str, str], ...]] = ()
+    ran_trained: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     @property
     def staged(self) -> str:
@@ -77,8 +88,8 @@ class Family:
 
     def shape(self, config: Any) -> ModelShape:
         """Layers and tokens per image."""
-        num_layers = self.text_config(config).num_hidden_layers
-        return ModelShape(num_layers, self.tokens(config), self.is_dynamic, self.attention_layers(config))
+        num_layers, of_all = self.text_config(config).num_hidden_layers, self.attention_layers(config)
+        return ModelShape(num_layers, self.tokens(config), self.is_dynamic, self.title, of_all)
 
     def check(self, config: Any) -> None:
         """Raise ValueError, which names the part and the supported ones, where a checkpoint cannot run staged."""
@@ -97,6 +108,12 @@ class Family:
     def check_reduction(self, config: Any, reduction: EncoderReduction) -> None:
         """Raise ValueError, which names the obstacle, where a tower that can run others cannot run this reduction."""
 
+    # Of a request's image or video, vLLM's ``MultiModalFeatureSpec``.
+
+    def grid(self, feature: Any, config: Any) -> Grid | None:
+        """The cells of an image's tokens, or of those of every frame of a video; None where they cannot be known."""
+        return None
+
     # Of the model, once it is loaded.
 
     def text_model(self, model: Any) -> Any:
@@ -112,3 +129,18 @@ class Family:
 def square_tokens(patch_size: int, merge: int, side: int = TYPICAL_SIDE) -> int:
     """Tokens of a square image of ``side`` pixels whose patches are merged ``merge`` by ``merge``."""
     return int(side // (patch_size * merge)) ** 2
+
+
+def field(feature: Any, name: str) -> Any:
+    """A field of what a feature's processor gave, as numbers; None where it gave none."""
+    element = (feature.data or {}).get(name)
+    return None if element is None or element.data is None else element.data.tolist()
+
+
+def merged_grid(feature: Any, merge: int) -> Grid | None:
+    """Of a feature that knows its patches as time, height and width, which are merged ``merge`` by ``merge``."""
+    patches = field(feature, f"{feature.modality}_grid_thw")
+    if patches is None:
+        return None
+    _, height, width = patches
+    return Grid((Tile(0, width // merge, height // merge, width // merge),))

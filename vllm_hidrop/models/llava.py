@@ -5,6 +5,7 @@ from typing import Any
 from vllm_hidrop.methods.adaptive import EncoderReduction
 from vllm_hidrop.models.family import Family
 from vllm_hidrop.plan.form import Form
+from vllm_hidrop.plan.grid import Grid, square
 from vllm_hidrop.plan.vision import VisionShape
 
 LAYERS = dict.fromkeys(("llama", "mistral", "qwen2"), Form.STANDARD)
@@ -20,6 +21,14 @@ class Llava(Family):
     towers = TOWERS
     is_dynamic = False
     has_tower_kernel = True
+    reducible_towers = ("clip_vision_model",)
+    ran = (
+        ("llama", "clip_vision_model"),
+        ("mistral", "clip_vision_model"),
+        ("qwen2", "clip_vision_model"),
+        ("qwen2", "siglip_vision_model"),
+    )
+    ran_trained = (("llama", "clip_vision_model"),)
     path = "vllm_hidrop.models.llava_model:HidropLlavaForConditionalGeneration"
 
     def tokens(self, config: Any) -> int:
@@ -27,13 +36,20 @@ class Llava(Family):
         has_class_token = config.vision_config.model_type == "clip_vision_model"
         return patches(config) + (has_class_token and config.vision_feature_select_strategy == "full")
 
+    def grid(self, feature: Any, config: Any) -> Grid | None:
+        """The tower's patches, behind the class token where the features have it."""
+        if feature.mm_position.length != self.tokens(config):  # features that a client sent
+            return None
+        num_patches = patches(config)
+        return Grid((square(num_patches, self.tokens(config) - num_patches),), is_cropped=crops(config))
+
     def vision_shape(self, config: Any) -> VisionShape | None:
         """Of one tile."""
         return tower_shape(config, self.tokens(config))
 
     def no_reduction(self, config: Any) -> str | None:
         """The class token ranks patches."""
-        if config.vision_config.model_type == "clip_vision_model":
+        if config.vision_config.model_type in self.reducible_towers:
             return None
         return "it needs a vision tower whose class token ranks the patches, as CLIP's does"
 
@@ -72,3 +88,8 @@ def layers_before(output: int, num_layers: int) -> int:
 def patches(config: Any) -> int:
     """Patches of the tower's one image size."""
     return int(config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+
+def crops(config: Any) -> bool:
+    """Whether the tower sees the centre square of a picture: CLIP's processors cut it, SigLIP's squeeze the picture."""
+    return bool(config.vision_config.model_type == "clip_vision_model")

@@ -5,7 +5,12 @@ from typing import Any
 
 from vllm_hidrop.models.family import Family
 from vllm_hidrop.models.llava import LAYERS, TOWERS, patches, tower_shape
+from vllm_hidrop.models.llava_next import whole_and_tiles
+from vllm_hidrop.plan.grid import Grid, square
 from vllm_hidrop.plan.vision import VisionShape
+
+MOST_TILES = 9
+"""Of whose cells an image may have as many; vLLM knows no other budget."""
 
 
 class LlavaOnevision(Family):
@@ -15,6 +20,7 @@ class LlavaOnevision(Family):
     title = "LLaVA-OneVision"
     layers = LAYERS
     towers = TOWERS
+    ran = (("qwen2", "siglip_vision_model"),)
     has_video = True
     has_tower_kernel = True
 
@@ -29,3 +35,9 @@ class LlavaOnevision(Family):
     def frame_tokens(self, config: Any) -> int:
         """Patches pooled two by two."""
         return ceil(patches(config) ** 0.5 / 2) ** 2
+
+    def grid(self, feature: Any, config: Any) -> Grid | None:
+        """As LLaVA-NeXT's, with at most nine tiles' cells; of a frame, pooled cells."""
+        if feature.modality == "video":
+            return Grid((square(self.frame_tokens(config)),))
+        return whole_and_tiles(feature, config, most_tiles=MOST_TILES)

@@ -1,10 +1,12 @@
 """Mistral-Small 3 and Pixtral in Hugging Face's form."""
 
+from itertools import pairwise
 from typing import Any
 
 from vllm_hidrop.models.family import Family, square_tokens
 from vllm_hidrop.models.llava import layers_before
 from vllm_hidrop.plan.form import Form
+from vllm_hidrop.plan.grid import Grid, Tile
 from vllm_hidrop.plan.vision import VisionShape
 
 
@@ -15,10 +17,21 @@ class Mistral3(Family):
     title = "Mistral-Small 3"
     layers = dict.fromkeys(("mistral", "ministral3"), Form.STANDARD)
     towers = ("pixtral",)
+    ran = (("mistral", "pixtral"),)
 
     def tokens(self, config: Any) -> int:
         """A square image, without breaks."""
         return square_tokens(config.vision_config.patch_size, config.spatial_merge_size)
+
+    def grid(self, feature: Any, config: Any) -> Grid | None:
+        """A row of cells is a run of embeddings, a break is between."""
+        rows = feature.mm_position.extract_embeds_range()
+        columns = {end - start + 1 for start, end in rows}
+        strides = {later - start for (start, _), (later, _) in pairwise(rows)}
+        if len(columns) != 1 or len(strides) > 1:
+            return None
+        width = columns.pop()
+        return Grid((Tile(0, width, len(rows), strides.pop() if strides else width),))
 
     def vision_shape(self, config: Any) -> VisionShape | None:
         """A gated MLP; a matrix joins patches, two project them."""

@@ -15,7 +15,7 @@ REQUEST_KEYS = {
     "hidrop": 'on (default) or off: "off" keeps every vision token in every layer, equal to stock vLLM',
     "hidrop_keep": 'one keep per stage of the server: "all", a count, or a fraction',
     "hidrop_method": "another method whose cuts fall on the server's stages, at its default preset",
-    "hidrop_explain": "true: the report lists the patches that every stage kept, by image",
+    "hidrop_explain": "true: the report lists the tokens that every stage kept, by image and frame, and their grids",
 }
 """The options of a request, in ``vllm_xargs`` or ``SamplingParams.extra_args``, and what each means."""
 

@@ -2,26 +2,33 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
-from vllm_hidrop.config import HidropConfig
-from vllm_hidrop.methods import METHODS, ModelShape
+from vllm_hidrop.config import HidropConfig, make_method
+from vllm_hidrop.methods import Adaptive, ModelShape
+
+if TYPE_CHECKING:
+    from vllm_hidrop.models.family import Family
 
 EXPLAIN = {"hidrop_explain": True}
 OFF = {"hidrop": "off"}
+IMAGE = -1
+"""Stands for an image among a question's text."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One request: tokens with one image token per image, its noise images' seeds, width and height, options."""
+    """One request, for a model of any family: see ``prompts.Prompts``.
 
-    tokens: tuple[int, ...]
+    ``parts`` are numbers, each of which becomes a token of text, and ``IMAGE``; ``images`` the seeds of noise images.
+    """
+
+    parts: tuple[int, ...]
     images: tuple[int, ...]
-    size: tuple[int, int]
     max_tokens: int
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -32,10 +39,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Served:
-    """One engine of ours: its pruning ``choice``, and the ``methods`` that requests ask of it, its own first."""
+    """One engine of ours: its pruning ``choice``, and the ``methods`` that requests ask of it, its own first.
+
+    ``note`` says what of a method this model cannot run.
+    """
 
     choice: Mapping[str, Any]
     methods: tuple[str, ...]
+    note: str = ""
 
     def options(self, method: str) -> dict[str, Any]:
         """The options of a pruned request under one of the methods."""
@@ -44,14 +55,12 @@ class Served:
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint to verify."""
+    """A checkpoint to verify; ``architecture`` is vLLM's name of its own."""
 
     name: str
     path: str
+    architecture: str
     shape: ModelShape
-    image_token: int
-    image_size: tuple[int, int]
-    text_tokens: tuple[int, int]  # first and behind the last of those that prompts draw from
     served: tuple[Served, ...]
     layouts: tuple[str, ...]  # of prompts: an i is an image, a digit that many text tokens
     num_generated: int
@@ -60,22 +69,19 @@ class Model:
 
     def questions(self) -> list[Question]:
         """The prompts, without options; every image is another one."""
-        rng = np.random.default_rng(3)
-        first, end = self.text_tokens
+        rng, seeds = np.random.default_rng(3), count()
         asked = []
-        for number, layout in enumerate(self.layouts):
-            tokens = [1]
+        for layout in self.layouts:
+            parts: list[int] = []
             for part in layout:
-                tokens += [self.image_token] if part == "i" else rng.integers(first, end, int(part)).tolist()
-            seeds = tuple(range(10 * number, 10 * number + layout.count("i")))
-            asked.append(Question(tuple(tokens), seeds, self.image_size, self.num_generated))
+                parts += [IMAGE] if part == "i" else rng.integers(1 << 16, size=int(part)).tolist()
+            images = tuple(next(seeds) for _ in range(layout.count("i")))
+            asked.append(Question(tuple(parts), images, self.num_generated))
         return asked
 
-    def expanded(self, question: Question) -> list[int]:
-        """A question's tokens with the image token once per vision token."""
-        sizes = {self.image_token: self.shape.tokens_per_image}
-        return [token for token in question.tokens for _ in range(sizes.get(token, 1))]
 
+POOL_BYTES = 4 << 30
+"""Of the KV pool, for the user's own model."""
 
 TINY_LAYOUTS = ("3i5", "i7", "2ii3i4", "9", "5i2i6")
 MODEL_LAYOUTS = ("9i9", "5i2i6")
@@ -95,6 +101,10 @@ TINY = (
     Served({"method": "visipruner", "options": _VISIPRUNER | TINY_SHAPE}, ("visipruner",)),
     Served({"method": "mustdrop", "options": _MUSTDROP | TINY_SHAPE}, ("mustdrop",)),
 )
+TINY_QWEN = (
+    Served({"method": "hidrop", "options": _HIDROP | TINY_SHAPE}, ("hidrop",)),
+    Served({"method": "pyramiddrop"}, ("pyramiddrop", "fastv")),
+)
 SCALED = {"options": {"scale": True}, "force": True}
 OWN_MODEL = (
     Served({"method": "hidrop", "preset": "tok48", **SCALED}, ("hidrop",)),
@@ -105,25 +115,31 @@ OWN_MODEL = (
 )  # for weights that never saw pruning: the presets scale to the model
 
 
-def picture(seed: int, size: tuple[int, int]) -> Image.Image:
-    """A noise image of ``size`` (width, height); of a tower's own size no resampling blurs a comparison."""
-    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(noise)
+def tiny_models(directory: Path) -> list[Model]:
+    """Tiny checkpoints, written into ``directory``: LLaVA with every method, Qwen3-VL for M-RoPE and deepstack."""
+    from transformers.utils import logging
+
+    from vllm_hidrop.verify.tiny_models import make_llava
+    from vllm_hidrop.verify.tiny_qwen import qwen3_vl
+
+    logging.disable_progress_bar()  # the command has its own
+    llava, qwen = make_llava(directory / "llava", "mistral"), directory / "qwen3_vl"
+    qwen.mkdir()
+    qwen3_vl(qwen)
+    return [tiny_model("tiny LLaVA", llava, TINY), tiny_model("tiny Qwen3-VL", qwen, TINY_QWEN)]
 
 
-def tiny_model(directory: Path) -> Model:
-    """A tiny checkpoint, written into ``directory``."""
-    from vllm_hidrop.verify.tiny_models import IMAGE_SIZE, IMAGE_TOKEN, NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
+def tiny_model(name: str, path: Path, served: tuple[Served, ...]) -> Model:
+    """A checkpoint of 8 layers whose images have few tokens."""
+    from vllm_hidrop.cli.costing import read_model
 
-    assert {name for served in TINY for name in served.methods} == set(METHODS) - {"none"}, "every method is verified"
+    known = read_model(str(path))
     return Model(
-        name="tiny",
-        path=str(make_llava(directory, "mistral")),
-        shape=ModelShape(NUM_LAYERS, TOKENS_PER_IMAGE),
-        image_token=IMAGE_TOKEN,
-        image_size=(IMAGE_SIZE, IMAGE_SIZE),
-        text_tokens=(4, 120),
-        served=TINY,
+        name=name,
+        path=str(path),
+        architecture=known.hf_config.architectures[0],
+        shape=known.shape,
+        served=served,
         layouts=TINY_LAYOUTS,
         num_generated=8,
         is_tiny=True,
@@ -131,27 +147,38 @@ def tiny_model(directory: Path) -> Model:
 
 
 def own_model(name: str) -> Model:
-    """The user's checkpoint. Raises ValueError: it cannot be read, or is of no family that runs staged."""
+    """The user's checkpoint. Raises ValueError: it cannot be read, takes no images, or cannot run staged."""
     from vllm_hidrop.cli.costing import read_model
 
     known = read_model(name)
-    config = known.hf_config
+    assert known.family is not None  # of one that is read
+    if not known.family.has_images:
+        raise ValueError(f"{known.family.title} takes videos alone, and verify asks with images")
+    longest = known.family.text_config(known.hf_config).max_position_embeddings
+    that_fit = POOL_BYTES // (2 * known.text.num_layers * known.text.kv_bytes_per_row)  # two of the longest prompts
     entry = {key: value for key, value in (known.trained or {}).items() if key in HidropConfig.model_fields}
     trained = (Served(entry, (entry["method"],)),) if "method" in entry else ()
     names = {served.methods[0] for served in trained}
-    side = config.vision_config.image_size
+    others = (served for served in OWN_MODEL if served.methods[0] not in names)
     return Model(
         name=name,
         path=str(_path_of(name)),
+        architecture=known.hf_config.architectures[0],
         shape=known.shape,
-        image_token=config.image_token_index,
-        image_size=(side, side),
-        text_tokens=(1000, 10_000) if config.text_config.vocab_size > 10_000 else (4, 100),
-        served=(*trained, *(served for served in OWN_MODEL if served.methods[0] not in names)),
+        served=(*trained, *(_without_tower_part(served, known.family, known.hf_config) for served in others)),
         layouts=MODEL_LAYOUTS,
         num_generated=4,
-        max_len=min(2048, config.text_config.max_position_embeddings),
+        max_len=min(8192, longest, that_fit),
     )
+
+
+def _without_tower_part(served: Served, family: "Family", config: Any) -> Served:
+    """The same where the tower can do what the method asks of it, else without that."""
+    method = make_method(served.choice["method"], served.choice.get("preset"), served.choice.get("options"))
+    if not isinstance(method, Adaptive) or method.reduction is None or family.no_reduction(config) is None:
+        return served
+    options = {**served.choice["options"], **method.without_reduction}
+    return replace(served, choice={**served.choice, "options": options}, note="without its part in the tower")
 
 
 def _path_of(name: str) -> Path | str:

@@ -6,7 +6,7 @@ exist, one of each with them.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_hidrop.config import Resolved
 from vllm_hidrop.verify.blocks import check_report
@@ -22,7 +22,7 @@ from vllm_hidrop.verify.comparing import (
     noise,
     passed_or,
 )
-from vllm_hidrop.verify.engines import TOO_LATE, Answer, Job, Ran, run_jobs
+from vllm_hidrop.verify.engines import STEP_TOKENS, TOO_LATE, Answer, Job, Ran, run_jobs
 from vllm_hidrop.verify.expected import Expected, References, resolved_choice
 
 OFF_ROW, STAGED_ROW = "off = stock", "everything kept, by the staged loop = stock"
@@ -144,10 +144,10 @@ def _expected(subject: Subject, name: str, chosen: Resolved | None) -> list[Expe
     """The reference's answers to all questions under a method (None: dense), or the row that says why not."""
     if subject.references is None:
         return subject.not_run(name, "memory: the reference does not fit")
-    of, asked = subject.references, subject.model.questions()
+    asked = zip(subject.model.questions(), subject.ran[STOCK].answers["off"], strict=True)
     try:
-        return [of.pruned(question, chosen) if chosen else of.dense(question) for question in asked]
-    except (RuntimeError, ValueError) as error:  # of PyTorch or Transformers, on a checkpoint that we have not made
+        return [subject.references.expected(question, stock.prompt, chosen) for question, stock in asked]
+    except Exception as error:  # whatever PyTorch or Transformers say of a checkpoint that we have not made
         problem = f"the reference does not run: {type(error).__name__}: {error}"
         return subject.row(name, problem, "") if subject.model.is_tiny else subject.not_run(name, problem)
 
@@ -167,11 +167,14 @@ def _beside_row(subject: Subject, ours: Ran, floor: float) -> Check:
     stock = subject.ran[STOCK].answers["beside"][:-1]
     *answers, pruned = ours.answers["beside"]
     steps = {answer.first_step for answer in ours.answers["beside"]}
+    num_tokens = sum(len(answer.prompt.token_ids) for answer in ours.answers["beside"])
+    if num_tokens > STEP_TOKENS:
+        return subject.not_run(name, f"prompts of {num_tokens} tokens exceed a step of {STEP_TOKENS}")
     if len(steps) > 1 or not pruned.report or pruned.report["mode"] != "pruned":
         return subject.row(name, "off and pruned prompts did not run in one step", "")
     if is_exact(subject.dtype, floor):
         return subject.row(name, first_difference(answers, stock), f"{_count(stock)} tokens equal")
-    silent = [Answer(a.token_ids, a.logprobs, a.first_step, None) for a in answers]
+    silent = [replace(answer, report=None) for answer in answers]
     found = compare(silent, [as_expected(answer) for answer in stock], subject.dtype, floor)
     return subject.row(name, found.problem, f"tokens equal but for near ties; {found.logprobs}")
 
@@ -193,7 +196,7 @@ def _method_rows(subject: Subject, served: Served, floor: float, deadline: float
                 yield expected
                 continue
             found = compare(ran.answers[method], expected, subject.dtype, floor)
-            yield subject.row(name, found.problem, str(found))
+            yield subject.row(name, found.problem, f"{served.note}; {found}" if served.note else str(found))
 
 
 def _missing(subject: Subject, ran: Ran, name: str) -> Check:
@@ -214,7 +217,7 @@ def _blocks_row(subject: Subject) -> Check:
         for batch, answers in subject.ran[job_name].answers.items():
             for prompt, (question, answer) in enumerate(zip(job.batches[batch], answers, strict=True)):
                 num_reports += 1
-                if problem := check_report(job, server, question, answer):
+                if problem := check_report(job, server, question, answer, subject.ran[job_name].facts["block_size"]):
                     return subject.row(name, f"{job_name}, {batch}, prompt {prompt}: {problem}", "")
     for job_name, ran in subject.ran.items():
         if ran.leaks:

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_hidrop.bench.piped import serve_lines
+from vllm_hidrop.verify.cases import Question
 
 NUM_LOGPROBS = 20  # of every generated token; vLLM's own limit
 
 
 @dataclass
 class _Output:
-    """What one request gave so far."""
+    """What one request gave so far; ``prompt`` has the fields of ``prompts.Prompt``."""
 
+    prompt: dict[str, Any]
     first_step: int | None = None
     token_ids: list[int] | None = None
     logprobs: list[dict[int, float]] | None = None
@@ -26,26 +28,31 @@ class Session:
 
     def __init__(self) -> None:
         self.engine: Any = None
+        self.prompts: Any = None
         self.num_asked = 0
 
     def open(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Start an engine; returns its facts, see :func:`facts_of`."""
         from vllm import LLM
 
+        from vllm_hidrop.verify.prompts import Prompts
+
         self.engine = LLM(**settings).llm_engine
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.num_free = self.pool.get_num_free_blocks()
+        self.prompts = Prompts(self.engine)
         return facts_of(self.engine.vllm_config)
 
     def ask(self, questions: list[dict[str, Any]]) -> dict[str, Any]:
         """Queue all questions (``cases.Question`` as JSON) at once, and step until they are answered."""
         outputs = {}
-        for question in questions:
+        for question in (Question(**fields) for fields in questions):
             name = f"verify-{self.num_asked}"
             self.num_asked += 1
-            self.engine.add_request(name, _prompt(question), _params(question))
-            outputs[name] = _Output()
+            self.engine.add_request(name, self.prompts.make(question), _params(question))
+            *_, request = self.scheduler.requests.values()  # the newest; vLLM has changed its name
+            outputs[name] = _Output(vars(self.prompts.made(question, request)))
         step = 0
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
@@ -75,7 +82,7 @@ class Session:
         if hasattr(self.scheduler, "check_integrity"):
             leaks += self.scheduler.check_integrity()
         self.engine.engine_core.shutdown()
-        self.engine = self.scheduler = self.pool = None
+        self.engine = self.scheduler = self.pool = self.prompts = None
         cleanup_dist_env_and_memory()
         return {"leaks": leaks}
 
@@ -92,29 +99,22 @@ def facts_of(vllm_config: Any) -> dict[str, Any]:
         "graphs": "NONE" if graphs is None else graphs.name,
         "compilation": "NONE" if compilation.mode is None else compilation.mode.name,
         "dtype": str(vllm_config.model_config.dtype).removeprefix("torch."),
+        "block_size": vllm_config.cache_config.block_size,
         "async_scheduling": bool(vllm_config.scheduler_config.async_scheduling),
     }
 
 
-def _params(question: dict[str, Any]) -> Any:
+def _params(question: Question) -> Any:
     from vllm import SamplingParams
 
     return SamplingParams(
         temperature=0,
-        max_tokens=question["max_tokens"],
+        max_tokens=question.max_tokens,
         ignore_eos=True,
         logprobs=NUM_LOGPROBS,
         detokenize=False,
-        extra_args=question["options"] or None,
+        extra_args=dict(question.options) or None,
     )
-
-
-def _prompt(question: dict[str, Any]) -> dict[str, Any]:
-    from vllm_hidrop.verify.cases import picture
-
-    pictures = [picture(seed, tuple(question["size"])) for seed in question["images"]]
-    images = {"multi_modal_data": {"image": pictures}} if pictures else {}
-    return {"prompt_token_ids": list(question["tokens"]), **images}
 
 
 def serve(session: Session) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from vllm_hidrop.bench.paired import ENVIRONMENT
 from vllm_hidrop.bench.piped import NO_PLUGINS, PipedProcess
 from vllm_hidrop.models.families import hidrop_architecture
-from vllm_hidrop.verify.cases import Model, Question
+from vllm_hidrop.verify.cases import POOL_BYTES, Model, Question
+from vllm_hidrop.verify.prompts import Prompt
 
 BLOCK_SIZE = 32
 STEP_TOKENS = 8192  # all questions of a batch are prefilled in one step
@@ -20,13 +21,13 @@ EXACT_FLOAT32 = {"TRITON_F32_DEFAULT": "ieee", "NVIDIA_TF32_OVERRIDE": "0"}
 PARALLEL = 4  # child processes at once with a GPU; each holds one tiny engine
 AS_OURS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}  # compiled, stock vLLM would round otherwise
 TOO_LATE = "time"  # the failure of a job that did not start before the deadline
-POOL_BYTES = {True: 1 << 28, False: 4 << 30}  # of a KV pool; True: of a tiny model
-MEMORY_SHARE = {True: 0.05, False: 0.8}  # of a GPU that must be free when an engine starts
+TINY_POOL_BYTES = 1 << 28
+MEMORY_SHARE = {True: 0.05, False: 0.8}  # of a GPU that must be free when an engine starts; True: for a tiny model
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for a question.
+    """What came back for a question; ``prompt`` is what vLLM made of it.
 
     ``logprobs[n]`` are those of the most likely tokens at generated token n; ``first_step`` is the engine step that
     gave the first token; ``report`` is the ``hidrop`` object of the response, None from stock vLLM.
@@ -36,6 +37,7 @@ class Answer:
     logprobs: Sequence[dict[int, float]]
     first_step: int
     report: dict[str, Any] | None
+    prompt: Prompt
 
 
 @dataclass(frozen=True)
@@ -61,16 +63,16 @@ class Job:
             "max_num_seqs": 32,
             "block_size": BLOCK_SIZE,
             "enable_prefix_caching": False,
-            "limit_mm_per_prompt": {"image": 4},
+            "limit_mm_per_prompt": {"image": 3, "video": 0},
+            "skip_mm_profiling": True,  # with images of the largest size, which nobody asks about
             "distributed_executor_backend": "uni",
-            "kv_cache_memory_bytes": POOL_BYTES[tiny],
+            "kv_cache_memory_bytes": TINY_POOL_BYTES if tiny else POOL_BYTES,
             "gpu_memory_utilization": MEMORY_SHARE[tiny],
             "seed": 0,
         }
         if self.choice is None:
             return stock if self.eager else stock | {"compilation_config": AS_OURS}
-        architecture = hidrop_architecture("LlavaForConditionalGeneration")
-        ours = {"architectures": [architecture]}
+        ours = {"architectures": [hidrop_architecture(self.model.architecture)]}
         return stock | {"hf_overrides": ours, "additional_config": {"hidrop": dict(self.choice)}}
 
 
@@ -117,7 +119,10 @@ class EngineChild(PipedProcess):
 
 def _answer(found: dict[str, Any]) -> Answer:
     logprobs = [{int(token): value for token, value in of_token.items()} for of_token in found["logprobs"]]
-    return Answer(found["token_ids"], logprobs, found["first_step"], found["report"])
+    made = found["prompt"]
+    spans, sizes = ([(a, b) for a, b in made[name]] for name in ("spans", "sizes"))
+    prompt = Prompt(made["token_ids"], spans, sizes)
+    return Answer(found["token_ids"], logprobs, found["first_step"], found["report"], prompt)
 
 
 def run_lane(jobs: Sequence[tuple[str, Job]], done: Callable[[], None], deadline: float) -> dict[str, Ran]:

@@ -5,19 +5,21 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
+from transformers import AutoProcessor
 
 from vllm_hidrop.config import HidropConfig, Resolved, resolve
 from vllm_hidrop.methods import METHODS, ModelShape
 from vllm_hidrop.plan.signal import Signal
-from vllm_hidrop.verify.cases import Model, Question, picture
+from vllm_hidrop.verify.cases import Model, Question
+from vllm_hidrop.verify.prompts import Prompt, pictures
 from vllm_hidrop.verify.reference.attention import Kept, load_model
-from vllm_hidrop.verify.reference.masked import Oracle
-from vllm_hidrop.verify.reference.mustdrop import MustDropOracle
+from vllm_hidrop.verify.reference.mustdrop import MustDropOracle, MustDropResult
 from vllm_hidrop.verify.reference.mustdrop_settings import MustDropSettings
+from vllm_hidrop.verify.reference.pruning import Settings, StagedSettings
+from vllm_hidrop.verify.reference.shortened import Reference, Result
 from vllm_hidrop.verify.reference.stages import OracleStage, Rule
-from vllm_hidrop.verify.reference.visipruner import VisiPrunerOracle, VisiPrunerSettings
+from vllm_hidrop.verify.reference.visipruner import VisiPrunerSettings
 
 _RULES: dict[Signal, Rule] = {
     Signal.PREVIOUS_ATTENTION: "attention_previous",
@@ -62,63 +64,38 @@ class References:
 
     @cached_property
     def _weights(self) -> Any:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()  # the command has its own
         return load_model(self.model.path, self.dtype).to(self.device, self.computes)
 
     @cached_property
-    def _processor(self) -> Any:
-        from transformers import AutoImageProcessor
+    def _reference(self) -> Reference:
+        return Reference(self._weights, self.computes, AutoProcessor.from_pretrained(self.model.path))
 
-        return AutoImageProcessor.from_pretrained(self.model.path, backend="pil")
-
-    def _pixels(self, question: Question) -> torch.Tensor | None:
-        if not question.images:
-            return None
-        pictures = [picture(seed, question.size) for seed in question.images]
-        pixels = self._processor(images=pictures, return_tensors="np")["pixel_values"]
-        return torch.from_numpy(np.asarray(pixels))
-
-    def dense(self, question: Question) -> Expected:
-        """The answer with every vision token in every layer."""
-        whole = (self.model.shape.tokens_per_image,) * len(question.images)
-        return self._staged(question, [OracleStage(0, whole)], "uniform", 0)
-
-    def pruned(self, question: Question, chosen: Resolved) -> Expected:
-        """The answer under a method."""
-        method: Any = chosen.method.fitted(self.model.shape)
-        result: Any
-        if method.name == "visipruner":
-            settings = _same_fields(VisiPrunerSettings, method, stages=tuple(method.parts))
-            result = VisiPrunerOracle(self._weights, self.computes).generate(*self._asked(question, settings))
-        elif method.name == "mustdrop":
-            settings = _same_fields(MustDropSettings, method, filter_layers=tuple(method.filter_layers))
-            result = MustDropOracle(self._weights, self.computes).generate(*self._asked(question, settings))
+    def expected(self, question: Question, prompt: Prompt, chosen: Resolved | None) -> Expected:
+        """The answer to a question, of which vLLM made ``prompt``, under a method; None drops nothing."""
+        prepared = self._reference.prompt(prompt.token_ids, pictures(question, prompt.sizes))
+        settings = settings_of(chosen, prompt) if chosen else None
+        result: Result | MustDropResult
+        if isinstance(settings, MustDropSettings) and (settings.merge_threshold is not None or settings.key_rate):
+            of_tower = MustDropOracle(self._weights, self.computes)
+            pixels = prepared.inputs.get("pixel_values")
+            result = of_tower.generate(prompt.token_ids, pixels, settings, question.max_tokens)
         else:
-            kept = chosen.schedule.kept(self.model.shape.tokens_per_image)
-            stages = [
-                OracleStage(stage.first_layer, (count,) * len(question.images))
-                for stage, count in zip(chosen.schedule.stages, kept, strict=True)
-            ]
-            rule = _BY_PLACE.get(method.name) or _RULES[method.signal]
-            return self._staged(question, stages, rule, getattr(method, "seed", 0))
+            result = self._reference.run(prepared, prompt.spans, settings, question.max_tokens)
         return Expected(result.token_ids, list(result.logits.log_softmax(dim=-1)), result.kept)
 
-    def _asked(self, question: Question, settings: Any) -> tuple[Any, ...]:
-        return self.model.expanded(question), self._pixels(question), settings, question.max_tokens
 
-    def _staged(self, question: Question, stages: list[OracleStage], rule: Rule, seed: int) -> Expected:
-        tokens, pixels = self.model.expanded(question), self._pixels(question)
-        oracle = Oracle(self._weights, self.computes)
-        result = oracle.generate(tokens, pixels, stages, rule, question.max_tokens, seed=seed)
-        is_vision = torch.tensor(tokens) == self.model.image_token
-        num_images, size = len(question.images), self.model.shape.tokens_per_image
-        kept = [
-            [image.nonzero().flatten().tolist() for image in layer[is_vision].view(num_images, size)]
-            for layer in result.visible
-        ]
-        return Expected(result.token_ids, list(result.logits.log_softmax(dim=-1)), kept)
+def settings_of(chosen: Resolved, prompt: Prompt) -> Settings:
+    """A method's settings for the reference; a keep is counted by each image's own size."""
+    method: Any = chosen.method
+    if method.name == "visipruner":
+        return _same_fields(VisiPrunerSettings, method, stages=tuple(method.parts))
+    if method.name == "mustdrop":
+        return _same_fields(MustDropSettings, method, filter_layers=tuple(method.filter_layers))
+    stages = [
+        OracleStage(stage.first_layer, tuple(stage.keep.resolve(end - first) for first, end in prompt.spans))
+        for stage in chosen.schedule.stages
+    ]
+    return StagedSettings(stages, _BY_PLACE.get(method.name) or _RULES[method.signal], getattr(method, "seed", 0))
 
 
 def _same_fields(settings: Any, method: Any, **others: Any) -> Any:

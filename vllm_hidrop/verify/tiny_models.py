@@ -1,7 +1,4 @@
-"""Random-weight LLaVA checkpoints that run in seconds, in the hub's format, for vLLM and Hugging Face alike.
-
-Weights are wide (std 0.15), so attention is far from flat and a wrong selection changes the tokens.
-"""
+"""Random-weight LLaVA checkpoints that run in seconds, in the hub's format, for vLLM and Hugging Face alike."""
 
 import json
 from pathlib import Path
@@ -19,34 +16,33 @@ from transformers import (
 )
 
 from vllm_hidrop.bench.shapes import save_hub_weights, save_word_tokenizer
+from vllm_hidrop.verify.tiny_parts import NUM_LAYERS, VOCABULARY, text_shape, widen
+
+__all__ = [
+    "EOS_TOKEN",
+    "IMAGE_SIZE",
+    "IMAGE_TOKEN",
+    "NUM_LAYERS",
+    "TOKENS_PER_IMAGE",
+    "VOCABULARY",
+    "make_llava",
+    "text_config",
+    "vision_config",
+]
 
 IMAGE_SIZE = 64
 TOKENS_PER_IMAGE = 64
-NUM_LAYERS = 8
-VOCABULARY = 128
 IMAGE_TOKEN = 127
 EOS_TOKEN = 2
 
 
 def text_config(name: str) -> Any:
     """Llama without, Mistral and Qwen2 with grouped KV heads; heads of 32, the smallest on CPU."""
-    shape: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 128,
-        "intermediate_size": 160,
-        "num_hidden_layers": NUM_LAYERS,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 2048,
-        "eos_token_id": EOS_TOKEN,
-        "bos_token_id": 1,
-        "pad_token_id": 0,
-        "tie_word_embeddings": False,
-    }
     if name == "llama":
-        return LlamaConfig(**shape, num_key_value_heads=4)
+        return LlamaConfig(**text_shape(num_key_value_heads=4))
     if name == "mistral":
-        return MistralConfig(**shape, num_key_value_heads=2, sliding_window=None)
-    return Qwen2Config(**shape, num_key_value_heads=1)
+        return MistralConfig(**text_shape(sliding_window=None))
+    return Qwen2Config(**text_shape(num_key_value_heads=1))
 
 
 def vision_config(name: str) -> Any:
@@ -105,11 +101,7 @@ def make_llava(directory: Path, text: str = "llama", tower: str = "clip", seed: 
     config.architectures = ["LlavaForConditionalGeneration"]
     config.dtype = torch.float32
     model = LlavaForConditionalGeneration(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            parameter.normal_(mean, 0.15, generator=generator)
+    widen(model, seed)
     save_hub_weights(model, directory)
     config.save_pretrained(directory)
     save_word_tokenizer(directory, IMAGE_TOKEN)

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 
 from tests.families.checkpoints import glm, internvl, llava, mistral, qwen, smolvlm
 from tests.families.checkpoints.form import TinyCheckpoint
+from vllm_hidrop.verify.tiny_qwen import qwen3_vl
 
 CHECKPOINTS: Mapping[str, TinyCheckpoint] = {
     "qwen2_vl": qwen.facts(qwen.qwen2_vl),
     "qwen2_5_vl": qwen.facts(qwen.qwen2_5_vl),
-    "qwen3_vl": qwen.facts(qwen.qwen3_vl),
+    "qwen3_vl": qwen.facts(qwen3_vl),
     "qwen3_vl_moe": qwen.facts(qwen.qwen3_vl_moe),
     "llava_next": llava.LLAVA_NEXT,
     "llava_next_video": llava.LLAVA_NEXT_VIDEO,

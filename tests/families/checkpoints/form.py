@@ -1,4 +1,4 @@
-"""What the tiny checkpoints share: the facts a test asks for, text models' shape, tokenizer, wide random weights."""
+"""What the tiny checkpoints share: the facts a test asks for, and the parts of ``verify/tiny_parts.py``."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,18 +8,41 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-VOCABULARY = 128
-FIRST_SPECIAL = 96
-"""Token ids 4 to 95 are text in every checkpoint; a family's special tokens follow."""
+from vllm_hidrop.verify.tiny_parts import (
+    FIRST_SPECIAL,
+    HEAD_SIZE,
+    HIDDEN_SIZE,
+    NUM_HEADS,
+    NUM_KV_HEADS,
+    NUM_LAYERS,
+    VOCABULARY,
+    chat_template,
+    save,
+    special_ids,
+    text_shape,
+    word_tokenizer,
+)
 
-NUM_LAYERS = 8
-HIDDEN_SIZE = 128
-NUM_HEADS = 4
-NUM_KV_HEADS = 2
-HEAD_SIZE = 32
+__all__ = [
+    "FIRST_SPECIAL",
+    "HEAD_SIZE",
+    "HIDDEN_SIZE",
+    "NUM_HEADS",
+    "NUM_KV_HEADS",
+    "NUM_LAYERS",
+    "VOCABULARY",
+    "Size",
+    "TinyCheckpoint",
+    "Video",
+    "chat_template",
+    "placeholder",
+    "rewrite_weights",
+    "save",
+    "special_ids",
+    "text_shape",
+    "word_tokenizer",
+]
 
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -79,73 +102,10 @@ class TinyCheckpoint:
         return tokens
 
 
-def special_ids(special: Sequence[str]) -> dict[str, int]:
-    """The ids of a family's special tokens."""
-    return {token: FIRST_SPECIAL + i for i, token in enumerate(special)}
-
-
 def placeholder(special: Sequence[str], text: str) -> tuple[int, ...]:
     """The ids of special tokens written with spaces between."""
     ids = special_ids(special)
     return tuple(ids[token] for token in text.split())
-
-
-def word_tokenizer(special: Sequence[str], **names: str) -> PreTrainedTokenizerFast:
-    """Words ``t4`` to ``t95`` and a family's special tokens; ``names`` are the attributes its processor reads."""
-    usual = ("<pad>", "<s>", "</s>", "<unk>")
-    words = {word: i for i, word in enumerate(usual)} | {f"t{i}": i for i in range(len(usual), FIRST_SPECIAL)}
-    tokenizer = Tokenizer(models.WordLevel(words | special_ids(special), unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(list(special))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        extra_special_tokens=names,
-    )
-
-
-def chat_template(image: str, video: str = "") -> str:
-    """Placeholders and texts in the order of the message's parts, then one more word."""
-    return (
-        "{% for message in messages %}{% if message.content is string %} {{ message.content }}{% else %}"
-        "{% for part in message.content %}"
-        "{% if part.type == 'image' %} " + image + "{% elif part.type == 'video' %} " + video + ""
-        "{% else %} {{ part.text }}{% endif %}{% endfor %}{% endif %}{% endfor %} t9"
-    )
-
-
-def text_shape(**others: Any) -> dict[str, Any]:
-    """Arguments of every text model's configuration; ``others`` are added or replace them."""
-    return {
-        "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN_SIZE,
-        "intermediate_size": 160,
-        "num_hidden_layers": NUM_LAYERS,
-        "num_attention_heads": NUM_HEADS,
-        "num_key_value_heads": NUM_KV_HEADS,
-        "max_position_embeddings": 2048,
-        "eos_token_id": 2,
-        "bos_token_id": 1,
-        "pad_token_id": 0,
-        "tie_word_embeddings": False,
-    } | others
-
-
-def save(directory: Path, model_class: Any, config: Any, processor: Any, dtype: str = "float32") -> None:
-    """Write a model with wide random weights (std 0.15), as ``verify/tiny_models.py`` has them, and its processor."""
-    config.dtype = getattr(torch, dtype)
-    model = model_class(config).to(config.dtype)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            wide = torch.empty(parameter.shape).normal_(mean, 0.15, generator=generator)
-            parameter.copy_(wide)
-    model.save_pretrained(directory)
-    processor.save_pretrained(directory)
 
 
 def rewrite_weights(directory: Path, change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]]) -> None:

@@ -10,15 +10,12 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
     Qwen3_5MoeConfig,
     Qwen3_5MoeForConditionalGeneration,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
@@ -26,10 +23,8 @@ from transformers import (
 )
 
 from tests.families.checkpoints import form
+from vllm_hidrop.verify.tiny_qwen import IMAGE, SPECIAL, VIDEO, processor, qwen3_vision, rope, token_ids
 
-SPECIAL = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-IMAGE = "<|vision_start|> <|image_pad|> <|vision_end|>"
-VIDEO = "<|vision_start|> <|video_pad|> <|vision_end|>"
 SIZES = ((96, 64), (80, 112))
 """24 and 35 tokens."""
 
@@ -44,42 +39,6 @@ def facts(make: Any, **others: Any) -> form.TinyCheckpoint:
         video_shape=form.Video(6, (80, 64)),
         **others,
     )
-
-
-def token_ids() -> dict[str, int]:
-    """The special tokens' names in a configuration."""
-    ids = form.special_ids(SPECIAL)
-    return {
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
-        "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids["<|video_pad|>"],
-    }
-
-
-def processor(processor_class: Any, video_class: Any) -> Any:
-    """A processor that leaves the test's images and videos at their sizes.
-
-    vLLM normalizes both in the tower with the images' mean and deviation, so they must be those of the videos.
-    """
-    tokenizer = form.word_tokenizer(
-        SPECIAL,
-        image_token="<|image_pad|>",
-        video_token="<|video_pad|>",
-        vision_start_token="<|vision_start|>",
-        vision_bos_token="<|vision_start|>",
-        vision_end_token="<|vision_end|>",
-        vision_eos_token="<|vision_end|>",
-    )
-    pixels = {"patch_size": 8, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    images = Qwen2VLImageProcessor(size={"shortest_edge": 256, "longest_edge": 128 * 128}, **pixels)
-    videos = video_class(size={"shortest_edge": 256, "longest_edge": 8 * 80 * 80}, **pixels)
-    return processor_class(images, tokenizer, videos, chat_template=form.chat_template(IMAGE, VIDEO))
-
-
-def rope(section: list[int], **others: Any) -> dict[str, Any]:
-    """M-RoPE with this many frequencies for time, height and width."""
-    return {"rope_type": "default", "rope_theta": 1e4, "mrope_section": section} | others
 
 
 def qwen2_vl(directory: Path) -> None:
@@ -118,27 +77,6 @@ def qwen2_5_vl(directory: Path) -> None:
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **token_ids())
     ours = processor(Qwen2_5_VLProcessor, Qwen2VLVideoProcessor)
     form.save(directory, Qwen2_5_VLForConditionalGeneration, config, ours)
-
-
-def qwen3_vision(**others: Any) -> dict[str, Any]:
-    """The tower of Qwen3-VL: learned positions of an 8 x 8 grid, interpolated."""
-    return {
-        "depth": 4,
-        "hidden_size": 64,
-        "num_heads": 2,
-        "intermediate_size": 96,
-        "out_hidden_size": form.HIDDEN_SIZE,
-        "patch_size": 8,
-        "num_position_embeddings": 64,
-    } | others
-
-
-def qwen3_vl(directory: Path) -> None:
-    """Three deepstack levels: features of tower layers 0, 1, 2 are added after text layers 0, 1, 2."""
-    text = form.text_shape(head_dim=form.HEAD_SIZE, rope_parameters=rope([6, 5, 5], mrope_interleaved=True))
-    vision = qwen3_vision(deepstack_visual_indexes=[0, 1, 2])
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, **token_ids())
-    form.save(directory, Qwen3VLForConditionalGeneration, config, processor(Qwen3VLProcessor, Qwen3VLVideoProcessor))
 
 
 def qwen3_vl_moe(directory: Path) -> None:

@@ -13,6 +13,7 @@ from vllm_hidrop.cli.app import app
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.embedded import MODEL_DIR
 from vllm_hidrop.methods import ModelShape
+from vllm_hidrop.methods.visipruner import VisiPruner
 from vllm_hidrop.verify.tiny_models import NUM_LAYERS, TOKENS_PER_IMAGE, make_llava
 
 QUICK = ("--samples", "4", "--data", "synthetic")
@@ -43,7 +44,7 @@ def test_the_embedded_model_gives_the_same_bytes_twice_and_a_schedule_that_resol
     assert outputs[0] == outputs[1]
     assert sorted(path.name for path in folder.iterdir()) == ["a.curves.json", "a.json", "a.png"]
     config = json.loads((folder / "a.json").read_text())
-    assert set(config) == {"method", "options", "force"}
+    assert set(config) == {"method", "options", "note", "force"}
     own = json.loads((MODEL_DIR / "config.json").read_text())
     shape = ModelShape(own["text_config"]["num_hidden_layers"], own["image_seq_length"])
     resolved = resolve(HidropConfig.parse(config), shape, own["hidrop"])
@@ -74,18 +75,43 @@ def test_a_llava_without_a_schedule_of_its_own_needs_no_force(tmp_path: Path) ->
     result = calibrate(model, *QUICK, "--budget", least_budget(model), "--json", tmp_path / "a.json")
     assert result.exit_code == 0, result.output
     config = json.loads((tmp_path / "a.json").read_text())
-    assert set(config) == {"method", "options"}
+    assert set(config) == {"method", "options", "note"}
     assert resolve(HidropConfig.parse(config), ModelShape(NUM_LAYERS, TOKENS_PER_IMAGE)).schedule
 
 
-def test_qwen_gets_a_schedule_and_a_note_that_it_is_not_served_staged(tmp_path: Path) -> None:
+def test_qwen_gets_shares_of_an_image(tmp_path: Path) -> None:
     model = make_qwen(tmp_path / "model")
     budget = least_budget(model, "--windows", "1")
     result = calibrate(model, *QUICK, "--budget", budget, "--windows", "1", "--json", tmp_path / "a.json")
     assert result.exit_code == 0, result.output
-    assert "Qwen2_5_VLForConditionalGeneration cannot be served staged yet" in result.stdout
     options = json.loads((tmp_path / "a.json").read_text())["options"]
     assert options["shape"] == [QWEN_LAYERS, 36]
+    assert all(keep.endswith("/36") for keep in options["keeps"])
+
+
+def test_visipruners_numbers_for_a_tower_of_one_size_are_counts(tmp_path: Path) -> None:
+    for flags in ((), ("--fixed-layers",)):
+        file = tmp_path / "a.json"
+        result = calibrate("embedded", *QUICK, "--method", "visipruner", *flags, "--keep", "0.05", "--json", file)
+        assert result.exit_code == 0, result.output
+        config = json.loads(file.read_text())
+        resolved = resolve(HidropConfig.parse(config), ModelShape(12, 576))
+        assert isinstance(resolved.method, VisiPruner)
+        assert resolved.method.sink == "first"
+        assert "not published" in config["note"]
+        assert set(json.loads((tmp_path / "a.curves.json").read_text())) >= {"quiet", "cut", "agreement"}
+    assert config["options"]["keep"] == 28
+    assert "these thresholds" in result.stdout
+
+
+def test_visipruners_mistakes_are_named(tmp_path: Path) -> None:
+    for arguments, message in (
+        (("--keep", "many"), 'keep must be "all", a count'),
+        (("--png", tmp_path / "a.png"), "--png draws HiDrop's curves"),
+    ):
+        result = calibrate("embedded", *QUICK, "--method", "visipruner", *arguments)
+        assert result.exit_code == 2
+        assert message in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from tests.lab.calibrate.tiny_qwen import make_qwen
 from vllm_hidrop.embedded import MODEL_DIR
-from vllm_hidrop.lab.calibrate.checkpoint import Checkpoint, check_family
+from vllm_hidrop.lab.calibrate.checkpoint import Checkpoint, family_to_calibrate
 from vllm_hidrop.lab.calibrate.curves import Curves, Settings, check_settings, measure
 from vllm_hidrop.lab.calibrate.recording import recorded, states_without_vision
 from vllm_hidrop.lab.calibrate.samples import Sample, read_samples
@@ -189,17 +190,17 @@ def test_unknown_models_and_devices_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot use device 'abacus'"):
         Checkpoint(str(MODEL_DIR), "abacus")
 
-    class Text:
-        model_type = "gpt2"
 
-    class Config:
-        model_type = "llava"
+def test_a_family_that_cannot_be_calibrated_is_named() -> None:
+    def refused(architecture: str, **parts: str) -> str:
+        part = SimpleNamespace(**parts)
+        config: Any = SimpleNamespace(architectures=[architecture], vision_config=part, get_text_config=lambda: part)
+        with pytest.raises(ValueError, match=r"cannot|can run") as caught:
+            family_to_calibrate(config)
+        return str(caught.value)
 
-        def get_text_config(self) -> Text:
-            return Text()
-
-    with pytest.raises(ValueError, match="cannot calibrate text model 'gpt2'; supported: llama"):
-        check_family(Config())
-    Config.model_type = "bert"
-    with pytest.raises(ValueError, match="cannot calibrate model type 'bert'; supported: llava"):
-        check_family(Config())
+    assert "BertModel is not a family that can run staged; supported: LLaVA-1.5" in refused("BertModel")
+    assert "attend both ways" in refused("Gemma3ForConditionalGeneration")
+    assert refused("InternVLChatModel").startswith("cannot calibrate InternVL2.5 / 3 / 3.5: the released form's")
+    assert "LLaVA-NeXT-Video: it takes videos alone" in refused("LlavaNextVideoForConditionalGeneration")
+    assert "vision tower 'resnet' cannot run" in refused("LlavaForConditionalGeneration", model_type="resnet")

@@ -166,6 +166,6 @@ def test_every_schedule_is_valid_and_within_one_token_of_the_budget(
         for first in (max(tail, default=1), num_tokens)
     )
     budget = least + where * (most - least)
-    proposal = propose(curves, num_tokens, budget, 0.01, num_filters)
+    proposal = propose(curves, ModelShape(len(curves["cross"]), num_tokens), budget, 0.01, num_filters)
     granularity = stage_layers(bounds, filters)[1] / shape[0]
     assert -1e-6 <= proposal.schedule().mean_kept(num_tokens) - budget < granularity + 1e-6

@@ -88,9 +88,10 @@ def make_original(
     image_size: int = 64,
     dtype: torch.dtype = torch.float32,
     config: Mapping[str, Any] | None = None,
+    name: str = "model",
 ) -> Checkpoint:
-    """Write a checkpoint in ``directory/model`` and its tower in ``directory/tower``."""
-    model, tower = directory / "model", directory / "tower"
+    """Write a checkpoint in ``directory/name`` and its tower in ``directory/tower``."""
+    model, tower = directory / name, directory / "tower"
     model.mkdir(parents=True)
     tower.mkdir()
     language = randomised(LlamaForCausalLM(_text_config(num_layers)), 1).to(dtype)

@@ -10,10 +10,10 @@ from vllm import SamplingParams
 
 from tests.engine.harness import Engine, engine
 from tests.lab.convert.originals import IMAGE_TOKEN, Checkpoint, make_original, padded_pixels, wide_picture
+from tests.oracles.masked import Oracle
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.lab.convert.conversion import prepare
 from vllm_hidrop.methods import ModelShape
-from vllm_hidrop.verify.reference.masked import Oracle
 from vllm_hidrop.verify.reference.stages import OracleStage
 
 pytestmark = pytest.mark.engine

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from tests.oracles.masked import Oracle, Positions
 from tests.oracles.renumbered import RenumberedOracle
 from vllm_hidrop.config import make_method
 from vllm_hidrop.lab.train.decoder import Decoder, query_attention
@@ -20,7 +21,6 @@ from vllm_hidrop.lab.train.rows import Rows, packed_starts
 from vllm_hidrop.lab.train.staged import Selection, StagedTraining
 from vllm_hidrop.methods import ModelShape
 from vllm_hidrop.methods.scoring import select_top
-from vllm_hidrop.verify.reference.masked import Oracle, Positions
 from vllm_hidrop.verify.reference.stages import OracleStage, Rule
 from vllm_hidrop.verify.tiny_models import IMAGE_TOKEN, NUM_LAYERS, TOKENS_PER_IMAGE, text_config, vision_config
 

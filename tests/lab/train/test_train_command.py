@@ -351,6 +351,16 @@ def test_a_users_mistake_is_one_line_and_exit_code_two(settings: Settings, chang
     assert result.stderr.count("\n") == 1
 
 
+def test_only_llava_15_is_trained(settings: Settings, tiny: Path, tmp_path: Path) -> None:
+    """Other families run staged; the training's forward pass is LLaVA-1.5's."""
+    config = json.loads((tiny / "config.json").read_text())
+    config["architectures"] = ["Qwen2VLForConditionalGeneration"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = train(settings | {"model": str(tmp_path)})
+    assert result.exit_code == 2
+    assert "cannot train architecture Qwen2VLForConditionalGeneration; known: LlavaForCond" in result.stderr
+
+
 def test_an_infinite_gradient_stops_the_run_too(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     before = StageLoop.step
 

@@ -18,8 +18,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from tests.oracles.masked import Oracle
 from vllm_hidrop.verify.reference.attention import additive_mask, random_scores, top_indices, uniform_indices
-from vllm_hidrop.verify.reference.masked import Oracle
 from vllm_hidrop.verify.reference.stages import OracleStage, Rule, check_stages
 
 V = 16  # vision tokens of one 56 x 56 image in patches of 14

@@ -9,14 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
+from tests.oracles.masked import Oracle
+from tests.oracles.visipruner import VisiPrunerOracle
 from vllm_hidrop.verify.reference.attention import load_model
-from vllm_hidrop.verify.reference.masked import Oracle
 from vllm_hidrop.verify.reference.mustdrop import MustDropOracle
 from vllm_hidrop.verify.reference.mustdrop_settings import MustDropSettings
 from vllm_hidrop.verify.reference.pruning import StagedSettings
 from vllm_hidrop.verify.reference.shortened import Reference, Result, Span, check_spans
 from vllm_hidrop.verify.reference.stages import OracleStage, Rule
-from vllm_hidrop.verify.reference.visipruner import VisiPrunerOracle, VisiPrunerSettings
+from vllm_hidrop.verify.reference.visipruner import VisiPrunerSettings
 from vllm_hidrop.verify.tiny_models import IMAGE_SIZE, IMAGE_TOKEN, NUM_LAYERS, make_llava
 from vllm_hidrop.verify.tiny_models import TOKENS_PER_IMAGE as V
 

@@ -12,20 +12,18 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from tests.oracles.masked import Prompt
 from tests.oracles.renumbered import project_heads
+from tests.oracles.visipruner import VisiPrunerOracle, VisiPrunerResult, layer_weights
 from vllm_hidrop.verify.reference.attention import Heads
-from vllm_hidrop.verify.reference.masked import Prompt
 from vllm_hidrop.verify.reference.visipruner import (
     Decisions,
     Form,
     Sink,
-    VisiPrunerOracle,
-    VisiPrunerResult,
     VisiPrunerSettings,
     check_settings,
     contributions,
     cosines,
-    layer_weights,
     softmax_of,
 )
 from vllm_hidrop.verify.tiny_models import IMAGE_SIZE, IMAGE_TOKEN, NUM_LAYERS, make_llava

@@ -13,16 +13,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-FAMILIES = ("llava", "llava_next", "qwen2_5_vl")
-TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
-"""Text models whose attention is rotary Q and K projections and nothing else."""
+from vllm_hidrop.lab.calibrate.attention import register
+from vllm_hidrop.models.families import family_of
+from vllm_hidrop.models.family import Family
+
+NOT_CALIBRATED = {
+    "InternVLChatModel": "the released form's modules are its own code's; take the Hugging Face form",
+    "LlavaNextVideoForConditionalGeneration": "it takes videos alone, and the curves are measured on images",
+}
+"""Architectures that run staged and that the curves are not defined for, and why."""
 LLAVA_PROMPT = "USER: {image}\n{question} ASSISTANT:"
 """LLaVA-1.5's form, for a checkpoint without a chat template."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows of [prompt, answer] are what; all indices, ``vision`` [V] among them, ascend."""
+    """Which rows of [prompt, answer] are what; all indices, ``vision`` [V] among them, ascend.
+
+    Vision is everything from the first to the last token of the image, as when it is served: row breaks and the text
+    between tiles are among it.
+    """
 
     vision: Tensor
     num_prompt: int
@@ -83,14 +93,17 @@ class Checkpoint:
         self.device = _device(device)
         with _load_errors(source):
             self.config: Any = AutoConfig.from_pretrained(source)
-        check_family(self.config)
+        self.family = family_to_calibrate(self.config)
         dtype = torch.float32 if self.device.type == "cpu" else "auto"
         with _load_errors(source):
             model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
+            model.get_decoder().set_attn_implementation(register())
             self.processor: Any = AutoProcessor.from_pretrained(source)
         self.model: Any = model.eval().to(self.device)
-        self.llm: Any = self.model.model.language_model
+        self.llm: Any = self.model.get_decoder()
         self.num_layers = len(self.llm.layers)
+        if without := [i for i, layer in enumerate(self.llm.layers) if not hasattr(layer, "self_attn")]:
+            raise ValueError(f"cannot calibrate {self.family.title}: its layers {without} have no attention to measure")
 
     def prompt(self, question: str) -> str:
         """The chat prompt of a question about one image, up to where the answer begins."""
@@ -108,9 +121,10 @@ class Checkpoint:
         ids = inputs["input_ids"]
         if "image_grid_thw" in inputs:  # M-RoPE needs to be told which tokens are of an image
             inputs["mm_token_type_ids"] = (ids == self.config.image_token_id).int()
-        vision = (ids[0] == self.config.image_token_id).nonzero().flatten()
-        if not len(vision):
+        places = (ids[0] == self.config.image_token_id).nonzero().flatten()
+        if not len(places):
             raise ValueError("the model's chat template leaves no image token in the prompt")
+        vision = torch.arange(int(places[0]), int(places[-1]) + 1, device=self.device)
         tail = self._greedy(inputs, max_answer_tokens) if answer is None else self._answer_ids(prompt, answer)
         tail = tail[:max_answer_tokens].to(self.device)
         rows = Rows(vision, ids.shape[1], ids.shape[1] + len(tail))
@@ -144,13 +158,14 @@ class Checkpoint:
         return logits.argmax(-1)
 
 
-def check_family(config: Any) -> None:
-    """ValueError, naming the part and the supported ones, for a model that the curves are not defined for."""
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"cannot calibrate model type {config.model_type!r}; supported: {', '.join(FAMILIES)}")
-    text = config.get_text_config().model_type
-    if text not in TEXT_MODELS:
-        raise ValueError(f"cannot calibrate text model {text!r}; supported: {', '.join(TEXT_MODELS)}")
+def family_to_calibrate(config: Any) -> Family:
+    """The family of a configuration; ValueError, which names it, where the curves are not defined for it."""
+    architecture = (config.architectures or [None])[0]
+    family = family_of(architecture)
+    if architecture in NOT_CALIBRATED:
+        raise ValueError(f"cannot calibrate {family.title}: {NOT_CALIBRATED[architecture]}")
+    family.check(config)
+    return family
 
 
 @contextmanager

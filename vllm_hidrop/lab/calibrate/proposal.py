@@ -37,16 +37,20 @@ class Boundaries:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A schedule in the words of `vllm_hidrop.methods.hidrop.HiDrop`; ``shape`` is layers and tokens per image."""
+    """A schedule in the words of `vllm_hidrop.methods.hidrop.HiDrop`; ``shape`` is layers and tokens per image.
+
+    Where images have various numbers of tokens (``is_dynamic``) the keeps are written as shares of ``shape``'s.
+    """
 
     boundaries: Boundaries
     filter_layers: tuple[int, ...]
     keeps: tuple[int, ...]
     shape: tuple[int, int]
+    is_dynamic: bool = False
 
     def schedule(self) -> Schedule:
         """The schedule that the options give."""
-        return make_method("hidrop", None, self.options()).schedule(ModelShape(*self.shape))
+        return make_method("hidrop", None, self.options()).schedule(ModelShape(*self.shape, self.is_dynamic))
 
     def options(self) -> dict[str, Any]:
         """The method's options as plain JSON data."""
@@ -54,7 +58,7 @@ class Proposal:
         return {
             "inject_layer": self.boundaries.inject_layer,
             "filter_layers": list(self.filter_layers),
-            "keeps": list(self.keeps),
+            "keeps": [f"{keep}/{self.shape[1]}" if self.is_dynamic else keep for keep in self.keeps],
             "exit_layer": None if exit_layer > self.shape[0] else exit_layer,
             "shape": list(self.shape),
         }
@@ -182,15 +186,14 @@ def keep_counts(where: Boundaries, filters: Sequence[int], shape: tuple[int, int
 
 
 def propose(
-    curves: Mapping[str, Sequence[float]], tokens_per_image: int, budget: float, tolerance: float, num_filters: int
+    curves: Mapping[str, Sequence[float]], shape: ModelShape, budget: float, tolerance: float, num_filters: int
 ) -> Proposal:
     """A whole schedule; ValueError where none of this form meets the budget.
 
     ``curves`` are ``vision_intra``, ``cross`` and ``agreement`` by layer, and ``ilvas`` of the window that decides. The
-    counts are for ``tokens_per_image``; ``budget`` is vision tokens, the mean over all layers; ``tolerance`` is the
-    share of agreement that an exit may lose; ``num_filters`` >= 1 is the most.
+    counts are for ``shape``'s tokens per image; ``budget`` is vision tokens, the mean over all layers; ``tolerance`` is
+    the share of agreement that an exit may lose; ``num_filters`` >= 1 is the most.
     """
     where = boundaries(curves["vision_intra"], curves["cross"], curves["agreement"], tolerance)
     filters = filter_layers(curves["ilvas"], where, num_filters)
-    shape = (len(curves["vision_intra"]), tokens_per_image)
-    return Proposal(where, filters, keep_counts(where, filters, shape, budget), shape)
+    return Proposal(where, filters, keep_counts(where, filters, shape.size, budget), shape.size, shape.is_dynamic)

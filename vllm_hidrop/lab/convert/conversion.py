@@ -5,6 +5,7 @@ Order of writing: manifest, shards (each noted in the manifest once it is on dis
 """
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,14 +16,13 @@ from safetensors.torch import save_file
 from vllm_hidrop.lab.atomic_write import whole_or_absent, write_json
 from vllm_hidrop.lab.convert.hub_config import (
     build_config,
-    choose_preset,
     config_json,
     image_processor_json,
-    preset_warnings,
     processor_json,
 )
 from vllm_hidrop.lab.convert.manifest import MANIFEST_FILE, Advance, Manifest, check_same, hash_file, read_manifest
 from vllm_hidrop.lab.convert.original import Original, Tower, find_tower, read_json, read_original
+from vllm_hidrop.lab.convert.published import choose
 from vllm_hidrop.lab.convert.tokens import Tokens, read_tokens, save_tokens, tokenizer_files
 from vllm_hidrop.lab.convert.weights import EMBEDDING, Weights, find_all, split
 
@@ -43,8 +43,8 @@ class Summary:
 class Conversion:
     """A conversion whose parts fit each other; nothing is written yet.
 
-    ``preset`` is HiDrop's or "none"; ``shards`` gives the names of the weights by file, ``sources`` the path of every
-    file read by its name in the manifest; ``warnings`` are lines for the user.
+    ``preset`` is HiDrop's, the schedule in words, or "none"; ``shards`` gives the names of the weights by file,
+    ``sources`` the path of every file read by its name in the manifest; ``warnings`` are lines for the user.
     """
 
     original: Original
@@ -148,37 +148,39 @@ def prepare(
     preset: str | None = None,
     vision_tower: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
+    schedule: Mapping[str, Any] | None = None,
 ) -> Conversion:
     """Read everything but the weights themselves; ValueError says in a line what cannot be converted and why.
 
     Args:
         source: directory of an original-format LLaVA-1.5 or HiDrop checkpoint.
         destination: new, empty, or of an earlier run of the same conversion.
-        preset: HiDrop's preset that the checkpoint was trained with, or "none"; None where it was trained with none.
+        preset: HiDrop's preset that the checkpoint was trained with, or "none"; None: by its folder's name, else none.
         vision_tower: directory of the CLIP checkpoint; None for the one that the source names.
         shard_bytes: limit of a written shard.
+        schedule: HiDrop's options that the checkpoint was trained with, where no preset has them.
     """
     original = read_original(source)
-    chosen = choose_preset(preset, original)
+    chosen = choose(preset, schedule, original)
     read_manifest(destination)
     tower = find_tower(original, vision_tower)
     vocab_size = original.config.get("vocab_size")
     if not isinstance(vocab_size, int):
         raise ValueError(f"{source / CONFIG_FILE} has no vocab_size")
     tokens = read_tokens(source, vocab_size)
-    config = build_config(original, tower, tokens, chosen)
+    config = build_config(original, tower, tokens, chosen.entry)
     weights = find_all(original, tower, config)
     return Conversion(
         original=original,
         tower=tower,
         tokens=tokens,
         config=config,
-        preset=chosen,
+        preset=chosen.label,
         weights=weights,
         shards=split(weights, shard_bytes),
         shard_bytes=shard_bytes,
         destination=destination,
-        warnings=preset_warnings(chosen, original),
+        warnings=list(chosen.warnings),
         sources=_sources(original, tower, weights),
     )
 

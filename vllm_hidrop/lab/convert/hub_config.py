@@ -13,11 +13,8 @@ from typing import Any
 from vllm_hidrop.config import HidropConfig, resolve
 from vllm_hidrop.lab.convert.original import Original, Tower
 from vllm_hidrop.lab.convert.tokens import IMAGE_TOKEN, Tokens
-from vllm_hidrop.methods import METHODS, ModelShape
+from vllm_hidrop.methods import ModelShape
 
-NO_PRESET = "none"
-PRESETS = (*(name for name in METHODS["hidrop"].presets if name != "embedded"), NO_PRESET)
-ALIASES = {"c1": "tok48-c1"}
 ROWS_MULTIPLE = 64
 """Embedding rows are rounded up to a multiple, as in the hub's llava-1.5: 32064 rows for 32000 + 2 tokens."""
 TEXT_KEYS = (
@@ -35,36 +32,8 @@ BICUBIC = 3
 DEFAULT_ROPE_THETA = 10000.0
 
 
-def choose_preset(preset: str | None, original: Original) -> str:
-    """The name of HiDrop's preset, or "none", from the user's choice in any case; None is no choice.
-
-    Raises ValueError: an unknown name, or no choice for a checkpoint trained with a schedule that no file of it names.
-    """
-    if preset is None:
-        if original.is_pruned:
-            raise ValueError(
-                "this checkpoint was trained with a HiDrop schedule, but no file of it says which; "
-                f"name it with --preset: {', '.join(PRESETS)}"
-            )
-        return NO_PRESET
-    name = preset.lower()
-    name = ALIASES.get(name, name)
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
-    return name
-
-
-def preset_warnings(preset: str, original: Original) -> list[str]:
-    """A line for the user where the preset and the checkpoint's training do not match."""
-    if preset == NO_PRESET and original.is_pruned:
-        return ["this checkpoint was trained with a HiDrop schedule; without a preset it will be served dense"]
-    if preset != NO_PRESET and not original.is_pruned:
-        return [f"plain LLaVA was not trained for HiDrop preset {preset}; expect worse answers than dense"]
-    return []
-
-
-def build_config(original: Original, tower: Tower, tokens: Tokens, preset: str) -> Any:
-    """A LlavaConfig that holds preset and ``image_aspect_ratio``; ValueError: the parts or the preset do not fit."""
+def build_config(original: Original, tower: Tower, tokens: Tokens, entry: Mapping[str, Any] | None) -> Any:
+    """A LlavaConfig with ``image_aspect_ratio`` and, as "hidrop", the ``entry``; ValueError: they do not fit."""
     from transformers import CLIPVisionConfig, LlavaConfig
 
     source = original.config
@@ -89,9 +58,10 @@ def build_config(original: Original, tower: Tower, tokens: Tokens, preset: str) 
         image_aspect_ratio=source.get("image_aspect_ratio"),
     )
     config.architectures = ["LlavaForConditionalGeneration"]
-    if preset != NO_PRESET:
-        config.hidrop = {"method": "hidrop", "preset": preset}
+    if entry is not None:
         shape = ModelShape(config.text_config.num_hidden_layers, config.image_seq_length)
+        options = entry.get("options")
+        config.hidrop = dict(entry) if options is None else {**entry, "options": {"shape": list(shape.size), **options}}
         resolve(HidropConfig.parse({}), shape, config.hidrop)
     return config
 

@@ -17,7 +17,16 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
 )
 """In order of preference; an index names the shards."""
-PROJECTOR_FILE = "mm_projector.bin"
+PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+LORA_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
+ABLATIONS = {
+    "LlavaLlamaExitTopkCdpForCausalLM": "positions without gaps",
+    "LlavaLlamaExitSepTopkForCausalLM": "two ranges of positions",
+    "LlavaLlamaExitForCausalLM": "no filters",
+    "LlavaLlamaTopkForCausalLM": "no injection and no exit",
+    "LlavaLlamaPDropForCausalLM": "PyramidDrop",
+}
+"""Other programs of HiDrop's authors, by architecture, and what sets each apart."""
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "mm_projector_type": ("mlp2x_gelu",),
     "mm_vision_select_feature": ("patch", "cls_patch", None),
@@ -58,6 +67,7 @@ def read_original(directory: Path) -> Original:
     """Read an original LLaVA directory; ValueError: missing, another kind of model, or beyond Hugging Face's LLaVA."""
     if not directory.is_dir():
         raise ValueError(f"no such directory: {directory}")
+    _check_whole(directory)
     config = read_json(directory / "config.json")
     _check_kind(directory, config)
     for key, values in SUPPORTED.items():
@@ -91,6 +101,8 @@ def find_tower(original: Original, chosen: Path | None) -> Tower:
 def find_weights(directory: Path) -> tuple[Path, ...]:
     """The weight files, safetensors before pickles; ValueError: there are none, or an index names a missing one."""
     found = next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
+    if found is None and any(directory.glob("*-of-*.*")):
+        raise ValueError(f"{directory} holds shards without their index, {' or '.join(WEIGHT_FILES[:2])}")
     if found is None:
         raise ValueError(f"no weights in {directory}; looked for {', '.join(WEIGHT_FILES)}")
     if found.suffix != ".json":
@@ -116,6 +128,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_object(text, str(path))
 
 
+def _check_whole(directory: Path) -> None:
+    """Refuse a part of a checkpoint, and a folder of checkpoints."""
+    if any((directory / name).is_file() for name in LORA_FILES):
+        raise ValueError(
+            f"{directory} holds a LoRA adapter apart from its base model; merge them first "
+            "(LLaVA's scripts/merge_lora_weights.py), then convert the result"
+        )
+    has_weights = any((directory / name).is_file() for name in WEIGHT_FILES)
+    if not has_weights and any((directory / name).is_file() for name in PROJECTOR_FILES):
+        raise ValueError(f"{directory} holds a projector alone, of the first training stage; convert the whole model")
+    folders = sorted(path.parent.name for path in directory.glob("*/config.json"))
+    if folders and not (directory / "config.json").is_file():
+        raise ValueError(f"{directory} is no checkpoint but holds some; choose one: {', '.join(folders)}")
+
+
 def _architectures(config: Mapping[str, Any]) -> list[str]:
     return list(config.get("architectures") or [])
 
@@ -127,5 +154,10 @@ def _check_kind(directory: Path, config: Mapping[str, Any]) -> None:
         return
     if kind == "llava":
         raise ValueError(f"{directory} is in the Hugging Face format already; serve it as it is")
+    for name in architectures:
+        if name in ABLATIONS:
+            raise ValueError(
+                f"{directory} is an ablation of HiDrop's authors ({ABLATIONS[name]}), and is not converted"
+            )
     called = f"model_type {kind!r}, architecture {', '.join(architectures) or 'none'}"
     raise ValueError(f"{directory} is no original-format LLaVA-1.5 ({called}); known: {', '.join(MODEL_TYPES)}")

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vllm_hidrop.lab.convert.original import PROJECTOR_FILE, Original, Tower, find_weights
+from vllm_hidrop.lab.convert.original import PROJECTOR_FILES, Original, Tower, find_weights
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ORIGINAL_PREFIXES = (
@@ -117,7 +117,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def find_all(original: Original, tower: Tower, config: Any) -> Weights:
-    """Every weight of the model; ``mm_projector.bin`` and the tower's directory give what the original's files lack.
+    """Every weight of the model; ``mm_projector`` and the tower's directory give what the original's files lack.
 
     Raises ValueError: weights are missing, unexpected, there twice, or of another shape or data type than the model's.
     """
@@ -125,9 +125,10 @@ def find_all(original: Original, tower: Tower, config: Any) -> Weights:
     rows = (original.config["vocab_size"], config.text_config.vocab_size)
     for path in original.weight_files:
         _collect(found, path, _from_original, rows)
-    projector = original.directory / PROJECTOR_FILE
-    if projector.is_file() and not any(name.startswith("multi_modal_projector.") for name in found):
-        _collect(found, projector, _from_original, rows)
+    if not any(name.startswith("multi_modal_projector.") for name in found):
+        projectors = (original.directory / name for name in PROJECTOR_FILES)
+        for projector in [path for path in projectors if path.is_file()][:1]:
+            _collect(found, projector, _from_original, rows)
     if not any(name.startswith("vision_tower.") for name in found):
         for path in find_weights(tower.directory):
             _collect(found, path, _from_tower, rows)

@@ -20,7 +20,7 @@ from vllm_hidrop.lab.train.ratio import Ratio, make_ratio
 from vllm_hidrop.lab.train.staged import Selection, StagedTraining, check_trainable
 from vllm_hidrop.lab.train.train_config import StageName, TrainConfig
 from vllm_hidrop.methods import ModelShape
-from vllm_hidrop.models.families import FAMILIES
+from vllm_hidrop.models.llava import Llava
 from vllm_hidrop.plan.shapes import text_shape
 
 SHARD_SIZE = "5GB"
@@ -66,9 +66,9 @@ def load_checkpoint(config: TrainConfig, device: str = "cpu") -> Checkpoint:
 
     directory = model_directory(config.model)
     architectures = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("architectures") or ["none"]
-    if architectures[0] not in FAMILIES:
-        raise ValueError(f"model: cannot train architecture {architectures[0]}; known: {', '.join(FAMILIES)}")
-    family = FAMILIES[architectures[0]]
+    family = Llava()
+    if architectures[0] != family.stock:
+        raise ValueError(f"model: cannot train architecture {architectures[0]}; known: {family.stock}")
     model_config = AutoConfig.from_pretrained(directory)
     family.check(model_config)
     shape = family.shape(model_config)

@@ -43,7 +43,8 @@ class Result:
 
     * ``token_ids``: greedy tokens; ``logits``: [generated, vocabulary], the logits that chose each.
     * ``kept``: per layer and span the vision tokens that the prompt has there, ascending, 0-based in the span.
-    * ``selections``, ``scores``: as in ``masked.OracleResult``, of settings by stages.
+    * ``selections``: of settings by stages, first layer of a stage -> what each span keeps there, where the rule chose.
+    * ``scores``: the same stages -> span -> [V], NaN for tokens that had already gone.
     * ``margins``: how near the nearest decision was to falling otherwise, of VisiPruner and MustDrop.
     """
 
@@ -58,16 +59,17 @@ class Result:
 class Reference:
     """Greedy generation of one request with vision tokens dropped.
 
-    ``model`` is a checkpoint's directory, or a model of ``dtype``, which is put into eval mode. Its layers may have any
+    ``model`` is a checkpoint's directory, or a model of ``dtype``, which is put into eval mode, with its ``processor``
+    if prompts are made of pictures. Its layers may have any
     form, attend or not (hybrid models), and have features added behind them (deepstack). Scaled embeddings, attention
     that is not causal, and windows shorter than the prompt raise ValueError.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype = torch.float32, processor: Any = None) -> None:
         self._model: Any = load_model(model, dtype)
         self._decoder = Decoder(self._model)
         self._accepted = set(signature(type(self._model).forward).parameters)
-        self._processor: Any = AutoProcessor.from_pretrained(model) if isinstance(model, str | Path) else None
+        self._processor = AutoProcessor.from_pretrained(model) if isinstance(model, str | Path) else processor
 
     def prompt(
         self, token_ids: Sequence[int], images: Sequence[Any] = (), videos: Sequence[Any] = (), **inputs: Any

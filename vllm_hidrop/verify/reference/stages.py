@@ -1,6 +1,6 @@
 """Which vision tokens a stage of layers keeps: the rule that chooses, decided once for a prompt.
 
-Axes as in ``masked``: T rows of one pass, V vision tokens of one image, C hidden size.
+Axes: T rows of one pass, V vision tokens of one image, C hidden size.
 """
 
 from collections.abc import Callable, Sequence
