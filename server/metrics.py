@@ -19,9 +19,10 @@ FIRST_ENGINE = "0"  # counts what is of the whole server, or was reported by no 
 TIMED_MODES = ("pruned", "off", "text", "fallback")
 MODES = (*TIMED_MODES, "aborted", "unreported")
 REFUSALS = ("options", "media", "key", "header", "body", "grammar", "deadline")
-REUSE_OFF = ("disabled", "adaptive", "signal", "cache_dtype", "first_layer", "states")
-"""In this order: the server caches no prefixes; the method decides the counts; its signal needs rows that are cached;
-the cache rounds K, which scoring reads; the first layer cuts; the server has no memory for states."""
+REUSE_OFF = ("disabled", "recurrent", "adaptive", "signal", "cache_dtype", "first_layer", "states")
+"""In this order: the server caches no prefixes; layers are recurrent, so that it cannot; the method decides the counts;
+its signal needs rows that are cached; the cache rounds K, which scoring reads; the first layer cuts; the server has no
+memory for states."""
 
 SECONDS = tuple(float(f"{digit}e{power}") for power in range(-3, 3) for digit in (1, 2, 3, 5, 7))
 """1 ms to 700 s, five to a decade: from one token of a small model to a queue of minutes."""

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from vllm_hidrop.methods import METHODS, Method, ModelShape
 from vllm_hidrop.methods.base import PUBLISHED_FAMILY, PUBLISHED_SIZE, SCALED
+from vllm_hidrop.methods.scored_layers import check_scored_layers
 from vllm_hidrop.plan.names import nearest, unknown
 from vllm_hidrop.plan.positions import PositionScheme
 from vllm_hidrop.plan.schedule import Schedule
@@ -67,13 +68,17 @@ def _meant(key: str, data: Mapping[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """A method, its schedule for one model, and the model's positions."""
+    """A method, its schedule for one model, and the model's positions.
+
+    ``moved`` are those of the ``options`` that move published cuts to layers of this model that have attention.
+    """
 
     method: Method
     preset: str | None
     options: Mapping[str, Any]
     schedule: Schedule
     positions: PositionScheme = PositionScheme.PERSISTENT
+    moved: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def resolve(config: HidropConfig, shape: ModelShape, trained: Mapping[str, Any] | None = None) -> Resolved:
@@ -100,14 +105,17 @@ def resolve(config: HidropConfig, shape: ModelShape, trained: Mapping[str, Any] 
             f"serve that one, or {FORCE}"
         )
     is_own = name == own.method and preset == own.preset
-    options = own.options | config.options if is_own else _scaled(METHODS[_known(name)], config.options, shape)
-    schedule = _schedule(name, preset, options, shape)
-    if is_own and not config.force and schedule != _schedule(name, preset, own.options, shape):
+    options = own.options | config.options if is_own else dict(_scaled(METHODS[_known(name)], config.options, shape))
+    moved = moved_options(name, preset, options, shape)
+    schedule = _schedule(name, preset, options | moved, shape)
+    own_options = own.options | moved_options(name, preset, own.options, shape) if is_own else {}
+    if is_own and not config.force and schedule != _schedule(name, preset, own_options, shape):
         raise ValueError(
             f"this checkpoint was trained for {own.method} with options {own.options}, not {options}; "
             f"serve those, or {FORCE}"
         )
-    return Resolved(make_method(name, preset, options).fitted(shape), preset, options, schedule, positions)
+    method = make_method(name, preset, options | moved).fitted(shape)
+    return Resolved(method, preset, options | moved, schedule, positions, moved)
 
 
 def _scaled(method: type[Method], options: Mapping[str, Any], shape: ModelShape) -> Mapping[str, Any]:
@@ -148,12 +156,31 @@ def training_warning(resolved: Resolved, trained: Mapping[str, Any] | None) -> s
     )
 
 
+def moved_note(resolved: Resolved) -> str | None:
+    """A line to print if the method's published cuts lie elsewhere in this model."""
+    if not resolved.moved:
+        return None
+    moved = ", ".join(f"{option} {value}" for option, value in resolved.moved.items())
+    return (
+        f"cuts of {resolved.method.name} are scored by attention, which not every layer of this model has: "
+        f"moved to {moved}"
+    )
+
+
+def moved_options(name: str, preset: str | None, options: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
+    """The options, none of them among the user's, that move a method's cuts to layers with attention."""
+    moved = make_method(name, preset, options).moved(shape)
+    return {key: value for key, value in moved.items() if key not in options}
+
+
 def _schedule(name: str, preset: str | None, options: Mapping[str, Any], shape: ModelShape) -> Schedule:
     method = make_method(name, preset, options)
     try:
-        return method.schedule(shape)
+        schedule = method.schedule(shape)
+        check_scored_layers(method.fitted(shape), schedule, shape)
     except ValueError as error:
         raise ValueError(f"method {name!r}: {error}") from None
+    return schedule
 
 
 def make_method(name: str, preset: str | None = None, options: Mapping[str, Any] | None = None) -> Method:

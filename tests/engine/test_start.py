@@ -102,7 +102,7 @@ REFUSED: dict[str, list[dict[str, Any]]] = {
 }
 GRAPHS = "--compilation-config.cudagraph_mode other than NONE or, on the V2 model runner, FULL_DECODE_ONLY"
 COMPILED = "--compilation-config.mode other than NONE on CUDA"
-ONLY_ON_CUDA = {GRAPHS, COMPILED}
+ONLY_ON_CUDA = {GRAPHS, COMPILED, gate.RECURRENT_ON_V2}
 
 
 @pytest.mark.parametrize(
@@ -149,8 +149,17 @@ def test_what_only_cuda_has_is_refused_there(
             gate.check_gate(config)
 
 
+def test_recurrent_layers_are_refused_on_the_v2_runner(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(model, FASTV)
+    monkeypatch.setattr(type(config.model_config), "is_hybrid", True)
+    gate.check_gate(config)
+    monkeypatch.setattr(type(config), "use_v2_model_runner", True)
+    with pytest.raises(ValueError, match=r"the V2 model runner, with a model .*set VLLM_USE_V2_MODEL_RUNNER=0"):
+        gate.check_gate(config)
+
+
 def test_an_attention_backend_that_nobody_has_read_is_refused_by_name() -> None:
-    for name in gate.BACKENDS:
+    for name in (*gate.BACKENDS, *gate.STATE_BACKENDS):
         gate.check_attention_backend(name)
     with pytest.raises(ValueError, match=r"TRITON_ATTN.*CPU_ATTN, FLASH_ATTN, FLASHINFER"):
         gate.check_attention_backend("TRITON_ATTN")

@@ -25,7 +25,7 @@ from vllm_hidrop.plan.paper_flops import paper_vision_flops
 from vllm_hidrop.plan.places import Span
 from vllm_hidrop.plan.plan import make_plan
 from vllm_hidrop.plan.schedule import Schedule
-from vllm_hidrop.plan.shapes import LLAVA_7B, LLAVA_13B, TextShape
+from vllm_hidrop.plan.shapes import LLAVA_7B, LLAVA_13B, Recurrence, TextShape
 from vllm_hidrop.plan.signal import Signal
 from vllm_hidrop.plan.vision import LLAVA_7B_VISION
 
@@ -262,3 +262,33 @@ def test_only_images_that_the_tower_runs_are_counted() -> None:
     plan = make_plan(NoPruning().schedule(PAPER), 1200, [Span(0, 576, 0), Span(600, 576, 1)])
     assert encoder_flops(LLAVA_7B_VISION, plan, []) == 0
     assert encoder_flops(LLAVA_7B_VISION, plan, [1]) == LLAVA_7B_VISION.flops([576])
+
+
+HYBRID = TextShape(8, 64, 96, 4, 2, 16, 100, recurrence=Recurrence(4, 2, 32, 16, 4, (0, 1, 2, 4, 5, 6)))
+"""Layers 3 and 7 attend."""
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_a_recurrent_layer_costs_every_row_the_same(rows: int) -> None:
+    mixed, width = 2 * 2 * 32 + 4 * 16, 4 * 16  # Q and K of 2 heads, V of 4
+    products = [(64, mixed), (64, width), (64, 2 * 4), (width, 64), (mixed, 4), *[(64, 96)] * 3]
+    states = 3 * 2 * 4 * 32 * 16  # for each head three products of a vector with the state
+    expected = rows * (2 * sum(into * out for into, out in products) + states)
+    assert [HYBRID.layer_flops(rows, layer) for layer in HYBRID.recurrent_layers] == [expected] * 6
+    gated = dataclasses.replace(
+        TINY, num_layers=8, hidden_size=64, intermediate_size=96, num_heads=4, num_kv_heads=2, head_size=16
+    )
+    assert HYBRID.layer_flops(rows, 3) == gated.layer_flops(rows, 3) + 2 * rows * 64 * 4 * 16
+
+
+def test_only_layers_with_attention_hold_blocks() -> None:
+    schedule = Schedule.of({0: "all", 4: 8, 6: 8}, 8)
+    plan = make_plan(schedule, 60, [Span(4, 40)])
+    found = request_costs(HYBRID, schedule, plan, Signal.PREVIOUS_ATTENTION, 16)
+    assert [stage.kv_blocks for stage in found.stages] == [4, 0, 2]
+    assert (found.group_size, [num_groups(schedule, i, HYBRID.recurrent_layers) for i in range(3)]) == (1, [1, 0, 1])
+    assert found.dense_kv_token_bytes == 2 * 60 * HYBRID.kv_bytes_per_row
+    assert HYBRID.state_bytes == 6 * (4 * 4 * 32 * 16 + 2 * 3 * (2 * 2 * 32 + 4 * 16))
+    wide = Schedule.of({0: "all", 4: 8}, 8)
+    assert group_size(wide, (0, 1, 2, 4, 5, 6)) == 1
+    assert group_size(Schedule.of({0: "all"}, 8), (0, 1, 2, 4)) == 4

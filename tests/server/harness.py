@@ -40,6 +40,7 @@ REPORT_FIELDS = {
     "layer_tokens_dense",
     "kv_bytes",
     "kv_bytes_dense",
+    "state_bytes",
     "encoded_images",
     "prefill_flops",
     "prefill_flops_dense",

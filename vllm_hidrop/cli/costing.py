@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_hidrop.cli.media import Item, Size, image, image_of_pixels, parse_images, spans_of, video
 from vllm_hidrop.cli.options import Prompt
-from vllm_hidrop.config import HidropConfig, Resolved, provenance, resolve, training_warning
+from vllm_hidrop.config import HidropConfig, Resolved, moved_note, provenance, resolve, training_warning
 from vllm_hidrop.methods import Adaptive, ModelShape
 from vllm_hidrop.plan import costs, shapes
 from vllm_hidrop.plan.costs import RequestCosts
@@ -73,7 +73,7 @@ def planned(
         from vllm_hidrop.engine.model_checks import fitted_to_model
 
         resolved, left_out = fitted_to_model(resolved, known.family, known.hf_config)
-    for warning in (training_warning(resolved, known.trained), left_out):
+    for warning in (training_warning(resolved, known.trained), left_out, moved_note(resolved)):
         if warning is not None:
             print(f"hidrop: warning: {warning}", file=sys.stderr)
     if note := provenance(resolved, known.shape, known.trained):

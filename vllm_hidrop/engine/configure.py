@@ -7,11 +7,21 @@ from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_hidrop.config import HidropConfig, Resolved, make_method, provenance, resolve, training_warning
+from vllm_hidrop.config import (
+    HidropConfig,
+    Resolved,
+    make_method,
+    moved_note,
+    moved_options,
+    provenance,
+    resolve,
+    training_warning,
+)
 from vllm_hidrop.engine.gate import check_gate
 from vllm_hidrop.engine.model_checks import ModelFamily, fitted_to_model, reduction_of
 from vllm_hidrop.engine.step_budget import most_tokens
 from vllm_hidrop.methods import METHODS, Adaptive, Method, ModelShape
+from vllm_hidrop.methods.scored_layers import check_scored_layers
 from vllm_hidrop.plan.form import Form
 from vllm_hidrop.plan.planner import Alternative, Planner
 from vllm_hidrop.plan.schedule import Cached, Schedule
@@ -55,6 +65,8 @@ def configure(vllm_config: Any, family: Family) -> None:
     shape = family.shape(hf_config)
     resolved = resolve(config, shape, getattr(hf_config, "hidrop", None))
     resolved, left_out = fitted_to_model(resolved, family, hf_config)
+    if moved := moved_note(resolved):
+        logger.info("%s.", moved)
     _warn_of_trained_positions(config, resolved, getattr(hf_config, "hidrop", None))
     for warning in (training_warning(resolved, getattr(hf_config, "hidrop", None)), left_out):
         if warning is not None:
@@ -86,10 +98,23 @@ def configure(vllm_config: Any, family: Family) -> None:
     _set_engine_classes(vllm_config)
     _set_image_cache(vllm_config.model_config.multimodal_config)
     if Planner.from_vllm_config(vllm_config).is_staged:
+        if shape.attention_layers is not None:
+            _set_no_prefix_cache(vllm_config.cache_config)
         _set_limits(vllm_config, resolved.schedule, shape.tokens_per_image)
         _set_kernels(vllm_config)
         if not current_platform.is_cpu():
             _set_graphs(vllm_config)
+
+
+def _set_no_prefix_cache(cache_config: Any) -> None:
+    """Cache no prefixes where layers are recurrent.
+
+    vLLM caches their states by prompt position, and ends chunks where it caches one; a pruned prompt is one chunk from
+    its first image on, so that it would wait for ever.
+    """
+    if cache_config.enable_prefix_caching:
+        logger.info("Prefix caching and the reuse of images are off: states of recurrent layers cannot be shared.")
+    cache_config.enable_prefix_caching = False
 
 
 def _warn_of_trained_positions(config: HidropConfig, resolved: Resolved, checkpoint_entry: Any) -> None:
@@ -209,15 +234,20 @@ def _encoding(method: Method, has_kernel: bool) -> str:
 
 
 def default_method(name: str, shape: ModelShape) -> Method:
-    """A method at its default preset; layer numbers that are written for one model scale to this one."""
-    method = make_method(name, METHODS[name].preset_for(shape))
+    """A method at its default preset; layer numbers that are written for one model are fitted to this one."""
+    preset = METHODS[name].preset_for(shape)
+    method = make_method(name, preset, moved_options(name, preset, {}, shape))
     return dataclasses.replace(method, scale=True) if hasattr(method, "scale") else method  # type: ignore[call-arg]
 
 
 def _fitted_to_stages(method: Method, server: Schedule, shape: ModelShape) -> Schedule | None:
-    """A method's keeps over the server's stages; None where it cuts within a stage, a cache, or in the tower."""
+    """A method's keeps over the server's stages; None where it cuts within a stage, a cache, or in the tower.
+
+    Also None where it would score under a layer without attention.
+    """
     try:
         own = method.schedule(shape)
+        check_scored_layers(method.fitted(shape), own, shape)
     except ValueError:
         return None
     firsts = {stage.first_layer for stage in server.stages}

@@ -58,6 +58,7 @@ def _turns_rounded_keys(config: Any) -> bool:
     return planner.positions is PositionScheme.RENUMBERED and cuts_cache and not planner.cache_is_exact
 
 
+RECURRENT_ON_V2 = "the V2 model runner, with a model that has recurrent layers (Qwen3.5)"
 CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 RULES = (
@@ -182,6 +183,11 @@ RULES = (
         lambda c: c.compilation_config.cudagraph_mm_encoder,
     ),
     Rule(
+        RECURRENT_ON_V2,
+        "nobody has read how stages share states there: set VLLM_USE_V2_MODEL_RUNNER=0",
+        lambda c: c.model_config.is_hybrid and c.use_v2_model_runner,
+    ),
+    Rule(
         "--scheduler-cls",
         "pruning and its reports need their own scheduler",
         lambda c: _is_foreign(c.scheduler_config.scheduler_cls, None),
@@ -197,6 +203,8 @@ RULES = (
 
 BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "FLASHINFER")
 """Attention backends that stages run on. Only the CPU's has been run; the others' builders and caches were read."""
+STATE_BACKENDS = ("GDN_ATTN",)
+"""Those of recurrent layers."""
 
 CHECKED = (
     Checked("--tensor-parallel-size 2", "test_tensor_parallel.py::test_two_ranks_select_and_answer_as_one_does"),
@@ -256,7 +264,7 @@ def check_gate(vllm_config: Any) -> None:
 
 def check_attention_backend(name: str) -> None:
     """Raise ValueError for an attention backend whose metadata and caches stages do not know."""
-    if name not in BACKENDS:
+    if name not in (*BACKENDS, *STATE_BACKENDS):
         raise ValueError(
             f"pruning cannot run on the attention backend {name}: stages need metadata and cached keys of their own, "
             f"and nobody has read how this backend makes them; choose one of {', '.join(BACKENDS)} with "

@@ -25,7 +25,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
 
-from vllm_hidrop.engine.kv_cache import StageManager
+from vllm_hidrop.engine.kv_cache import stage_managers
 from vllm_hidrop.plan.plan import Plan
 
 
@@ -81,7 +81,7 @@ class ImagePrefixes:
     """
 
     def __init__(self, managers: Sequence[Any], block_pool: Any, row_bytes: Sequence[int], capacity_bytes: int) -> None:
-        self.managers = [manager for manager in managers if isinstance(manager, StageManager)]
+        self.managers = stage_managers(managers)
         self.block_pool = block_pool
         self.row_bytes = row_bytes
         self.capacity_bytes = capacity_bytes

@@ -12,8 +12,10 @@ from typing import Any
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from vllm_hidrop.engine.kv_cache import StageManager
+from vllm_hidrop.engine.records import Record
 
 MAX_FINDINGS = 20
 """Most findings of one check: one mistake can show in every block."""
@@ -171,12 +173,18 @@ def _request_faults(scheduler: Any) -> Iterator[str]:
         yield from _unknown(manager.req_to_blocks, known, f"the block tables of group {group}")
         for request_id, blocks in manager.req_to_blocks.items():
             request, record = scheduler.requests.get(request_id), scheduler.records.get(request_id)
-            if request is None or record is None or not isinstance(manager, StageManager):
-                continue
-            tokens = record.plan.stage_tokens(manager.kv_cache_spec.stage, request.num_computed_tokens)
-            expected = cdiv(tokens, manager.block_size)
-            if len(blocks) != expected:
+            expected = None if request is None or record is None else _expected_blocks(manager, request, record)
+            if expected is not None and len(blocks) != expected:
                 yield f"request {request_id} holds {len(blocks)} blocks in group {group}, its plan says {expected}"
+
+
+def _expected_blocks(manager: Any, request: Any, record: Record) -> int | None:
+    """The blocks that a request holds in a group by its plan, one for its states; None where vLLM alone knows."""
+    num_tokens = request.num_computed_tokens
+    if isinstance(manager, StageManager):
+        return cdiv(record.plan.stage_tokens(manager.kv_cache_spec.stage, num_tokens), manager.block_size)
+    is_state = isinstance(manager.kv_cache_spec, MambaSpec) and manager.kv_cache_spec.mamba_cache_mode == "none"
+    return min(num_tokens, 1) if is_state else None
 
 
 def _unknown(records: Iterable[str], known: Iterable[str], what: str) -> Iterator[str]:

@@ -5,7 +5,7 @@ carries its stage, so stages become groups; a :class:`StageManager` counts the t
 tokens of the request.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -131,9 +131,11 @@ class StageManager(FullAttentionManager):
 def block_size_of(kv_cache_config: Any) -> int:
     """Slots of a KV block, by which scheduler and worker count plans; ValueError where groups differ.
 
-    Read once the caches are made: until then an attention backend may choose another size than the configuration's.
+    Read once the caches are made: until then an attention backend may choose another size than the configuration's. A
+    block of recurrent layers holds a request's state, however many tokens it has.
     """
-    sizes = {group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups}
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    sizes = {spec.block_size for spec in specs if isinstance(spec, StageSpec)}
     if len(sizes) != 1:
         raise ValueError(
             f"all stages must have KV blocks of one size, this engine has {sorted(sizes)}: set --block-size"
@@ -178,7 +180,7 @@ class StagedCacheManager(KVCacheManager):
 
     def _num_covered(self, request_id: str) -> int:
         dropped = self.records[request_id].plan.dropped
-        managers = self.coordinator.single_type_managers
+        managers = stage_managers(self.coordinator.single_type_managers)
         return min(len(m.req_to_blocks[request_id]) * m.block_size + dropped[m.kv_cache_spec.stage] for m in managers)
 
     def free(self, request: Request) -> None:
@@ -195,6 +197,10 @@ def count_by(manager: KVCacheManager, records: Mapping[str, Record]) -> None:
     """Make vLLM's freshly constructed manager ours, counting by the scheduler's records, by request id."""
     why = "the scheduler's constructor names its cache manager's class; until it takes one"
     subclass(manager, StagedCacheManager, why=why, records=records, num_covered={})
-    for of_group in manager.coordinator.single_type_managers:
-        assert isinstance(of_group, StageManager)
+    for of_group in stage_managers(manager.coordinator.single_type_managers):
         of_group.follow(records)
+
+
+def stage_managers(managers: Iterable[Any]) -> list[StageManager]:
+    """Those of vLLM's managers, one per KV cache group, that hold a stage's K and V; the others hold states."""
+    return [manager for manager in managers if isinstance(manager, StageManager)]

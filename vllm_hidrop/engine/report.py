@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from pydantic import TypeAdapter
 from vllm.utils.math_utils import cdiv
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from vllm_hidrop.plan.costs import dense_encoder_flops, encoder_flops, flops_run
 from vllm_hidrop.plan.plan import Plan
@@ -28,7 +29,7 @@ class Costing:
     Attributes:
         vision: the tower and projector; None where their form is unknown.
         block_bytes: bytes of one block of the pool, on all ranks: as many layers as the widest group has.
-        page_bytes: by block size, bytes of one block of all layers together, on all ranks.
+        page_bytes: by block size, bytes of one block of all layers with attention together, on all ranks.
     """
 
     planner: Planner
@@ -45,6 +46,8 @@ class Costing:
         pages: Counter[int] = Counter()
         for group in kv_cache_config.kv_cache_groups:
             spec = group.kv_cache_spec
+            if isinstance(spec, MambaSpec):
+                continue
             pages[spec.block_size] += spec.page_size_bytes * ranks * len(group.layer_names)
         return cls(
             planner,
@@ -147,20 +150,28 @@ def what_ran(costing: Costing, plan: Plan, run: Run, request: Any) -> dict[str, 
 def with_blocks(report: dict[str, Any], costing: Costing, managers: Sequence[Any], request: Any) -> dict[str, Any]:
     """A copy of the report of what ran, with the blocks of the shared pool that vLLM's ``request`` holds now.
 
-    Called for the last time just before the blocks are freed; ``managers`` are vLLM's, one per KV group.
+    Called for the last time just before the blocks are freed; ``managers`` are vLLM's, one per KV group. Blocks that
+    hold states of recurrent layers, however many tokens have entered them, are booked apart.
     """
     num_tokens = request.num_computed_tokens
     blocks = [0] * len(report["stages"])
+    num_states = 0
+    attending = []
     for manager in managers:
-        stage = getattr(manager.kv_cache_spec, "stage", 0)
-        blocks[stage] += len(manager.req_to_blocks.get(request.request_id, ()))
+        held = len(manager.req_to_blocks.get(request.request_id, ()))
+        if isinstance(manager.kv_cache_spec, MambaSpec):
+            num_states += held
+            continue
+        attending.append(manager)
+        blocks[getattr(manager.kv_cache_spec, "stage", 0)] += held
     num_blocks = sum(blocks)
     return report | {
         "stages": [{**stage, "kv_blocks": count} for stage, count in zip(report["stages"], blocks, strict=True)],
         "kv_blocks": num_blocks,
-        "kv_blocks_dense": sum(cdiv(num_tokens, manager.block_size) for manager in managers),
+        "kv_blocks_dense": sum(cdiv(num_tokens, manager.block_size) for manager in attending),
         "kv_bytes": costing.kv_bytes(num_blocks),
         "kv_bytes_dense": costing.kv_bytes_dense(num_tokens),
+        "state_bytes": costing.kv_bytes(num_states),
     }
 
 

@@ -50,7 +50,7 @@ from vllm_hidrop.engine.compat import end_with_error, let_clients_ask
 from vllm_hidrop.engine.grids import spans_on_grids
 from vllm_hidrop.engine.image_prefix import Entry, ImagePrefixes
 from vllm_hidrop.engine.integrity import IntegrityLog, find_faults
-from vllm_hidrop.engine.kv_cache import block_size_of, count_by
+from vllm_hidrop.engine.kv_cache import block_size_of, count_by, stage_managers
 from vllm_hidrop.engine.records import Record
 from vllm_hidrop.engine.report import Costing, Run, tower_images, what_ran, with_blocks
 from vllm_hidrop.engine.step_budget import StepBudget
@@ -80,7 +80,7 @@ class StagedScheduler(Scheduler):
         let_clients_ask()
         if self.planner.is_staged:
             self.planner = replace(self.planner, block_size=block_size_of(self.kv_cache_config))
-            if self.planner.block_size != self.block_size:
+            if self.kv_cache_manager.enable_caching and self.planner.block_size != self.block_size:
                 raise ValueError(
                     f"KV blocks have {self.planner.block_size} slots, the scheduler counts {self.block_size}"
                 )
@@ -291,7 +291,8 @@ class StagedScheduler(Scheduler):
             return  # preempted since; its blocks are free already
         record.holds(self.planner.schedule)
         managers = self.kv_cache_manager.coordinator.single_type_managers
-        num_returned = sum(manager.trim(request_id, request.num_computed_tokens) for manager in managers)
+        staged = stage_managers(managers)
+        num_returned = sum(manager.trim(request_id, request.num_computed_tokens) for manager in staged)
         self.kv_cache_manager.forget(request_id)
         if num_returned:
             self.trimmed[request_id] = [len(manager.req_to_blocks[request_id]) for manager in managers]
@@ -322,7 +323,9 @@ class StagedScheduler(Scheduler):
 
     def _reuse_off(self, plan: Plan) -> str | None:
         """Why no image of this prompt can be reused; None where images can."""
-        return self.planner.reuse_off(plan) if self.kv_cache_manager.enable_caching else "disabled"
+        if self.kv_cache_manager.enable_caching:
+            return self.planner.reuse_off(plan)
+        return "recurrent" if self.planner.attention_layers and self.planner.is_staged else "disabled"
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
         """Report what the request held, free it as vLLM does, forget its record."""

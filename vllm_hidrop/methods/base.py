@@ -28,12 +28,15 @@ class ModelShape:
 
     ``tokens_per_image`` are those of every image, or of a typical one where ``is_dynamic``: images of another size or
     form have another number of tokens there, and counts become shares. ``family`` is the family's title.
+    ``attention_layers`` are the layers with attention, ascending; None: all. The others are recurrent, and no cut can
+    be scored under them.
     """
 
     num_layers: int
     tokens_per_image: int
     is_dynamic: bool = False
     family: str = PUBLISHED_FAMILY
+    attention_layers: tuple[int, ...] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -107,6 +110,10 @@ class Method:
     def fitted(self, shape: ModelShape) -> Self:
         """The method with its layer numbers scaled to this shape; ValueError where they may not be scaled."""
         return self
+
+    def moved(self, shape: ModelShape) -> Mapping[str, object]:
+        """Options that move published cuts to the nearest layers where they can be scored; empty where they can be."""
+        return {}
 
     def schedule(self, shape: ModelShape) -> Schedule:
         """The stages for a model of this shape; ValueError where the hyper-parameters do not fit it."""

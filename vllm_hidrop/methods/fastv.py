@@ -1,10 +1,12 @@
 """FastV: drop half of the vision tokens after the second layer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from vllm_hidrop.methods.base import Method, ModelShape
+from vllm_hidrop.methods.scored_layers import nearest_cuts
 from vllm_hidrop.methods.scoring import Signals, attention_score
 from vllm_hidrop.plan.schedule import KeepValue, Schedule
 from vllm_hidrop.plan.signal import Signal
@@ -40,6 +42,11 @@ class FastV(Method):
     def __post_init__(self) -> None:
         if self.layer < 1:
             raise ValueError(f"layer must be >= 1 (its ranking needs the layer before), got {self.layer}")
+
+    def moved(self, shape: ModelShape) -> Mapping[str, object]:
+        """``layer``, moved."""
+        (layer,) = nearest_cuts(self.signal, (self.layer,), shape)
+        return {} if layer == self.layer else {"layer": layer}
 
     def schedule(self, shape: ModelShape) -> Schedule:
         """All, then ``keep`` from ``layer`` on."""

@@ -1,10 +1,12 @@
 """PyramidDrop: halve the vision tokens at the end of every quarter of the model."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from vllm_hidrop.methods.base import SCALED, Method, ModelShape
+from vllm_hidrop.methods.scored_layers import nearest_cuts
 from vllm_hidrop.methods.scoring import Signals, attention_score
 from vllm_hidrop.plan.positions import PositionScheme
 from vllm_hidrop.plan.schedule import KeepValue, Schedule
@@ -41,11 +43,19 @@ class PyramidDrop(Method):
         if len(self.cuts) != len(self.keeps):
             raise ValueError(f"cuts and keeps must pair up, got {len(self.cuts)} and {len(self.keeps)}")
 
+    def _first_layers(self, shape: ModelShape) -> list[int]:
+        return [max(1, round(depth * shape.num_layers)) for depth in self.cuts]
+
+    def moved(self, shape: ModelShape) -> Mapping[str, object]:
+        """``cuts``, moved."""
+        layers = self._first_layers(shape)
+        moved = nearest_cuts(self.signal, layers, shape)
+        return {} if moved == layers else {"cuts": tuple(layer / shape.num_layers for layer in moved)}
+
     def schedule(self, shape: ModelShape) -> Schedule:
         """All, then one stage per cut; cuts that fall on one layer merge, the smaller keep wins."""
         keeps: dict[int, KeepValue] = {0: "all"}
-        for depth, keep in zip(self.cuts, self.keeps, strict=True):
-            keeps[max(1, round(depth * shape.num_layers))] = keep
+        keeps |= dict(zip(self._first_layers(shape), self.keeps, strict=True))
         return Schedule.of(keeps, shape.num_layers)
 
     def score(self, signals: Signals) -> torch.Tensor:

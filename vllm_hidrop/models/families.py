@@ -8,6 +8,7 @@ from vllm_hidrop.models.llava import Llava
 from vllm_hidrop.models.llava_next import LlavaNext, LlavaNextVideo
 from vllm_hidrop.models.llava_onevision import LlavaOnevision
 from vllm_hidrop.models.mistral3 import Mistral3
+from vllm_hidrop.models.qwen3_5 import Qwen35, Qwen35Moe
 from vllm_hidrop.models.qwen3_vl import Qwen3VL, Qwen3VLMoe
 from vllm_hidrop.models.qwen_vl import Qwen2VL, Qwen25VL
 
@@ -22,6 +23,8 @@ FAMILIES: dict[str, Family] = {
         Qwen25VL(),
         Qwen3VL(),
         Qwen3VLMoe(),
+        Qwen35(),
+        Qwen35Moe(),
         InternVL(),
         InternVLChat(),
         Mistral3(),

@@ -74,6 +74,10 @@ class Family:
         """Decoder layers behind which a later tower layer's features are added (deepstack)."""
         return 0
 
+    def attention_layers(self, config: Any) -> tuple[int, ...] | None:
+        """The decoder layers with attention, where the others are recurrent; None: all."""
+        return None
+
     def vision_shape(self, config: Any) -> VisionShape | None:
         """Sizes of the tower as it runs, and of the projector; None where nobody has counted their FLOPs."""
         return None
@@ -84,7 +88,8 @@ class Family:
 
     def shape(self, config: Any) -> ModelShape:
         """Layers and tokens per image."""
-        return ModelShape(self.text_config(config).num_hidden_layers, self.tokens(config), self.is_dynamic, self.title)
+        num_layers, of_all = self.text_config(config).num_hidden_layers, self.attention_layers(config)
+        return ModelShape(num_layers, self.tokens(config), self.is_dynamic, self.title, of_all)
 
     def check(self, config: Any) -> None:
         """Raise ValueError, which names the part and the supported ones, where a checkpoint cannot run staged."""

@@ -55,14 +55,15 @@ def capacity(shape: TextShape, machine: Machine, request: Request, bytes_per_wei
     A request needs its prefill and its share of the decode steps: ``1 / (prefill + output tokens * step / sequences)``.
     A step takes the longer of two times: to read the weights and the KV of all sequences (on average with half of their
     output), and to compute 2 FLOPs per weight and sequence. Of experts, each sequence computes its own and a step reads
-    those that any sequence meets (``Experts.mean_met``).
+    those that any sequence meets (``Experts.mean_met``). States of recurrent layers are held and read beside the KV.
     """
-    token_bytes = shape.num_layers * shape.kv_bytes_per_row
-    full = request.prompt_kv_bytes + request.output_tokens * token_bytes
+    token_bytes = shape.num_attention_layers * shape.kv_bytes_per_row
+    held_bytes = request.prompt_kv_bytes + shape.state_bytes
+    full = held_bytes + request.output_tokens * token_bytes
     sequences = min(int(machine.kv_bytes // full), machine.most_sequences)
     if sequences < 1:
         raise ValueError(f"one request holds {full / 2**30:.2f} GiB of KV, the pool has {machine.kv_bytes / 2**30:.2f}")
-    average = request.prompt_kv_bytes + request.output_tokens * token_bytes / 2
+    average = held_bytes + request.output_tokens * token_bytes / 2
     reads = (shape.weights_read(sequences) * bytes_per_weight + sequences * average) / machine.bytes_per_second
     computes = 2 * shape.active_weights * sequences / machine.flops_per_second
     step = max(reads, computes)

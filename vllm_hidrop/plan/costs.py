@@ -4,7 +4,7 @@ The numbers compare schedules before anything runs; what a server reports is rea
 in ``plan.shapes``.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -17,19 +17,27 @@ from vllm_hidrop.plan.vision import VisionShape
 NO_TILES: Mapping[int, int] = MappingProxyType({})
 
 
-def group_size(schedule: Schedule) -> int:
+def group_size(schedule: Schedule, recurrent_layers: Collection[int] = ()) -> int:
     """Layers of one of vLLM's KV cache groups, all of one size, when every stage has its own groups.
 
     The smallest stage's number of layers, or the largest's if that is under 1.5 times as many, as in vLLM 0.32's
-    ``kv_cache_utils.py``.
+    ``kv_cache_utils.py``. Recurrent layers belong to no stage there, and together count as one.
     """
-    sizes = [schedule.layers_in(stage) for stage in range(len(schedule.stages))]
+    stages = range(len(schedule.stages))
+    sizes = [layers_with_keys(schedule, stage, recurrent_layers) for stage in stages] + [len(recurrent_layers)]
+    sizes = [size for size in sizes if size]
     return max(sizes) if max(sizes) < 1.5 * min(sizes) else min(sizes)
 
 
-def num_groups(schedule: Schedule, stage: int) -> int:
+def num_groups(schedule: Schedule, stage: int, recurrent_layers: Collection[int] = ()) -> int:
     """Groups that the stage's layers fill; the last layers of a group may be padding."""
-    return _ceil_div(schedule.layers_in(stage), group_size(schedule))
+    held = layers_with_keys(schedule, stage, recurrent_layers)
+    return _ceil_div(held, group_size(schedule, recurrent_layers))
+
+
+def layers_with_keys(schedule: Schedule, stage: int, recurrent_layers: Collection[int]) -> int:
+    """Layers of a stage that hold K and V."""
+    return sum(layer not in recurrent_layers for layer in schedule.layer_ranges[stage])
 
 
 @dataclass(frozen=True)
@@ -175,7 +183,7 @@ def request_costs(
     items = {span.item for span in plan.spans}
     return RequestCosts(
         tuple(_stage_costs(shape, schedule, plan, signal, block_size, stage) for stage in stages),
-        group_size(schedule),
+        group_size(schedule, shape.recurrent_layers),
         shape.lm_head_flops,
         None if vision is None else encoder_flops(vision, plan, items, num_tiles),
         None if vision is None else dense_encoder_flops(vision, plan, items, num_tiles),
@@ -221,9 +229,12 @@ def dense_encoder_flops(
 
 
 def ideal_decode_ratio(shape: TextShape, costs: RequestCosts, batch: int, bytes_per_weight: int = 2) -> float:
-    """Bytes read by a decode step of ``batch`` such requests, dense over staged: the weights once, each one's rows."""
-    weights = shape.weights_read(batch) * bytes_per_weight
-    return (weights + batch * costs.dense_kv_token_bytes) / (weights + batch * costs.kv_token_bytes)
+    """Bytes read by a decode step of ``batch`` such requests, dense over staged: the weights once, each one's rows.
+
+    States of recurrent layers are read, whatever is pruned.
+    """
+    fixed = shape.weights_read(batch) * bytes_per_weight + batch * shape.state_bytes
+    return (fixed + batch * costs.dense_kv_token_bytes) / (fixed + batch * costs.kv_token_bytes)
 
 
 def _patches_left(plan: Plan, frames: Sequence[int], views: Sequence[int]) -> int | None:
@@ -238,11 +249,11 @@ def _stage_costs(
     shape: TextShape, schedule: Schedule, plan: Plan, signal: Signal, block_size: int, stage: int
 ) -> StageCosts:
     of_stage = schedule.layer_ranges[stage]
-    layers = len(of_stage)
+    layers = layers_with_keys(schedule, stage, shape.recurrent_layers)
     rows, dense_rows = plan.num_prompt_tokens - plan.dropped[stage], plan.num_prompt_tokens
     cached = plan.num_prompt_tokens - plan.after_prefill(schedule).dropped[stage]
     blocks, dense_blocks = _ceil_div(cached, block_size), _ceil_div(dense_rows, block_size)
-    groups = num_groups(schedule, stage)
+    groups, size = num_groups(schedule, stage, shape.recurrent_layers), group_size(schedule, shape.recurrent_layers)
     layer_block_bytes = block_size * shape.kv_bytes_per_row
     return StageCosts(
         first_layer=schedule.stages[stage].first_layer,
@@ -256,7 +267,7 @@ def _stage_costs(
         dense_layer_blocks=layers * dense_blocks,
         kv_blocks=groups * blocks,
         dense_kv_blocks=groups * dense_blocks,
-        kv_bytes=groups * blocks * group_size(schedule) * layer_block_bytes,
+        kv_bytes=groups * blocks * size * layer_block_bytes,
         dense_kv_bytes=layers * dense_blocks * layer_block_bytes,
         kv_token_bytes=layers * cached * shape.kv_bytes_per_row,
         dense_kv_token_bytes=layers * dense_rows * shape.kv_bytes_per_row,

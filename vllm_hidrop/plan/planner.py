@@ -63,6 +63,7 @@ class Planner:
         state_bytes: upper bound of the worker's carried hidden states, see ``engine.image_prefix``.
         frame_tokens: vision tokens of a video's frame; None where they follow from the prompt or the video's grid.
         num_levels: decoder layers behind which a later tower layer's features are added (deepstack).
+        attention_layers: the layers with attention where the others are recurrent; None: all.
     """
 
     method: str
@@ -75,12 +76,14 @@ class Planner:
     state_bytes: int = 0
     frame_tokens: int | None = None
     num_levels: int = 0
+    attention_layers: tuple[int, ...] | None = None
 
     @classmethod
     def from_vllm_config(cls, vllm_config: Any) -> "Planner":
         """Read what the model's configuration hook resolved at start."""
         resolved = vllm_config.additional_config["hidrop"]["resolved"]
         limits = vllm_config.scheduler_config
+        attention_layers = resolved["model_shape"]["attention_layers"]
         return cls(
             method=resolved["method"],
             preset=resolved["preset"],
@@ -92,6 +95,7 @@ class Planner:
             state_bytes=vllm_config.additional_config["hidrop"]["prefix_state_bytes"],
             frame_tokens=resolved["frame_tokens"],
             num_levels=resolved["num_levels"],
+            attention_layers=None if attention_layers is None else tuple(attention_layers),
         )
 
     @property
@@ -246,7 +250,20 @@ class Planner:
                     if stage == 0 and method.signal.under is Under.LAST_LAYER:
                         rule = "ranks by the layer before: stage 0 must keep all or 0"
                         raise ValueError(f"method {plan.method!r} {rule}")
+                    self._check_scored(plan, stage, method.signal)
                 before = now or before
+
+    def _check_scored(self, plan: Plan, stage: int, signal: Signal) -> None:
+        """Refuse to choose tokens on entry to a stage whose scores would need attention of a layer that has none."""
+        first_layers = [each.first_layer for each in self.schedule.stages]
+        usable = [i for i, each in enumerate(first_layers) if signal.under.can_score(each, self.attention_layers)]
+        if stage not in usable:
+            layer = signal.under.layer(first_layers[stage])
+            raise ValueError(
+                f"method {plan.method!r} scores on entry to stage {stage} under layer {layer}, which has no attention "
+                f"in this model: keep all, 0 or as many as before there; stages that can choose: "
+                f"{', '.join(map(str, usable)) or 'none'}"
+            )
 
 
 def _wished_explanation(wishes: Mapping[str, Any]) -> bool:

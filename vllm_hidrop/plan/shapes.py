@@ -32,10 +32,48 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Recurrence:
+    """Gated DeltaNets in place of attention in some ``layers`` (Qwen3.5).
+
+    Each of ``num_heads`` has a state of ``key_size`` by ``value_size`` in float32; ``num_key_heads`` have queries and
+    keys; queries, keys and values pass a convolution over ``kernel_size`` rows, the last of which are kept.
+    """
+
+    num_heads: int
+    num_key_heads: int
+    key_size: int
+    value_size: int
+    kernel_size: int
+    layers: tuple[int, ...]
+
+    @property
+    def mixed_size(self) -> int:
+        """Elements of a row's queries, keys and values."""
+        return 2 * self.num_key_heads * self.key_size + self.num_heads * self.value_size
+
+    @property
+    def flops_per_row(self) -> int:
+        """``6 H D_k D_v`` of one layer: what the state holds for the key, its update, what it holds for the query."""
+        return 6 * self.num_heads * self.key_size * self.value_size
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one request, in all layers."""
+        state = 4 * self.num_heads * self.key_size * self.value_size
+        return len(self.layers) * (state + 2 * self.mixed_size * (self.kernel_size - 1))
+
+    def num_weights(self, hidden_size: int) -> int:
+        """Of one layer: queries, keys, values, their gate, two numbers per head, the convolution, the output."""
+        width = self.num_heads * self.value_size
+        return hidden_size * (self.mixed_size + 2 * width + 2 * self.num_heads) + self.mixed_size * self.kernel_size
+
+
+@dataclass(frozen=True)
 class TextShape:
     """Sizes of a Llama-like decoder with gated MLP and grouped-query attention; K and V in float16 or bfloat16.
 
-    ``intermediate_size`` is the MLP's, in the layers without ``experts``.
+    ``intermediate_size`` is the MLP's, in the layers without ``experts``. Beside ``recurrence``, attention has a gate
+    as wide as its queries.
     """
 
     num_layers: int
@@ -47,6 +85,22 @@ class TextShape:
     vocab_size: int
     kv_bytes_per_element: int = 2
     experts: Experts | None = None
+    recurrence: Recurrence | None = None
+
+    @property
+    def recurrent_layers(self) -> tuple[int, ...]:
+        """The layers that hold a state, not K and V."""
+        return self.recurrence.layers if self.recurrence else ()
+
+    @property
+    def num_attention_layers(self) -> int:
+        """Layers that hold K and V."""
+        return self.num_layers - len(self.recurrent_layers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one request's states."""
+        return self.recurrence.state_bytes if self.recurrence else 0
 
     @property
     def kv_bytes_per_row(self) -> int:
@@ -55,8 +109,8 @@ class TextShape:
 
     @property
     def qkv_flops_per_row(self) -> int:
-        """FLOPs of one row's Q, K and V projections in one layer: ``2 C (H + 2 G) D``."""
-        heads = self.num_heads + 2 * self.num_kv_heads
+        """FLOPs of one row's Q, K and V projections in one layer: ``2 C (H + 2 G) D``; a gate counts as H more."""
+        heads = self.num_heads * (2 if self.recurrence else 1) + 2 * self.num_kv_heads
         return 2 * self.hidden_size * heads * self.head_size
 
     @property
@@ -70,11 +124,12 @@ class TextShape:
         ``T (2 C (H + 2 G) D + 2 H D C + 6 C M) + 4 H D T (T + 1) / 2`` with T rows, C hidden size, H query heads,
         G KV heads, D head size, M the MLP's size: 2 per weight and row for Q, K, V, output and the three MLP matrices;
         then, causally, ``Q K^T`` and the sum over V. With experts, M is the active ones' and a router of E experts adds
-        ``2 C E``.
+        ``2 C E``. A recurrent layer costs every row the same, see :class:`Recurrence`.
         """
-        width = self.num_heads * self.head_size
-        attention = 2 * width * rows * (rows + 1)
-        return 2 * rows * int(self._layer_weights(layer, self._num_active)) + attention
+        weights = 2 * rows * int(self._layer_weights(layer, self._num_active))
+        if self.recurrence and layer in self.recurrence.layers:
+            return weights + rows * self.recurrence.flops_per_row
+        return weights + 2 * self.num_heads * self.head_size * rows * (rows + 1)
 
     def layers_flops(self, rows: int, layers: Iterable[int]) -> int:
         """The sum of :meth:`layer_flops` over ``layers``."""
@@ -110,6 +165,8 @@ class TextShape:
     def _layer_weights(self, layer: int, num_experts: float) -> float:
         """Weights of a layer, of ``num_experts`` of its experts if it has any."""
         attention = self.qkv_flops_per_row // 2 + self.num_heads * self.head_size * self.hidden_size
+        if self.recurrence and layer in self.recurrence.layers:
+            attention = self.recurrence.num_weights(self.hidden_size)
         if self.experts is None or layer not in self.experts.layers:
             return attention + 3 * self.hidden_size * self.intermediate_size
         of_experts = num_experts * self.experts.intermediate_size + self.experts.shared_size
@@ -134,6 +191,21 @@ def text_shape(config: Any) -> TextShape:
         head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
         vocab_size=config.vocab_size,
         experts=_experts(config),
+        recurrence=_recurrence(config),
+    )
+
+
+def _recurrence(config: Any) -> Recurrence | None:
+    """As Qwen3.5's configuration says."""
+    if not hasattr(config, "linear_num_value_heads"):
+        return None
+    return Recurrence(
+        num_heads=config.linear_num_value_heads,
+        num_key_heads=config.linear_num_key_heads,
+        key_size=config.linear_key_head_dim,
+        value_size=config.linear_value_head_dim,
+        kernel_size=config.linear_conv_kernel_dim,
+        layers=tuple(layer for layer, kind in enumerate(config.layer_types) if kind == "linear_attention"),
     )
 
 

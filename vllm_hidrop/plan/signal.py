@@ -3,6 +3,7 @@
 A signal is one entry here and one function in ``staged.signals``.
 """
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Self
 
@@ -15,6 +16,15 @@ class Under(StrEnum):
     LAST_LAYER = "last layer of the old stage"
     NEXT_LAYER = "first layer of the new stage, on all rows before the cut"
     NO_LAYER = "none"
+
+    def layer(self, first_layer: int) -> int | None:
+        """The layer whose Q, K and V a cut before ``first_layer`` needs; None: none."""
+        return {Under.LAST_LAYER: first_layer - 1, Under.NEXT_LAYER: first_layer}.get(self)
+
+    def can_score(self, first_layer: int, attention_layers: Sequence[int] | None) -> bool:
+        """Whether a cut before ``first_layer`` can be scored where these layers have attention (None: all)."""
+        layer = self.layer(first_layer)
+        return attention_layers is None or layer is None or layer in attention_layers
 
 
 class Signal(StrEnum):

@@ -23,17 +23,21 @@ class TableView(CpuGpuBuffer):
 
 
 class StackedTables:
-    """Block tables of all KV groups, [groups, R, B], from vLLM's freshly constructed ``MultiGroupBlockTable``.
+    """Block tables of KV groups, [groups, R, B], from vLLM's freshly constructed ``MultiGroupBlockTable``.
 
-    Each group's own table, all of one shape, becomes a view, and maps no slots itself.
+    Each group's own table, all of one shape, becomes a view, and maps no slots itself. Tables of recurrent layers map
+    none, are of another shape, and stay as they are.
     """
 
     def __init__(self, tables: Any) -> None:
-        ((num_rows, num_blocks),) = {table.block_table.np.shape for table in tables.block_tables}
-        first = tables.block_tables[0]
+        mode = SlotMappingMode.NONE
+        of_groups = {i: table for i, table in enumerate(tables.block_tables) if table.slot_mapping_mode is not mode}
+        ((num_rows, num_blocks),) = {table.block_table.np.shape for table in of_groups.values()}
+        first = next(iter(of_groups.values()))
         self.block_size = first.block_size
+        self.index_of_group = {group: index for index, group in enumerate(of_groups)}
         self.stacked = CpuGpuBuffer(
-            len(tables.block_tables),
+            len(of_groups),
             num_rows,
             num_blocks,
             dtype=torch.int32,
@@ -42,9 +46,9 @@ class StackedTables:
         )
         if first.device.type == "cpu":
             self.stacked.gpu = self.stacked.cpu
-        for index, table in enumerate(tables.block_tables):
-            table.slot_mapping_mode = SlotMappingMode.NONE
-            table.block_table = TableView(self.stacked, index)
+        for group, table in of_groups.items():
+            table.slot_mapping_mode = mode
+            table.block_table = TableView(self.stacked, self.index_of_group[group])
 
     def slots(
         self, groups: Sequence[int], rows: npt.NDArray[np.int64], places: npt.NDArray[np.int64]
@@ -54,7 +58,8 @@ class StackedTables:
         Per token, ``rows`` is its request's place in the batch and ``places`` its compact slot in the request's cache.
         """
         blocks, offsets = np.divmod(places, self.block_size)
-        slots = self.stacked.np[np.asarray(groups)[:, None], rows, blocks].astype(np.int64)
+        tables = np.asarray([self.index_of_group[group] for group in groups])
+        slots = self.stacked.np[tables[:, None], rows, blocks].astype(np.int64)
         slots *= self.block_size
         slots += offsets
         return slots

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MambaSpec
 
 from vllm_hidrop.engine.kv_cache import StageSpec
 from vllm_hidrop.plan.schedule import Schedule
@@ -20,13 +20,28 @@ BlockIds = Callable[[int, int], torch.Tensor]
 
 
 def stage_specs(specs: Mapping[str, KVCacheSpec], schedule: Schedule) -> dict[str, KVCacheSpec]:
-    """Give vLLM's specs, by layer name, their layers' stages; ValueError where a layer has no full attention."""
+    """Give vLLM's specs, by layer name, their layers' stages.
+
+    A recurrent layer needs none: its state is one block, whatever rows enter it, so layers of several stages may share
+    a block table. ValueError where a layer has neither a state nor full attention.
+    """
     staged: dict[str, KVCacheSpec] = {}
     for name, spec in specs.items():
-        if type(spec) is not FullAttentionSpec:
+        if type(spec) is FullAttentionSpec:
+            staged[name] = StageSpec.of(spec, schedule.stage_of_layer(extract_layer_index(name)))
+        elif type(spec) is MambaSpec:
+            staged[name] = spec
+        else:
             raise ValueError(f"staged layers need full attention, {name} has {type(spec).__name__}")
-        staged[name] = StageSpec.of(spec, schedule.stage_of_layer(extract_layer_index(name)))
     return staged
+
+
+def layers_by_stage(group: Any, schedule: Schedule) -> dict[int, list[str]]:
+    """The layer names of one of vLLM's KV cache groups by their stage; only recurrent layers are of several."""
+    by_stage: dict[int, list[str]] = {}
+    for name in group.layer_names:
+        by_stage.setdefault(schedule.stage_of_layer(extract_layer_index(name)), []).append(name)
+    return by_stage
 
 
 class StageCaches:
@@ -61,9 +76,14 @@ class StageCaches:
         return self._layout(attention).read_keys(attention.kv_cache, block_ids, num_slots)
 
     def close_up(self, index: int, record: WorkerRecord) -> None:
-        """Where a stage's cache is cut after the prompt, move the K and V that stay to the request's first slots."""
+        """Where a stage's cache is cut after the prompt, move the K and V that stay to the request's first slots.
+
+        A row that has entered a recurrent state cannot be taken out of it.
+        """
         assert record.survivors is not None
         for group_index, group in enumerate(self.groups):
+            if not isinstance(group.kv_cache_spec, StageSpec):
+                continue
             stage = group.kv_cache_spec.stage
             num_cut = record.cached.dropped[stage] - record.plan.dropped[stage]
             if not num_cut:

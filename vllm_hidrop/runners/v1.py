@@ -20,13 +20,13 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_hidrop.engine.compat import subclass
-from vllm_hidrop.engine.kv_cache import block_size_of
+from vllm_hidrop.engine.kv_cache import StageSpec, block_size_of
 from vllm_hidrop.plan.planner import Planner
 from vllm_hidrop.plan.positions import PositionScheme
-from vllm_hidrop.runners.attention_metadata import check_attention_backends, with_tables
+from vllm_hidrop.runners.attention_metadata import check_attention_backends, kernel_blocks, with_tables
 from vllm_hidrop.runners.block_tables import StackedTables
 from vllm_hidrop.runners.requests import WorkerRequests, with_report
-from vllm_hidrop.runners.stage_caches import StageCaches, stage_specs
+from vllm_hidrop.runners.stage_caches import StageCaches, layers_by_stage, stage_specs
 from vllm_hidrop.staged.adaptive_loop import run_staged
 from vllm_hidrop.staged.loop import Outcome
 from vllm_hidrop.staged.model import StagedModel
@@ -41,6 +41,8 @@ class StagedRunner(GPUModelRunner):
         step: which rows every stage runs in the running step; None in dummy runs.
         outcome: result of the running step's staged loop, once it has run.
         built: attention metadata of the running step, by the rows it is for.
+        layers: per KV cache group, the layer names by stage.
+        no_slots: the slots of recurrent layers, which write none.
     """
 
     model: StagedModel
@@ -48,7 +50,9 @@ class StagedRunner(GPUModelRunner):
     staged: WorkerRequests
     step: StagedStep | None
     outcome: Outcome | None
-    built: dict[StageBatch, Any]
+    built: dict[Any, Any]
+    layers: list[dict[int, list[str]]]
+    no_slots: torch.Tensor
     tables: StackedTables
     caches: StageCaches
 
@@ -67,10 +71,17 @@ class StagedRunner(GPUModelRunner):
         self.tables = StackedTables(self.input_batch.block_table)
         attentions = self.compilation_config.static_forward_context
         groups = kv_cache_config.kv_cache_groups
+        self.layers = [layers_by_stage(group, self.planner.schedule) for group in groups]
+        self.no_slots = torch.empty(0, dtype=torch.int64, device=self.device)
         self.caches = StageCaches(self.model.decoder, groups, attentions, self._block_ids)
 
     def _block_ids(self, group: int, index: int) -> torch.Tensor:
-        return self.input_batch.block_table[group].block_table.gpu[index]
+        (attention_group,) = self.attn_groups[group]
+        return kernel_blocks(attention_group, self.input_batch.block_table[group].block_table.gpu[index])
+
+    def _holds_slots(self, group: int) -> bool:
+        """Whether a KV cache group holds K and V, not states."""
+        return isinstance(self.kv_cache_config.kv_cache_groups[group].kv_cache_spec, StageSpec)
 
     # A step: its requests, rows, slots and attention metadata.
 
@@ -109,14 +120,19 @@ class StagedRunner(GPUModelRunner):
             return super()._get_slot_mappings(*args, **kwargs)
         groups = self.kv_cache_config.kv_cache_groups
         sharing: dict[StageBatch, list[int]] = {}
-        for index, group in enumerate(groups):
-            sharing.setdefault(self.step.stages[group.kv_cache_spec.stage], []).append(index)
-        by_group = {index: slots for batch, alike in sharing.items() for index, slots in self._slots(alike, batch)}
+        for index, by_stage in enumerate(self.layers):
+            if self._holds_slots(index):
+                (stage,) = by_stage
+                sharing.setdefault(self.step.stages[stage], []).append(index)
+        by_group = dict.fromkeys(range(len(groups)), self.no_slots)
+        by_group |= {index: slots for batch, alike in sharing.items() for index, slots in self._slots(alike, batch)}
         by_layer = {name: slots for index, slots in by_group.items() for name in groups[index].layer_names}
         return by_group, by_layer
 
     def _slots(self, groups: Sequence[int], batch: StageBatch) -> Iterable[tuple[int, torch.Tensor]]:
         """(group, int64 [T]) pairs: slots of a stage's rows in the caches of ``groups``, which hold the same tokens."""
+        if not groups:
+            return ()
         slots = self.tables.slots(groups, *batch.requests_and_slots)
         return zip(groups, async_tensor_h2d(slots, device=self.device), strict=True)
 
@@ -126,22 +142,25 @@ class StagedRunner(GPUModelRunner):
             return super()._build_attention_metadata(*args, **kwargs)
         self.built = {}
         by_layer = {}
-        for group_index, group in enumerate(self.kv_cache_config.kv_cache_groups):
-            slots = kwargs["slot_mappings"][group_index]
-            metadata = self._metadata(group_index, self.step.stages[group.kv_cache_spec.stage], slots)
-            by_layer.update(dict.fromkeys(group.layer_names, metadata))
+        for group, by_stage in enumerate(self.layers):
+            slots = kwargs["slot_mappings"][group]
+            for stage, names in by_stage.items():
+                by_layer.update(dict.fromkeys(names, self._metadata(group, self.step.stages[stage], slots)))
         return by_layer, None
 
     def _metadata(self, group_index: int, batch: StageBatch, slots: torch.Tensor) -> Any:
         table = self.input_batch.block_table[group_index].get_device_tensor(len(batch.num_rows))
         (attention_group,) = self.attn_groups[group_index]
-        if batch in self.built:
-            shared = with_tables(attention_group.get_metadata_builder(0), self.built[batch], table, slots)
+        key = batch if self._holds_slots(group_index) else batch.state_key
+        if key in self.built:
+            builder = attention_group.get_metadata_builder(0)
+            kernel_table = attention_group.map_to_kernel_block_table(table)
+            shared = with_tables(builder, self.built[key], kernel_table, slots)
             if shared is not None:
                 return shared
         common = self._common_metadata(batch, table, slots)
-        self.built[batch] = attention_group.build_metadata(common, 0)
-        return self.built[batch]
+        self.built[key] = attention_group.build_metadata(common, 0)
+        return self.built[key]
 
     def _common_metadata(self, batch: StageBatch, table: torch.Tensor, slots: torch.Tensor) -> CommonAttentionMetadata:
         row_starts = torch.from_numpy(batch.row_starts)
@@ -167,12 +186,13 @@ class StagedRunner(GPUModelRunner):
         """Replace a stage's slots and metadata in the running step: it runs fewer rows than they were made for."""
         context = get_forward_context()
         batch = step.stages[stage]
-        groups = self.kv_cache_config.kv_cache_groups
-        of_stage = [index for index, group in enumerate(groups) if group.kv_cache_spec.stage == stage]
-        for index, slots in self._slots(of_stage, batch):
-            metadata = self._metadata(index, batch, slots)
-            context.slot_mapping.update(dict.fromkeys(groups[index].layer_names, slots))
-            context.attn_metadata.update(dict.fromkeys(groups[index].layer_names, metadata))
+        of_stage = [group for group, by_stage in enumerate(self.layers) if stage in by_stage]
+        slots = dict.fromkeys(of_stage, self.no_slots)
+        slots |= dict(self._slots([group for group in of_stage if self._holds_slots(group)], batch))
+        for group in of_stage:
+            names, metadata = self.layers[group][stage], self._metadata(group, batch, slots[group])
+            context.slot_mapping.update(dict.fromkeys(names, slots[group]))
+            context.attn_metadata.update(dict.fromkeys(names, metadata))
 
     # The model: tower, layers, cuts of caches, sampling.
 

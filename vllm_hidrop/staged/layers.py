@@ -61,7 +61,8 @@ class BlackBoxLayers:
 
     def run(self, index: int, rows: Rows, observe: Observer | None, edit: Editor | None) -> None:
         """Call the layer."""
-        with hooked(attention_of(self.layers[index]), observe, edit):
+        attention = attention_of(self.layers[index]) if observe or edit else None
+        with hooked(attention, observe, edit):
             rows.hidden, rows.residual = self._call(index, rows, rows.hidden, rows.residual)
 
     def _call(self, index: int, rows: Rows, hidden: torch.Tensor, residual: torch.Tensor | None) -> Any:
@@ -106,11 +107,16 @@ def attention_of(layer: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def hooked(attention: nn.Module, observe: Observer | None, edit: Editor | None) -> Iterator[None]:
-    """Let ``observe`` see an attention module's Q, K and V, and ``edit`` change its output, until exit."""
+def hooked(attention: nn.Module | None, observe: Observer | None, edit: Editor | None) -> Iterator[None]:
+    """Let ``observe`` see an attention module's Q, K and V, and ``edit`` change its output, until exit.
+
+    Without either, a recurrent layer, which has no attention, may run.
+    """
     with ExitStack() as handles:
         if observe is not None:
+            assert attention is not None
             handles.enter_context(attention.register_forward_pre_hook(observe))
         if edit is not None:
+            assert attention is not None
             handles.enter_context(attention.register_forward_hook(edit))
         yield

@@ -53,6 +53,11 @@ class StageBatch:
         first_slots = self.seq_lens - self.num_rows - self.row_starts[:-1]
         return requests, np.arange(self.num_tokens) + first_slots[requests]
 
+    @cached_property
+    def state_key(self) -> tuple[bytes, bytes]:
+        """Equal for batches whose recurrent layers run alike: the rows, and whose state has taken in any before."""
+        return self.num_rows.tobytes(), (self.seq_lens > self.num_rows).tobytes()
+
     def without(self, fewer: IntArray) -> "StageBatch":
         """The batch with ``fewer`` rows less of each request, int32 [R]."""
         return StageBatch(self.num_rows - fewer, self.seq_lens - fewer)
