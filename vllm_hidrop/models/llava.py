@@ -41,11 +41,16 @@ class Llava(Family):
 
     def check_reduction(self, config: Any, reduction: EncoderReduction) -> None:
         """It needs a class token, and features that are one layer's patches."""
-        has_class_token = config.vision_config.model_type == "clip_vision_model"
-        is_one_layer = isinstance(config.vision_feature_layer, int)
-        if has_class_token and not (is_one_layer and config.vision_feature_select_strategy == "default"):
-            raise ValueError("one feature layer is needed, its patches alone")
-        reduction.check(patches(config), has_class_token)
+        check_reduction(config, reduction)
+
+
+def check_reduction(config: Any, reduction: EncoderReduction) -> None:
+    """Raise ValueError, which names what is missing, where CLIP or SigLIP cannot run a reduction of its one size."""
+    has_class_token = config.vision_config.model_type == "clip_vision_model"
+    is_one_layer = isinstance(config.vision_feature_layer, int)
+    if has_class_token and not (is_one_layer and config.vision_feature_select_strategy == "default"):
+        raise ValueError("one feature layer is needed, its patches alone")
+    reduction.check(patches(config), has_class_token)
 
 
 def patches(config: Any) -> int:

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from vllm_hidrop.methods.adaptive import EncoderReduction
 from vllm_hidrop.models.family import Family, field
-from vllm_hidrop.models.llava import LAYERS, TOWERS, crops, patches
+from vllm_hidrop.models.llava import LAYERS, TOWERS, check_reduction, crops, patches
 from vllm_hidrop.plan.grid import Grid, Tile, square
 
 SHRINKS_ABOVE = 1.1
@@ -18,10 +19,15 @@ class LlavaNext(Family):
     layers = LAYERS
     towers = TOWERS
     has_tower_kernel = True
+    path = "vllm_hidrop.models.llava_model:HidropLlavaNextForConditionalGeneration"
 
     def tokens(self, config: Any) -> int:
         """A square image: whole, and two by two tiles with their newlines."""
         return 5 * patches(config) + 2 * int(patches(config) ** 0.5)
+
+    def check_reduction(self, config: Any, reduction: EncoderReduction) -> None:
+        """As LLaVA-1.5's, in every tile."""
+        check_reduction(config, reduction)
 
     def grid(self, feature: Any, config: Any) -> Grid | None:
         """The whole image, then the rows of its tiles without the padding, a newline behind each."""
