@@ -18,6 +18,7 @@ from tests.families.checkpoints import CHECKPOINTS
 from tests.families.test_checkpoints import with_image_tokens
 from vllm_hidrop.plan.form import Form
 from vllm_hidrop.plan.plan import Plan
+from vllm_hidrop.verify.reference.mustdrop import MustDropResult
 from vllm_hidrop.verify.reference.mustdrop_settings import MustDropSettings
 from vllm_hidrop.verify.reference.pruning import Settings, StagedSettings
 from vllm_hidrop.verify.reference.shortened import Prepared, Reference, Result
@@ -133,7 +134,7 @@ def same(ours: Answer, theirs: Answer) -> bool:
     return ours.token_ids == theirs.token_ids and torch.equal(ours.logits, theirs.logits)
 
 
-def close(ours: Answer | Result, theirs: Answer | Result, tolerance: float = TOLERANCE) -> bool:
+def close(ours: Answer | Result, theirs: Answer | Result | MustDropResult, tolerance: float = TOLERANCE) -> bool:
     return ours.token_ids == theirs.token_ids and torch.allclose(ours.logits, theirs.logits, rtol=0, atol=tolerance)
 
 
@@ -162,7 +163,7 @@ def test_pruned_is_the_reference_and_off_is_stock(tiny: Tiny, method: str) -> No
             check_all_kept(running, tiny)
 
 
-def check_pruned(ours: Answer, theirs: Result) -> None:
+def check_pruned(ours: Answer, theirs: Result | MustDropResult) -> None:
     """The same tokens kept in every layer, the same logits and answer; a method that drops nothing shows nothing."""
     assert ours.report["mode"] == "pruned"
     for stage in ours.report["stages"]:

@@ -243,7 +243,8 @@ class RenumberedOracle:
         if positions == "persistent" and decode_ids != "after_prompt":
             raise ValueError("persistent positions go on after the prompt")
         check_settings(settings, len(self._layers))
-        prompt = self._mustdrop._prepare(token_ids, pixel_values, settings)
+        images = self._mustdrop._encode(pixel_values, None, settings)
+        prompt = self._mustdrop._prepare(token_ids, images)
         image_rows = [rows.tolist() for rows in prompt.image_rows]
         margins = [image.margins for image in prompt.images]
         orders: Kept = [image.alive for image in prompt.images]

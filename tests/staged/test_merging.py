@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
 from vllm_hidrop.methods.adaptive import EncoderReduction, KeyLayer
-from vllm_hidrop.staged.merging import key_rows, merge, window_similarity, windows
+from vllm_hidrop.staged.merging import Reduced, ReducedTile, key_rows, merge, packed, window_similarity, windows
 
 settings.load_profile("ci")  # no deadline on a shared machine, the same examples every time
 
@@ -169,3 +169,33 @@ def test_a_tower_that_can_be_reduced_passes(reduces: EncoderReduction, num_patch
 def test_a_tower_that_cannot_be_reduced_is_refused(reduces: EncoderReduction, num_patches: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         reduces.check(num_patches)
+
+
+def tile(windows_by_similarity: list[list[int]], keys: list[int]) -> ReducedTile:
+    """A tile of 4 x 4 patches of which some windows merged."""
+    stands_for = np.arange(16)
+    for window in windows_by_similarity:
+        stands_for[window] = window[-1]
+    alive = stands_for == np.arange(16)
+    unmerged = [patch for patch in range(16) if not any(patch in window for window in windows_by_similarity)]
+    merged_first = np.array([window[-1] for window in windows_by_similarity] + unmerged)
+    is_key = np.isin(np.arange(16), keys)
+    return ReducedTile(Reduced(alive, is_key, merged_first), (np.cumsum(alive) - 1)[stands_for])
+
+
+def test_packed_tiles_show_a_merged_window_at_its_last_patch_left() -> None:
+    tiles = [tile([[2, 3, 6, 7]], [7]), tile([[10, 11, 14, 15], [0, 1, 4, 5], [8, 9, 12, 13]], [3, 5, 15])]
+    rows = [[16 + 4 * row + column for column in (1, 2)] + [-1] for row in range(3)]  # no bottom row, no rim
+    reduced = packed(tiles, np.array([*range(16), *rows[0], *rows[1], *rows[2]]))
+    assert np.flatnonzero(~reduced.alive).tolist() == [2, 3, 6, 16]  # 1 of the second tile, as 5 of it stands for both
+    assert np.flatnonzero(reduced.keys).tolist() == [7, 19, 23]  # 5, and 10 for the window of 15; 3 is not shown
+    others = [token for token in range(25) if token not in (2, 3, 6, 7, 16, 19, 22, 23)]
+    assert reduced.merged_first.tolist() == [7, 23, 19, 22, *others]
+
+
+def test_one_packed_tile_is_the_tile() -> None:
+    alone = tile([[10, 11, 14, 15], [0, 1, 4, 5]], [2, 15])
+    reduced = packed([alone], np.arange(16))
+    assert np.array_equal(reduced.alive, alone.reduced.alive)
+    assert np.array_equal(reduced.keys, alone.reduced.keys)
+    assert np.array_equal(reduced.merged_first, alone.reduced.merged_first)

@@ -33,7 +33,10 @@ class MustDrop(Adaptive):
     all that. Without it the code keeps other sets than we in 85 to 100 % of requests on equal float32 weights (neither
     answers better); with original positions patched into it, the code keeps the same sets in all of them. Every image
     merges by its own threshold and is filtered by its own text rows, those behind it. Scores are float32, the code's
-    float16.
+    float16. In LLaVA-NeXT every tile merges by its own threshold and has key tokens of its own, as many as are 8 % of
+    all its rows; padding is then cut off as always, and a merged window is its last patch that is left. Newlines stay
+    until a filter drops them and are no key tokens. The code keeps padding, has no newlines, and merges as many windows
+    in every tile as in the least alike one.
 
     **Options** ``global_threshold``, ``individual_threshold``, ``filter_layers`` (zero-based), ``merge_threshold``
     (None: no merging), ``merge_window`` (patches a side), ``key_rate`` (0: no key tokens), ``cut_cache``, ``shape`` and

@@ -12,7 +12,26 @@ LAYERS = dict.fromkeys(("llama", "mistral", "qwen2"), Form.STANDARD)
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
-class Llava(Family):
+class ReducedByClassToken(Family):
+    """A family whose tower's class token ranks patches, where it has one."""
+
+    reducible_towers = ("clip_vision_model",)
+
+    def no_reduction(self, config: Any) -> str | None:
+        """The class token ranks patches."""
+        if config.vision_config.model_type in self.reducible_towers:
+            return None
+        return "it needs a vision tower whose class token ranks the patches, as CLIP's does"
+
+    def check_reduction(self, config: Any, reduction: EncoderReduction) -> None:
+        """It needs features that are one layer's patches."""
+        is_one_layer = isinstance(config.vision_feature_layer, int)
+        if not (is_one_layer and config.vision_feature_select_strategy == "default"):
+            raise ValueError("one feature layer is needed, its patches alone")
+        reduction.check(patches(config))
+
+
+class Llava(ReducedByClassToken):
     """A CLIP or SigLIP tower at one size, two projections, and a Llama, Mistral or Qwen2 text model."""
 
     stock = "LlavaForConditionalGeneration"
@@ -21,7 +40,6 @@ class Llava(Family):
     towers = TOWERS
     is_dynamic = False
     has_tower_kernel = True
-    reducible_towers = ("clip_vision_model",)
     ran = (
         ("llama", "clip_vision_model"),
         ("mistral", "clip_vision_model"),
@@ -46,19 +64,6 @@ class Llava(Family):
     def vision_shape(self, config: Any) -> VisionShape | None:
         """Of one tile."""
         return tower_shape(config, self.tokens(config))
-
-    def no_reduction(self, config: Any) -> str | None:
-        """The class token ranks patches."""
-        if config.vision_config.model_type in self.reducible_towers:
-            return None
-        return "it needs a vision tower whose class token ranks the patches, as CLIP's does"
-
-    def check_reduction(self, config: Any, reduction: EncoderReduction) -> None:
-        """It needs features that are one layer's patches."""
-        is_one_layer = isinstance(config.vision_feature_layer, int)
-        if not (is_one_layer and config.vision_feature_select_strategy == "default"):
-            raise ValueError("one feature layer is needed, its patches alone")
-        reduction.check(patches(config))
 
 
 def tower_shape(config: Any, tile_tokens: int, merge: int = 1) -> VisionShape:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from vllm_hidrop.models.family import Family, field
-from vllm_hidrop.models.llava import LAYERS, TOWERS, crops, patches, tower_shape
+from vllm_hidrop.models.llava import LAYERS, TOWERS, ReducedByClassToken, crops, patches, tower_shape
 from vllm_hidrop.plan.grid import Grid, Tile, square
 from vllm_hidrop.plan.vision import VisionShape
 
@@ -11,7 +11,7 @@ SHRINKS_ABOVE = 1.1
 """Of the factor by which tiles beyond a budget are shrunk, where there is one."""
 
 
-class LlavaNext(Family):
+class LlavaNext(ReducedByClassToken):
     """The image whole and in tiles; rows of tiles end with a newline embedding, which stays with the image."""
 
     stock = "LlavaNextForConditionalGeneration"
@@ -20,6 +20,7 @@ class LlavaNext(Family):
     towers = TOWERS
     ran = (("llama", "clip_vision_model"),)
     has_tower_kernel = True
+    path = "vllm_hidrop.models.llava_model:HidropLlavaNextForConditionalGeneration"
 
     def tokens(self, config: Any) -> int:
         """A square image: whole, and two by two tiles with their newlines."""

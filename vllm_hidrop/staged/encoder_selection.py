@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vllm_hidrop.methods.adaptive import EncoderReduction, KeyLayer
-from vllm_hidrop.staged.merging import Reduced, key_rows, merge
+from vllm_hidrop.staged.merging import Reduced, ReducedTile, key_rows, merge, packed
 from vllm_hidrop.staged.tensor_parallel import first_ranks
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -77,6 +77,23 @@ class ReducingTower:
     def encode(self, pixels: torch.Tensor, projector: nn.Module) -> torch.Tensor:
         """Projected features [V, C] of one image [channels, height, width]; a merged patch has its window's."""
         assert self.found is not None
+        features, tile = self._encode(pixels, projector)
+        self.found.append(tile.reduced)
+        return features
+
+    def encode_tiles(
+        self, pixels: torch.Tensor, projector: nn.Module, places: np.ndarray[Any, np.dtype[np.int64]]
+    ) -> torch.Tensor:
+        """Projected features [tiles, V, C] of one image's ``pixels`` [tiles, channels, height, width].
+
+        ``places`` are int64 [tokens], the patches that the image's tokens will be, see ``merging.packed``.
+        """
+        assert self.found is not None
+        encoded = [self._encode(of_tile, projector) for of_tile in pixels]
+        self.found.append(packed([tile for _, tile in encoded], places))
+        return torch.stack([features for features, _ in encoded])
+
+    def _encode(self, pixels: torch.Tensor, projector: nn.Module) -> tuple[torch.Tensor, ReducedTile]:
         hidden = self.tower.pre_layrnorm(self.tower.embeddings(pixels[None]))
         first, *layers = self.tower.encoder.layers
         hidden = first_ranks(first(hidden))
@@ -86,10 +103,10 @@ class ReducingTower:
         for layer in layers:
             entering, hidden = hidden, layer(hidden)
         ranks = entering if self.reduction.key_layer is KeyLayer.FEATURE else hidden
-        self.found.append(Reduced(merged.alive, self._keys(ranks[0], merged.alive), merged.merged_first))
+        reduced = Reduced(merged.alive, self._keys(ranks[0], merged.alive), merged.merged_first)
         row_of = torch.from_numpy(merged.row_of).to(hidden.device)
         projected: torch.Tensor = projector(hidden[:, 1:])[0]
-        return projected[row_of]
+        return projected[row_of], ReducedTile(reduced, merged.row_of)
 
     def _keys(self, hidden: torch.Tensor, alive: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndarray[Any, Any]:
         is_key = np.zeros_like(alive)

@@ -1,5 +1,6 @@
 """Inside the vision tower: similar neighbour patches are merged, and key tokens chosen."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, isqrt
@@ -26,6 +27,41 @@ class Reduced:
     alive: npt.NDArray[np.bool_]
     keys: npt.NDArray[np.bool_]
     merged_first: npt.NDArray[np.int64]
+
+
+class ReducedTile(NamedTuple):
+    """What the vision tower left of one tile's V patches, and int64 [V], the row that stands for each patch."""
+
+    reduced: Reduced
+    row_of: npt.NDArray[np.int64]
+
+
+def packed(tiles: Sequence[ReducedTile], places: npt.NDArray[np.int64]) -> Reduced:
+    """What is left of an image whose tokens are the patches of several tiles and newlines.
+
+    ``places`` are int64 [tokens]: the tile's number * V + the patch, or -1 for a newline. A merged window is the last
+    of its patches that is a token, and nothing where none is. Newlines stay and are no key tokens. First of the order
+    are the merged windows, tile by tile, then all other tokens left in the image's order.
+    """
+    num_rows = [0, *np.cumsum([tile.reduced.alive.sum() for tile in tiles])]
+    row_of = np.concatenate([tile.row_of + first for tile, first in zip(tiles, num_rows[:-1], strict=True)])
+    is_patch = places >= 0
+    token_of = np.full(num_rows[-1], -1)
+    token_of[row_of[places[is_patch]]] = np.flatnonzero(is_patch)  # of a row's several tokens the last one is left
+    alive = ~is_patch
+    alive[token_of[token_of >= 0]] = True
+
+    is_key_row = np.concatenate([tile.reduced.keys[tile.reduced.alive] for tile in tiles])
+    keys = np.zeros_like(alive)
+    keys[token_of[is_key_row & (token_of >= 0)]] = True
+
+    sizes = np.bincount(row_of)
+    order = np.concatenate([t.row_of[t.reduced.merged_first] + n for t, n in zip(tiles, num_rows[:-1], strict=True)])
+    merged = token_of[order[sizes[order] > 1]]
+    merged = merged[merged >= 0]
+    others = alive.copy()
+    others[merged] = False
+    return Reduced(alive, keys, np.concatenate((merged, np.flatnonzero(others))))
 
 
 def windows(num_patches: int, side: int) -> torch.Tensor:

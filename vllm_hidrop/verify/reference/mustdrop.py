@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 from vllm_hidrop.verify.reference.attention import (
     Heads,
@@ -32,6 +32,7 @@ from vllm_hidrop.verify.reference.attention import (
 )
 from vllm_hidrop.verify.reference.decoder import Decoder, Given
 from vllm_hidrop.verify.reference.mustdrop_settings import MustDropSettings, check_settings
+from vllm_hidrop.verify.reference.mustdrop_tiles import encode_tiles
 from vllm_hidrop.verify.reference.mustdrop_tower import EncodedImage, Tower, smallest
 
 MARGINS = ("merge", "key", "global", "individual")
@@ -112,13 +113,17 @@ def visible_columns(prompt: _Prompt, kept: Kept, num_rows: int) -> torch.Tensor:
 
 
 class MustDropOracle:
-    """Greedy generation of one LLaVA request under MustDrop, every image on its own.
+    """Greedy generation of one LLaVA or LLaVA-NeXT request under MustDrop, every image on its own.
 
     Text models: Llama, Mistral, Qwen2 (RMSNorm, GQA, optional biases; no sliding window). Towers: CLIP, and
     SigLIP without a key set. A model that is passed in must be of ``dtype``; it is put into eval mode.
     """
 
-    def __init__(self, model: str | Path | LlavaForConditionalGeneration, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: str | Path | LlavaForConditionalGeneration | LlavaNextForConditionalGeneration,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._model = load_model(model, dtype)
         self._text: Any = self._model.model.language_model
         self._decoder = Decoder(self._model)
@@ -132,18 +137,20 @@ class MustDropOracle:
         settings: MustDropSettings,
         max_tokens: int,
         stop_ids: Collection[int] = (),
+        image_sizes: torch.Tensor | None = None,
     ) -> MustDropResult:
         """Generate at most ``max_tokens`` (>= 1) tokens, ending with the first of ``stop_ids``.
 
         ``token_ids`` [P] hold the image token once per patch of the full grid and end with text;
-        ``pixel_values`` is [images, channels, height, width], or None for text. Raises ValueError for input
+        ``pixel_values`` is [images, channels, height, width], or None for text. LLaVA-NeXT: [images, tiles, channels,
+        height, width], and ``image_sizes`` [images, 2] are heights and widths. Raises ValueError for input
         that has no defined meaning.
         """
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
         self._check_window(len(token_ids) + max_tokens)
         check_settings(settings, self._decoder.num_layers)
-        prompt = self._prepare(token_ids, pixel_values, settings)
+        prompt = self._prepare(token_ids, self._encode(pixel_values, image_sizes, settings))
         prefill = self._prefill(prompt, settings)
         cached = prefill.kept
         if settings.cut_cache and settings.filter_layers:
@@ -171,14 +178,23 @@ class MustDropOracle:
         if window is not None and window < num_rows:
             raise ValueError(f"{num_rows} rows exceed the sliding window of {window}")
 
-    def _prepare(self, token_ids: list[int], pixel_values: torch.Tensor | None, settings: MustDropSettings) -> _Prompt:
+    def _encode(
+        self, pixel_values: torch.Tensor | None, image_sizes: torch.Tensor | None, settings: MustDropSettings
+    ) -> list[EncodedImage]:
+        pixels = () if pixel_values is None else pixel_values.to(self._model.device, self._model.dtype)
+        if image_sizes is None:
+            return [self._tower.encode(of_image, settings) for of_image in pixels]
+        return [
+            encode_tiles(self._model, self._tower, of_image, size, settings)
+            for of_image, size in zip(pixels, image_sizes, strict=True)
+        ]
+
+    def _prepare(self, token_ids: list[int], images: list[EncodedImage]) -> _Prompt:
         """Embed the text and put the projector rows at the image tokens, image after image."""
         tokens = torch.tensor(token_ids, device=self._model.device)
         is_image = tokens == self._model.config.image_token_id
         if not token_ids or is_image[-1]:
             raise ValueError("the prompt must end with text")
-        pixels = () if pixel_values is None else pixel_values.to(tokens.device, self._model.dtype)
-        images = [self._tower.encode(of_image, settings) for of_image in pixels]
         sizes = [len(image.features) for image in images]
         if sum(sizes) != int(is_image.sum()):
             raise ValueError(f"{int(is_image.sum())} image tokens, images need {sizes}")

@@ -15,10 +15,11 @@ from vllm_hidrop.verify.reference.mustdrop_settings import MustDropSettings
 
 
 class Merged(NamedTuple):
-    """Patch rows [V, C] with the means in place, the patches that are left, the smallest distance to the threshold."""
+    """Patch rows [V, C] with the means in place, the patches left, the merged windows, the nearest to the threshold."""
 
     patches: torch.Tensor
     alive: list[int]
+    windows: Kept
     margin: float
 
 
@@ -31,12 +32,16 @@ class KeySet(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """Projector output [V, C] of one image; rows of patches that merged away mean nothing."""
+    """Projector output [V, C] of one image; rows of patches that merged away mean nothing.
+
+    ``windows``: the patches of each window that merged, ascending.
+    """
 
     features: torch.Tensor
     alive: list[int]
     keys: list[int]
     margins: dict[str, float]
+    windows: Kept
 
 
 def window_patches(side: int, window: int) -> Kept:
@@ -61,15 +66,16 @@ def merge_windows(patches: torch.Tensor, threshold: float, window: int) -> Merge
     side = math.isqrt(len(patches))
     if side**2 != len(patches) or window < 2 or side % window:
         raise ValueError(f"windows of {window} x {window} must divide a square grid of {len(patches)} patches")
-    result, gone, distances = patches.clone(), set[int](), []
+    result, merged, distances = patches.clone(), [], []
     for members in window_patches(side, window):
         score = similarity(patches[members])
         distances.append((score - threshold).abs())
         if score >= threshold:
             result[members[-1]] = patches[members].mean(dim=0)
-            gone.update(members[:-1])
+            merged.append(members)
+    gone = {patch for members in merged for patch in members[:-1]}
     alive = [patch for patch in range(len(patches)) if patch not in gone]
-    return Merged(result, alive, smallest(torch.stack(distances)))
+    return Merged(result, alive, merged, smallest(torch.stack(distances)))
 
 
 def key_set(scores: torch.Tensor, alive: list[int], key_rate: float) -> KeySet:
@@ -103,6 +109,7 @@ class Tower:
         hidden = self._embed(pixels)
         num_class = self._num_class_tokens
         alive, merge_margin = list(range(len(hidden) - num_class)), math.inf
+        windows: Kept = []
         visible = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
         entering = [hidden]
         for index, layer in enumerate(self._layers):
@@ -112,14 +119,15 @@ class Tower:
                 hidden = torch.cat([hidden[:num_class], merged.patches])
                 visible[num_class:] = False
                 visible[[num_class + patch for patch in merged.alive]] = True
-                alive, merge_margin = merged.alive, merged.margin
+                alive, windows, merge_margin = merged.alive, merged.windows, merged.margin
             entering.append(hidden)
         keys = KeySet([], math.inf)
         if settings.key_rate:
             index = len(self._layers) - 1 if settings.key_layer == "last" else self._feature_layer
             keys = key_set(_class_attention(self._layers[index], entering[index], visible), alive, settings.key_rate)
         features = self._projector(entering[self._feature_layer + 1][num_class:])
-        return EncodedImage(features, alive, keys.patches, {"merge": merge_margin, "key": keys.margin})
+        margins = {"merge": merge_margin, "key": keys.margin}
+        return EncodedImage(features, alive, keys.patches, margins, windows)
 
     def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
         """[T, C] entering the first layer; CLIP alone has a norm there (and its name a typo)."""
