@@ -2,8 +2,11 @@
 
 from typing import Any
 
-from vllm_hidrop.models.family import Family, square_tokens
+from vllm_hidrop.models.family import Family, merged_grid, square_tokens
+from vllm_hidrop.models.qwen_vl import merging_tower
 from vllm_hidrop.plan.form import Form
+from vllm_hidrop.plan.grid import Grid
+from vllm_hidrop.plan.vision import VisionShape
 
 
 class Qwen35(Family):
@@ -17,12 +20,24 @@ class Qwen35(Family):
     title = "Qwen3.5"
     layers = {"qwen3_5_text": Form.BLACK_BOX}  # noqa: RUF012
     towers = ("qwen3_5", "qwen3_5_vision")
+    ran = (("qwen3_5_text", "qwen3_5_vision"),)
     has_video = True
+    reuses_images = False
 
     def tokens(self, config: Any) -> int:
         """A square image."""
         vision = config.vision_config
         return square_tokens(vision.patch_size, vision.spatial_merge_size)
+
+    def grid(self, feature: Any, config: Any) -> Grid | None:
+        """Merged patches, row by row."""
+        return merged_grid(feature, config.vision_config.spatial_merge_size)
+
+    def vision_shape(self, config: Any) -> VisionShape | None:
+        """A plain MLP, one merger."""
+        vision = config.vision_config
+        mlp_weights = 2 * vision.hidden_size * vision.intermediate_size
+        return merging_tower(vision, vision.hidden_size, mlp_weights, vision.out_hidden_size)
 
     def attention_layers(self, config: Any) -> tuple[int, ...]:
         """Those whose type says so."""
@@ -37,3 +52,4 @@ class Qwen35Moe(Qwen35):
     title = "Qwen3.5-MoE"
     layers = {"qwen3_5_moe_text": Form.BLACK_BOX}  # noqa: RUF012
     towers = ("qwen3_5_moe", "qwen3_5_moe_vision")
+    ran = (("qwen3_5_moe_text", "qwen3_5_moe_vision"),)
