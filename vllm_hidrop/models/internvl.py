@@ -83,6 +83,7 @@ class InternVLChat(InternVL):
     title = "InternVL2.5 / 3 / 3.5"
     layers = {**InternVL.layers, "internlm2": Form.BLACK_BOX}  # noqa: RUF012
     towers = ("intern_vit_6b",)
+    ran = ()
     pixels = "pixel_values_flat"
 
     def text_config(self, config: Any) -> Any:
