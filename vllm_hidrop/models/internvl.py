@@ -22,7 +22,7 @@ class InternVL(Family):
     title = "InternVL3 (Hugging Face form)"
     layers = dict.fromkeys(("qwen2", "qwen3", "llama"), Form.STANDARD)
     towers = ("internvl_vision",)
-    ran = (("qwen3", "internvl_vision"),)
+    ran: ClassVar[tuple[tuple[str, str], ...]] = (("qwen3", "internvl_vision"),)
     has_video = True
     pixels: ClassVar[str] = "pixel_values"
 
