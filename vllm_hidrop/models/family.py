@@ -126,6 +126,26 @@ class Family:
         yield []
 
 
+class MergedPatches(Family):
+    """Images and videos of any size, whose patches are merged to tokens, row by row."""
+
+    has_video = True
+
+    def tokens(self, config: Any) -> int:
+        """A square image."""
+        vision = config.vision_config
+        return square_tokens(vision.patch_size, vision.spatial_merge_size)
+
+    def grid(self, feature: Any, config: Any) -> Grid | None:
+        """Of a frame as of an image."""
+        patches = field(feature, f"{feature.modality}_grid_thw")
+        if patches is None:
+            return None
+        merge = config.vision_config.spatial_merge_size
+        _, height, width = patches
+        return Grid((Tile(0, width // merge, height // merge, width // merge),))
+
+
 def square_tokens(patch_size: int, merge: int, side: int = TYPICAL_SIDE) -> int:
     """Tokens of a square image of ``side`` pixels whose patches are merged ``merge`` by ``merge``."""
     return int(side // (patch_size * merge)) ** 2
@@ -135,12 +155,3 @@ def field(feature: Any, name: str) -> Any:
     """A field of what a feature's processor gave, as numbers; None where it gave none."""
     element = (feature.data or {}).get(name)
     return None if element is None or element.data is None else element.data.tolist()
-
-
-def merged_grid(feature: Any, merge: int) -> Grid | None:
-    """Of a feature that knows its patches as time, height and width, which are merged ``merge`` by ``merge``."""
-    patches = field(feature, f"{feature.modality}_grid_thw")
-    if patches is None:
-        return None
-    _, height, width = patches
-    return Grid((Tile(0, width // merge, height // merge, width // merge),))

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-from vllm_hidrop.models.family import Family, merged_grid, square_tokens
+from vllm_hidrop.models.family import MergedPatches
 from vllm_hidrop.plan.form import Form
-from vllm_hidrop.plan.grid import Grid
 from vllm_hidrop.plan.vision import VisionShape
 
 
-class Glm4v(Family):
+class Glm4v(MergedPatches):
     """Images of any size, M-RoPE, sandwich norms; timestamps between a video's frames are text."""
 
     stock = "Glm4vForConditionalGeneration"
@@ -16,16 +15,6 @@ class Glm4v(Family):
     layers = {"glm4v_text": Form.BLACK_BOX}  # noqa: RUF012
     towers = ("glm4v", "glm4v_vision")
     ran = (("glm4v_text", "glm4v_vision"),)
-    has_video = True
-
-    def tokens(self, config: Any) -> int:
-        """A square image."""
-        vision = config.vision_config
-        return square_tokens(vision.patch_size, vision.spatial_merge_size)
-
-    def grid(self, feature: Any, config: Any) -> Grid | None:
-        """Merged patches, row by row."""
-        return merged_grid(feature, config.vision_config.spatial_merge_size)
 
     def vision_shape(self, config: Any) -> VisionShape | None:
         """A gated MLP of the size of the output; a convolution joins patches, a matrix and a gated MLP follow."""

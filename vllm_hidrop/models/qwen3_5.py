@@ -2,14 +2,13 @@
 
 from typing import Any
 
-from vllm_hidrop.models.family import Family, merged_grid, square_tokens
+from vllm_hidrop.models.family import MergedPatches
 from vllm_hidrop.models.qwen_vl import merging_tower
 from vllm_hidrop.plan.form import Form
-from vllm_hidrop.plan.grid import Grid
 from vllm_hidrop.plan.vision import VisionShape
 
 
-class Qwen35(Family):
+class Qwen35(MergedPatches):
     """Images of any size, interleaved M-RoPE, no deepstack; timestamps between a video's frames are text.
 
     Attention is gated: its output is multiplied by a projection of the rows that entered the layer, so that a cut
@@ -21,17 +20,7 @@ class Qwen35(Family):
     layers = {"qwen3_5_text": Form.BLACK_BOX}  # noqa: RUF012
     towers = ("qwen3_5", "qwen3_5_vision")
     ran = (("qwen3_5_text", "qwen3_5_vision"),)
-    has_video = True
     reuses_images = False
-
-    def tokens(self, config: Any) -> int:
-        """A square image."""
-        vision = config.vision_config
-        return square_tokens(vision.patch_size, vision.spatial_merge_size)
-
-    def grid(self, feature: Any, config: Any) -> Grid | None:
-        """Merged patches, row by row."""
-        return merged_grid(feature, config.vision_config.spatial_merge_size)
 
     def vision_shape(self, config: Any) -> VisionShape | None:
         """A plain MLP, one merger."""

@@ -4,14 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vllm_hidrop.models.family import Family, merged_grid, square_tokens
+from vllm_hidrop.models.family import MergedPatches
 from vllm_hidrop.models.qwen_vl import merging_tower
 from vllm_hidrop.plan.form import Form
-from vllm_hidrop.plan.grid import Grid
 from vllm_hidrop.plan.vision import VisionShape
 
 
-class Qwen3VL(Family):
+class Qwen3VL(MergedPatches):
     """Images of any size, interleaved M-RoPE, deepstack levels; timestamps between a video's frames are text."""
 
     stock = "Qwen3VLForConditionalGeneration"
@@ -19,16 +18,6 @@ class Qwen3VL(Family):
     layers = {"qwen3_vl_text": Form.STANDARD}  # noqa: RUF012
     towers = ("qwen3_vl", "qwen3_vl_vision")
     ran = (("qwen3_vl_text", "qwen3_vl_vision"),)
-    has_video = True
-
-    def tokens(self, config: Any) -> int:
-        """A square image."""
-        vision = config.vision_config
-        return square_tokens(vision.patch_size, vision.spatial_merge_size)
-
-    def grid(self, feature: Any, config: Any) -> Grid | None:
-        """Merged patches, row by row."""
-        return merged_grid(feature, config.vision_config.spatial_merge_size)
 
     def vision_shape(self, config: Any) -> VisionShape | None:
         """A plain MLP, and a merger for every deepstack level."""

@@ -3,13 +3,12 @@
 from dataclasses import replace
 from typing import Any
 
-from vllm_hidrop.models.family import Family, merged_grid, square_tokens
+from vllm_hidrop.models.family import MergedPatches
 from vllm_hidrop.plan.form import Form
-from vllm_hidrop.plan.grid import Grid
 from vllm_hidrop.plan.vision import VisionShape
 
 
-class Qwen2VL(Family):
+class Qwen2VL(MergedPatches):
     """Images of any size, M-RoPE; a video is one run of frames, which its grid divides."""
 
     stock = "Qwen2VLForConditionalGeneration"
@@ -17,16 +16,6 @@ class Qwen2VL(Family):
     layers = {"qwen2_vl_text": Form.STANDARD}  # noqa: RUF012
     towers = ("qwen2_vl", "qwen2_vl_vision")
     ran = (("qwen2_vl_text", "qwen2_vl_vision"),)
-    has_video = True
-
-    def tokens(self, config: Any) -> int:
-        """A square image."""
-        vision = config.vision_config
-        return square_tokens(vision.patch_size, vision.spatial_merge_size)
-
-    def grid(self, feature: Any, config: Any) -> Grid | None:
-        """Merged patches, row by row."""
-        return merged_grid(feature, config.vision_config.spatial_merge_size)
 
     def vision_shape(self, config: Any) -> VisionShape | None:
         """A plain MLP; all patches of a frame attend to each other."""
