@@ -22,7 +22,7 @@ class InternVL(Family):
     title = "InternVL3 (Hugging Face form)"
     layers = dict.fromkeys(("qwen2", "qwen3", "llama"), Form.STANDARD)
     towers = ("internvl_vision",)
-    ran = (("qwen3", "internvl_vision"),)
+    ran: ClassVar[tuple[tuple[str, str], ...]] = (("qwen3", "internvl_vision"),)
     has_video = True
     pixels: ClassVar[str] = "pixel_values"
 
@@ -83,6 +83,7 @@ class InternVLChat(InternVL):
     title = "InternVL2.5 / 3 / 3.5"
     layers = {**InternVL.layers, "internlm2": Form.BLACK_BOX}  # noqa: RUF012
     towers = ("intern_vit_6b",)
+    ran = (("qwen3", "intern_vit_6b"), ("internlm2", "intern_vit_6b"))
     pixels = "pixel_values_flat"
 
     def text_config(self, config: Any) -> Any:
