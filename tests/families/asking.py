@@ -98,4 +98,9 @@ def ask(
 def settings(family: TinyCheckpoint) -> dict[str, Any]:
     """Engine arguments."""
     limits = {"image": 2 if family.image else 0, "video": 1 if family.video else 0}
-    return {"dtype": family.dtype, "limit_mm_per_prompt": limits, "skip_mm_profiling": True}
+    return {
+        "dtype": family.dtype,
+        "limit_mm_per_prompt": limits,
+        "skip_mm_profiling": True,
+        "trust_remote_code": family.is_remote_code,
+    }

@@ -23,6 +23,10 @@ def invoke(*arguments: str) -> str:
     return result.stdout
 
 
+def configuration(checkpoint: Callable[[str], Path], name: str) -> Any:
+    return AutoConfig.from_pretrained(checkpoint(name), trust_remote_code=CHECKPOINTS[name].is_remote_code)
+
+
 @pytest.fixture(scope="module")
 def rows() -> dict[str, dict[str, Any]]:
     return {row["architecture"]: row for row in json.loads(invoke("--json"))}
@@ -39,8 +43,11 @@ def test_every_family_is_listed(rows: dict[str, dict[str, Any]]) -> None:
 def test_the_pairs_that_were_run_are_those_of_the_tests_checkpoints(checkpoint: Callable[[str], Path]) -> None:
     found: dict[str, set[tuple[str, str]]] = {}
     for name in CHECKPOINTS:
-        config = AutoConfig.from_pretrained(checkpoint(name))
-        pair = config.get_text_config().model_type, config.vision_config.model_type
+        config = configuration(checkpoint, name)
+        pair = (
+            (getattr(config, "llm_config", None) or config.get_text_config()).model_type,
+            config.vision_config.model_type,
+        )
         found.setdefault(config.architectures[0], set()).add(pair)
     for stock, family in FAMILIES.items():
         if stock != LLAVA:
@@ -58,7 +65,7 @@ def test_what_is_left_out_of_a_method_is_what_cannot_be_reduced(
 ) -> None:
     assert rows[LLAVA]["left_out"] == {"mustdrop": {"options": "merge_threshold, key_rate", "towers": ["siglip"]}}
     for name in CHECKPOINTS:
-        config = AutoConfig.from_pretrained(checkpoint(name))
+        config = configuration(checkpoint, name)
         family = FAMILIES.get(config.architectures[0])
         if family is not None and not family.reducible_towers:
             assert family.no_reduction(config)

@@ -66,6 +66,7 @@ def ask_vllm(directory: Path, family: TinyCheckpoint, asked: list[Question]) -> 
         "dtype": family.dtype,
         "limit_mm_per_prompt": limits,
         "skip_mm_profiling": True,
+        "trust_remote_code": family.is_remote_code,
     }
     with engine(directory, None, **settings) as running:
         outputs = running.llm.generate(prompts, params, use_tqdm=False)
@@ -83,9 +84,11 @@ def ask_transformers(
     directory: Path, family: TinyCheckpoint, asked: list[Question], dtype: torch.dtype
 ) -> list[Answer]:
     """From the prompt as text, by Hugging Face's own processor and model."""
-    processor = AutoProcessor.from_pretrained(directory)
+    processor = AutoProcessor.from_pretrained(family.reference(directory))
+    if family.is_remote_code:
+        processor.image_processor = family.image_processor(directory)
     model, loaded = AutoModelForImageTextToText.from_pretrained(
-        directory, dtype=dtype, attn_implementation="eager", output_loading_info=True
+        family.reference(directory), dtype=dtype, attn_implementation="eager", output_loading_info=True
     )
     assert not any(loaded.values()), loaded
     model.generation_config.eos_token_id = None  # it is a token as any other, as with vLLM's ``ignore_eos``
@@ -114,9 +117,8 @@ def _hugging_face_media(media: dict[str, list[Any]]) -> dict[str, Any]:
 
 
 def with_image_tokens(family: TinyCheckpoint, prompt: list[int]) -> list[int]:
-    """InternVL's frames are tokens of the video in vLLM, tokens of an image in Hugging Face; neither is embedded."""
-    same = dict(zip(family.video, family.image, strict=False))
-    return [same.get(token, token) for token in prompt]
+    """The expanded prompt as Hugging Face has it, InternVL's frames with the tokens of an image."""
+    return [family.as_hugging_face.get(token, token) for token in prompt]
 
 
 def _rms(difference: torch.Tensor) -> float:

@@ -38,7 +38,7 @@ HIDROP = {"inject_layer": 3, "filter_layers": [4, 5], "keeps": [0.5, 0.25], "exi
 VISIPRUNER = {"shallow_layers": 1, "cosine": 0.97, "norm": 0.6, "exit_cosine": 0.9, "shape": [8, 64]}
 WITH_NORMED_HEADS = {"visipruner": {"cosine": 0.995, "norm": 0.3}, "mustdrop": {"individual_threshold": 0.06}}
 """Where queries and keys are normed, attention is flatter."""
-NORMED_HEADS = ("qwen3_vl", "qwen3_vl_moe", "internvl")
+NORMED_HEADS = ("qwen3_vl", "qwen3_vl_moe", "internvl", "internvl_chat")
 MUSTDROP = {
     "global_threshold": 0.0207,
     "individual_threshold": 0.05,
@@ -101,18 +101,22 @@ class Tiny:
 
     @cached_property
     def reference(self) -> Reference:
-        return Reference(self.directory)
+        return Reference(self.family.reference(self.directory))
 
     def spans(self, index: int) -> list[tuple[int, int]]:
         num_frames = 0 if self.family.video_shape is None else self.family.video_shape.num_frames
         return self.questions[index].spans(self.expanded[index], num_frames // (2 if self.name in IN_PAIRS else 1))
 
     def _prepared(self, question: Question, token_ids: list[int]) -> Prepared:
-        if self.name == "internvl" and question.videos():  # frames are images to Hugging Face's model
-            processor = AutoVideoProcessor.from_pretrained(self.directory)
+        token_ids = with_image_tokens(self.family, token_ids)
+        if self.name.startswith("internvl") and question.videos():  # frames are images to Hugging Face's model
+            processor = AutoVideoProcessor.from_pretrained(self.family.reference(self.directory))
             videos = processor(videos=question.videos(), do_sample_frames=False, return_tensors="pt")
             frames = {"pixel_values": videos["pixel_values_videos"].flatten(0, 1)}
-            return self.reference.prepared(with_image_tokens(self.family, token_ids), frames)
+            return self.reference.prepared(token_ids, frames)
+        if self.family.is_remote_code and question.images():
+            pictures = self.family.image_processor(self.directory)(question.images(), return_tensors="pt")
+            return self.reference.prepared(token_ids, pictures)
         return self.reference.prompt(token_ids, question.images(), question.videos())
 
     def expected(self, index: int, method: str | None) -> Result:

@@ -31,7 +31,11 @@ from vllm_hidrop.plan.planner import spans_of
 # transformers' processor of GLM-4V turns a list of tensors into an array
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
-FAMILIES = [name for name in CHECKPOINTS if not name.endswith("_moe") and name != "qwen3_5"]
+FAMILIES = [
+    name
+    for name, family in CHECKPOINTS.items()
+    if not (family.is_remote_code or name.endswith("_moe") or name == "qwen3_5")
+]
 WITH_IMAGES = [name for name in FAMILIES if CHECKPOINTS[name].image_sizes]
 WITH_VIDEO = [name for name in FAMILIES if CHECKPOINTS[name].video]
 ATTENTION_OUTPUTS = ("attn.proj", "attn.out_proj", "attention.o_proj", "attention.projection_layer", "attn.o_proj")

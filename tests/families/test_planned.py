@@ -16,7 +16,11 @@ from vllm_hidrop.cli.media import Item, parse_images
 from vllm_hidrop.cli.options import Prompt
 from vllm_hidrop.plan.planner import spans_of
 
-FAMILIES = [name for name, family in CHECKPOINTS.items() if family.image and not name.startswith("qwen3_5")]
+FAMILIES = [
+    name
+    for name, family in CHECKPOINTS.items()
+    if family.image and not (family.is_remote_code or name.startswith("qwen3_5"))
+]
 Checkpoint = Callable[[str], Path]
 
 

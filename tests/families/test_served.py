@@ -17,7 +17,17 @@ from tests.server.media.clips import clip
 
 pytestmark = pytest.mark.server
 
-ALIKE = ("llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl_moe", "glm4v_moe", "idefics3", "qwen3_5_moe")
+ALIKE = (
+    "llava_next",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl_moe",
+    "glm4v_moe",
+    "idefics3",
+    "qwen3_5_moe",
+    "internvl_chat",
+    "internvl_chat_internlm2",
+)
 """Served only in slow tests: another of the same code is served in every run."""
 FLAGS = (
     *("--method", "fastv", "--max-model-len", "1024", "--block-size", "32", "--enforce-eager"),
@@ -58,7 +68,8 @@ def test_a_family_answers_pruned_and_dense(name: str, checkpoint: Callable[[str]
     prompts = [[image(i, size)] for i, size in enumerate(family.image_sizes)] if family.image else []
     prompts += [[*prompts[0], *prompts[1]]] if len(prompts) > 1 else []
     prompts += [[video()]] if family.video else []
-    with serving([str(checkpoint(name)), "--dtype", family.dtype, *FLAGS]) as server:
+    remote_code = ["--trust-remote-code"] if family.is_remote_code else []
+    with serving([str(checkpoint(name)), "--dtype", family.dtype, *remote_code, *FLAGS]) as server:
         for parts in prompts:
             report, off = asked(server, parts), asked(server, parts, hidrop="off")
             assert (report["mode"], off["mode"]) == ("pruned", "off")

@@ -83,7 +83,7 @@ class InternVLChat(InternVL):
     title = "InternVL2.5 / 3 / 3.5"
     layers = {**InternVL.layers, "internlm2": Form.BLACK_BOX}  # noqa: RUF012
     towers = ("intern_vit_6b",)
-    ran = ()
+    ran = (("qwen3", "intern_vit_6b"), ("internlm2", "intern_vit_6b"))
     pixels = "pixel_values_flat"
 
     def text_config(self, config: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from tests.families.checkpoints import glm, internvl, llava, mistral, qwen, smolvlm
+from tests.families.checkpoints import glm, internvl, internvl_chat, llava, mistral, qwen, smolvlm
 from tests.families.checkpoints.form import TinyCheckpoint
 from vllm_hidrop.verify.tiny_qwen import qwen3_vl
 
@@ -15,6 +15,8 @@ CHECKPOINTS: Mapping[str, TinyCheckpoint] = {
     "llava_next_video": llava.LLAVA_NEXT_VIDEO,
     "llava_onevision": llava.LLAVA_ONEVISION,
     "internvl": internvl.INTERNVL,
+    "internvl_chat": internvl_chat.facts(internvl_chat.qwen3, has_video=True),
+    "internvl_chat_internlm2": internvl_chat.facts(internvl_chat.internlm2, has_video=False),
     "mistral3": mistral.MISTRAL3,
     "glm4v": glm.facts(glm.glm4v),
     "glm4v_moe": glm.facts(glm.glm4v_moe),

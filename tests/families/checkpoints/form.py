@@ -1,13 +1,14 @@
 """What the tiny checkpoints share: the facts a test asks for, and the parts of ``verify/tiny_parts.py``."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor
 
 from vllm_hidrop.verify.tiny_parts import (
     FIRST_SPECIAL,
@@ -43,6 +44,9 @@ __all__ = [
     "text_shape",
     "word_tokenizer",
 ]
+
+HUGGING_FACE = "hugging_face"
+"""The folder in a checkpoint that has the same weights in Hugging Face's form, where the two differ."""
 
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -80,7 +84,9 @@ class TinyCheckpoint:
     ``make`` writes it into an empty folder. ``image`` and ``video`` are the token ids that stand for one of them in a
     prompt given to vLLM with ``multi_modal_data``; empty where the family takes none. ``image_sizes`` differ in their
     numbers of vision tokens. ``tolerance`` bounds the difference of logits between stock vLLM and Hugging Face; in
-    bfloat16 their distance from float32, root mean square in standard deviations of the logits.
+    bfloat16 their distance from float32, root mean square in standard deviations of the logits. ``is_remote_code``: the
+    configuration's class is in the checkpoint. ``as_hugging_face``: the ids that stand for vision tokens in vLLM's
+    expanded prompts, and those that stand for them in Hugging Face's, where they differ; none is embedded.
     """
 
     make: Callable[[Path], None]
@@ -91,6 +97,18 @@ class TinyCheckpoint:
     dtype: str = "float32"
     tolerance: float = 2e-4
     num_layers: int = NUM_LAYERS
+    is_remote_code: bool = False
+    as_hugging_face: Mapping[int, int] = field(default_factory=dict)
+
+    def reference(self, directory: Path) -> Path:
+        """The folder that Hugging Face loads, of a checkpoint in ``directory``."""
+        return directory / HUGGING_FACE if self.is_remote_code else directory
+
+    def image_processor(self, directory: Path) -> Any:
+        """Hugging Face's; by PIL where the configuration is remote code, as vLLM resizes there."""
+        return AutoImageProcessor.from_pretrained(
+            self.reference(directory), backend="pil" if self.is_remote_code else None
+        )
 
     def prompt(self, layout: str, seed: int = 0) -> list[int]:
         """Token ids; in ``layout`` an ``i`` is an image, a ``v`` a video, a digit that many random text tokens."""
