@@ -118,6 +118,10 @@ def glm4v_moe() -> Any:
     return transformers.Glm4vMoeConfig(text_config=GLM_MOE | MROPE, vision_config=GLM)
 
 
+def glm_ocr() -> Any:
+    return transformers.GlmOcrConfig(text_config=TEXT | MROPE, vision_config=GLM)
+
+
 def llava() -> Case:
     config = transformers.LlavaConfig(
         vision_config=clip(), text_config=transformers.LlamaConfig(**TEXT), vision_feature_layer=-1
@@ -205,6 +209,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "glm4v": lambda: qwen("Glm4vForConditionalGeneration", glm4v()),
     "glm4v video": lambda: qwen("Glm4vForConditionalGeneration", glm4v(), video=True),
     "glm4v_moe": lambda: qwen("Glm4vMoeForConditionalGeneration", glm4v_moe()),
+    "glm_ocr": lambda: qwen("GlmOcrForConditionalGeneration", glm_ocr()),
     "internvl": internvl,
     "mistral3": mistral3,
     "idefics3": lambda: idefics(transformers.Idefics3Config, "Idefics3ForConditionalGeneration"),

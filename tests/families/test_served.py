@@ -27,6 +27,7 @@ ALIKE = (
     "qwen3_5_moe",
     "internvl_chat",
     "internvl_chat_internlm2",
+    "glm_ocr",
 )
 """Served only in slow tests: another of the same code is served in every run."""
 FLAGS = (

@@ -2,6 +2,7 @@
 
 from vllm_hidrop.models.family import Family
 from vllm_hidrop.models.glm4v import Glm4v, Glm4vMoe
+from vllm_hidrop.models.glm_ocr import GlmOcr
 from vllm_hidrop.models.idefics3 import Idefics3, SmolVLM
 from vllm_hidrop.models.internvl import InternVL, InternVLChat
 from vllm_hidrop.models.llava import Llava
@@ -30,6 +31,7 @@ FAMILIES: dict[str, Family] = {
         Mistral3(),
         Glm4v(),
         Glm4vMoe(),
+        GlmOcr(),
         Idefics3(),
         SmolVLM(),
     )

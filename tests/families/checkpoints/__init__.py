@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from tests.families.checkpoints import glm, internvl, internvl_chat, llava, mistral, qwen, smolvlm
+from tests.families.checkpoints import glm, glm_ocr, internvl, internvl_chat, llava, mistral, qwen, smolvlm
 from tests.families.checkpoints.form import TinyCheckpoint
 from vllm_hidrop.verify.tiny_qwen import qwen3_vl
 
@@ -20,6 +20,7 @@ CHECKPOINTS: Mapping[str, TinyCheckpoint] = {
     "mistral3": mistral.MISTRAL3,
     "glm4v": glm.facts(glm.glm4v),
     "glm4v_moe": glm.facts(glm.glm4v_moe),
+    "glm_ocr": glm.facts(glm_ocr.glm_ocr),
     "idefics3": smolvlm.facts(smolvlm.idefics3),
     "smolvlm": smolvlm.facts(smolvlm.smolvlm),
     "qwen3_5": qwen.facts(qwen.qwen3_5, dtype="bfloat16", tolerance=0.15, num_layers=12),

@@ -28,7 +28,7 @@ VIDEO = "<|begin_of_video|> <|video|> <|end_of_video|>"
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}
 
 
-def _token_ids() -> dict[str, int]:
+def token_ids() -> dict[str, int]:
     ids = form.special_ids(SPECIAL)
     return {
         "image_token_id": ids["<|image|>"],
@@ -40,7 +40,7 @@ def _token_ids() -> dict[str, int]:
     }
 
 
-def _vision() -> dict[str, Any]:
+def vision() -> dict[str, Any]:
     return {
         "depth": 2,
         "hidden_size": 64,
@@ -53,7 +53,7 @@ def _vision() -> dict[str, Any]:
     }
 
 
-def _processor() -> Any:
+def processor() -> Any:
     tokenizer = form.word_tokenizer(SPECIAL, image_token="<|image|>", video_token="<|video|>")
     images = Glm4vImageProcessor(patch_size=8, size={"shortest_edge": 256, "longest_edge": 2 * 128 * 128})
     videos = Glm4vVideoProcessor(patch_size=8, size={"shortest_edge": 256, "longest_edge": 8 * 80 * 80})
@@ -63,8 +63,8 @@ def _processor() -> Any:
 def glm4v(directory: Path) -> None:
     """Sandwich norms: each layer norms the outputs of attention and MLP too."""
     text = form.text_shape(rope_parameters=ROPE, attention_bias=True)  # Hugging Face always has it, vLLM reads this
-    config = Glm4vConfig(text_config=text, vision_config=_vision(), **_token_ids())
-    form.save(directory, Glm4vForConditionalGeneration, config, _processor())
+    config = Glm4vConfig(text_config=text, vision_config=vision(), **token_ids())
+    form.save(directory, Glm4vForConditionalGeneration, config, processor())
 
 
 def glm4v_moe(directory: Path) -> None:
@@ -81,8 +81,8 @@ def glm4v_moe(directory: Path) -> None:
         topk_group=1,
         use_qk_norm=False,  # no field of Hugging Face's configuration, but vLLM reads it
     )
-    config = Glm4vMoeConfig(text_config=text, vision_config=_vision(), **_token_ids())
-    form.save(directory, Glm4vMoeForConditionalGeneration, config, _processor())
+    config = Glm4vMoeConfig(text_config=text, vision_config=vision(), **token_ids())
+    form.save(directory, Glm4vMoeForConditionalGeneration, config, processor())
 
 
 def facts(make: Any) -> form.TinyCheckpoint:
