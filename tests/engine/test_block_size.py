@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from vllm.platforms import current_platform
 
 from tests.engine.harness import Ask, engine, prompt
-from vllm_hidrop.engine.kv_cache import block_size_of
+from vllm_hidrop.engine.kv_cache import StageSpec, block_size_of
 from vllm_hidrop.verify.tiny_models import make_llava
 
 pytestmark = pytest.mark.engine
@@ -40,7 +41,9 @@ def test_a_size_that_a_backend_chooses_late_is_everybodys(tmp_path: Path, monkey
 
 
 def test_groups_of_several_sizes_are_refused() -> None:
-    groups = [SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=size)) for size in (32, 64, 32)]
+    shape: dict[str, Any] = {"num_kv_heads": 1, "head_size": 32, "dtype": torch.float32, "stage": 0}
+    specs = [StageSpec(block_size=size, **shape) for size in (32, 64, 32)]
+    groups = [SimpleNamespace(kv_cache_spec=spec) for spec in specs]
     with pytest.raises(ValueError, match=r"\[32, 64\]: set --block-size"):
         block_size_of(SimpleNamespace(kv_cache_groups=groups))
     assert block_size_of(SimpleNamespace(kv_cache_groups=groups[:1])) == 32

@@ -187,7 +187,7 @@ def test_a_family_that_cannot_run_staged_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     line = refusal(str(tmp_path), "--method", "fastv")
     assert "LlamaForCausalLM" in line
-    assert "supported: LlavaForConditionalGeneration" in line
+    assert "supported: LLaVA-1.5, LLaVA-NeXT" in line
 
 
 def test_help_shows_our_options_and_the_way_to_vllms() -> None:
