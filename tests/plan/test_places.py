@@ -7,8 +7,10 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
 from vllm_hidrop.plan.places import Span, StagePlaces
+from vllm_hidrop.plan.planner import spans_of
 
 
 @dataclass(frozen=True)
@@ -100,3 +102,14 @@ def test_vision_and_the_text_behind_it_are_those_of_the_filtered_list(prompt: Pr
     text = [place for place, token in enumerate(stage) if token.image is None and token.place > first]
     assert prompt.places.vision_places().tolist() == vision
     assert prompt.places.text_behind_first_image(len(prompt.tokens)).tolist() == text
+
+
+@pytest.mark.parametrize(("length", "lengths"), [(12, [4, 4, 4]), (13, [4, 4, 5]), (4, [4]), (3, [3])])
+def test_a_video_has_a_span_per_frame_however_short(length: int, lengths: list[int]) -> None:
+    """What is left over goes to the last frame; less than a frame is one."""
+    position = PlaceholderRange(offset=7, length=length)
+    feature = MultiModalFeatureSpec(None, "video", identifier="", mm_position=position)
+    spans = spans_of(feature, 2, frame_tokens=4)
+    assert [span.length for span in spans] == lengths
+    assert [span.offset for span in spans] == [7 + sum(lengths[:i]) for i in range(len(lengths))]
+    assert {span.item for span in spans} == {2}

@@ -14,7 +14,10 @@ from vllm_hidrop.plan.schedule import Keep, KeepValue, Schedule
 
 settings.load_profile("ci")  # no deadline on a shared machine, the same examples every time
 
-keep_values = st.one_of(st.just("all"), st.integers(0, 10_000), st.floats(0, 1, allow_nan=False, allow_subnormal=False))
+shares = st.integers(1, 1_000).flatmap(lambda per: st.integers(1, per).map(lambda count: f"{count}/{per}"))
+keep_values = st.one_of(
+    st.just("all"), st.integers(0, 10_000), st.floats(0, 1, allow_nan=False, allow_subnormal=False), shares
+)
 
 
 @st.composite
@@ -69,7 +72,26 @@ def test_a_decimal_fraction_is_exact(value: float, num_tokens: int, kept: int) -
     assert Keep.parse(value).resolve(num_tokens) == kept
 
 
-@pytest.mark.parametrize("value", ["half", "", True, -1, -0.1, 1.5, float("nan"), float("inf"), None, [1], (0.5,)])
+@pytest.mark.parametrize(
+    ("value", "num_tokens", "kept"),
+    [("10/576", 576, 10), ("10/576", 1000, 17), ("1/576", 100, 1), ("1/576", 0, 0), ("215/576", 1, 1), ("8/8", 9, 9)],
+)
+def test_a_share_is_rounded_and_never_nothing(value: str, num_tokens: int, kept: int) -> None:
+    assert Keep.parse(value).resolve(num_tokens) == kept
+
+
+def test_shares_and_fractions_fall_together() -> None:
+    Schedule.of({0: "all", 2: "10/20", 4: 0.25, 6: "1/8"}, 8)
+    with pytest.raises(ValueError, match="must not rise"):
+        Schedule.of({0: "all", 2: "1/8", 4: 0.25}, 8)
+
+
+NO_SHARES = ("0/5", "6/5", "1/0", "1/", "/5", "-1/5", "1 / 5", "1/5/5")
+
+
+@pytest.mark.parametrize(
+    "value", [*NO_SHARES, "half", "", True, -1, -0.1, 1.5, float("nan"), float("inf"), None, [1], (0.5,)]
+)
 def test_what_is_no_keep_is_refused(value: KeepValue) -> None:
     with pytest.raises(ValueError, match="keep"):
         Keep.parse(value)

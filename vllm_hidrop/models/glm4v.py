@@ -17,20 +17,25 @@ class Glm4v(MergedPatches):
     ran = (("glm4v_text", "glm4v_vision"),)
 
     def vision_shape(self, config: Any) -> VisionShape | None:
-        """A gated MLP of the size of the output; a convolution joins patches, a matrix and a gated MLP follow."""
+        """A tower's MLP has the size of the output, the merger's that of the configuration."""
         vision = config.vision_config
-        size, out_size = vision.hidden_size, vision.out_hidden_size
-        joined = size * vision.spatial_merge_size**2
-        return VisionShape(
-            num_layers=vision.depth,
-            hidden_size=size,
-            mlp_weights=3 * size * out_size,
-            patch_size=vision.patch_size,
-            projector_weights=joined * out_size + out_size**2 + 3 * out_size * vision.intermediate_size,
-            num_channels=vision.in_channels,
-            patch_frames=vision.temporal_patch_size,
-            merge=vision.spatial_merge_size,
-        )
+        return glm_tower(vision, mlp_size=vision.out_hidden_size, merger_size=vision.intermediate_size)
+
+
+def glm_tower(vision: Any, mlp_size: int, merger_size: int) -> VisionShape:
+    """A tower with gated MLPs; a convolution joins patches, a matrix and a gated MLP of ``merger_size`` follow."""
+    size, out_size = vision.hidden_size, vision.out_hidden_size
+    joined = size * vision.spatial_merge_size**2
+    return VisionShape(
+        num_layers=vision.depth,
+        hidden_size=size,
+        mlp_weights=3 * size * mlp_size,
+        patch_size=vision.patch_size,
+        projector_weights=joined * out_size + out_size**2 + 3 * out_size * merger_size,
+        num_channels=vision.in_channels,
+        patch_frames=vision.temporal_patch_size,
+        merge=vision.spatial_merge_size,
+    )
 
 
 class Glm4vMoe(Glm4v):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vllm_hidrop.models.glm4v import Glm4v
+from vllm_hidrop.models.glm4v import Glm4v, glm_tower
 from vllm_hidrop.plan.form import Form
 from vllm_hidrop.plan.vision import VisionShape
 
@@ -17,17 +17,6 @@ class GlmOcr(Glm4v):
     ran = (("glm_ocr_text", "glm_ocr_vision"),)
 
     def vision_shape(self, config: Any) -> VisionShape | None:
-        """A gated MLP; a convolution joins patches, a matrix and a gated MLP follow."""
+        """A tower's MLP has the configuration's size, the merger's as many times the output's as there are channels."""
         vision = config.vision_config
-        size, out_size = vision.hidden_size, vision.out_hidden_size
-        joined = size * vision.spatial_merge_size**2
-        return VisionShape(
-            num_layers=vision.depth,
-            hidden_size=size,
-            mlp_weights=3 * size * vision.intermediate_size,
-            patch_size=vision.patch_size,
-            projector_weights=joined * out_size + out_size**2 + 3 * out_size**2 * vision.in_channels,
-            num_channels=vision.in_channels,
-            patch_frames=vision.temporal_patch_size,
-            merge=vision.spatial_merge_size,
-        )
+        return glm_tower(vision, vision.intermediate_size, merger_size=vision.out_hidden_size * vision.in_channels)

@@ -11,28 +11,33 @@ SHRINKS_ABOVE = 1.1
 """Of the factor by which tiles beyond a budget are shrunk, where there is one."""
 
 
-class LlavaNext(ReducedByClassToken):
-    """The image whole and in tiles; rows of tiles end with a newline embedding, which stays with the image."""
+class WholeAndTiles(Family):
+    """The image whole and in tiles, in a CLIP or SigLIP tower; rows of tiles end with a newline embedding."""
 
-    stock = "LlavaNextForConditionalGeneration"
-    title = "LLaVA-NeXT"
     layers = LAYERS
     towers = TOWERS
-    ran = (("llama", "clip_vision_model"),)
     has_tower_kernel = True
-    path = "vllm_hidrop.models.llava_model:HidropLlavaNextForConditionalGeneration"
 
     def tokens(self, config: Any) -> int:
         """A square image: whole, and two by two tiles with their newlines."""
         return 5 * patches(config) + 2 * int(patches(config) ** 0.5)
 
-    def grid(self, feature: Any, config: Any) -> Grid | None:
-        """The whole image, then the rows of its tiles without the padding, a newline behind each."""
-        return whole_and_tiles(feature, config, None)
-
     def vision_shape(self, config: Any) -> VisionShape | None:
         """Of a tile, which has a newline per row at most."""
         return tower_shape(config, patches(config) + int(patches(config) ** 0.5))
+
+
+class LlavaNext(ReducedByClassToken, WholeAndTiles):
+    """The image whole and in tiles; rows of tiles end with a newline embedding, which stays with the image."""
+
+    stock = "LlavaNextForConditionalGeneration"
+    title = "LLaVA-NeXT"
+    ran = (("llama", "clip_vision_model"),)
+    path = "vllm_hidrop.models.llava_model:HidropLlavaNextForConditionalGeneration"
+
+    def grid(self, feature: Any, config: Any) -> Grid | None:
+        """The whole image, then the rows of its tiles without the padding, a newline behind each."""
+        return whole_and_tiles(feature, config, None)
 
 
 class LlavaNextVideo(Family):

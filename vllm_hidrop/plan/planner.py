@@ -13,7 +13,7 @@ from vllm_hidrop.plan.signal import Signal, Under
 
 REQUEST_KEYS = {
     "hidrop": 'on (default) or off: "off" keeps every vision token in every layer, equal to stock vLLM',
-    "hidrop_keep": 'one keep per stage of the server: "all", a count, or a fraction',
+    "hidrop_keep": 'one keep per stage of the server: "all", a count, a fraction, or a share such as "10/576"',
     "hidrop_method": "another method whose cuts fall on the server's stages, at its default preset",
     "hidrop_explain": "true: the report lists the tokens that every stage kept, by image and frame, and their grids",
 }
@@ -298,7 +298,7 @@ def spans_of(feature: Any, item: int, frame_tokens: int | None) -> list[Span]:
 def _frames(start: int, end: int, data: Any, frame_tokens: int | None) -> list[tuple[int, int]]:
     """A video's run of embeddings cut into frames; what is left over, a newline, goes to the last one."""
     if frame_tokens is not None:
-        num_frames = (end - start) // frame_tokens
+        num_frames = max(1, (end - start) // frame_tokens)
     else:
         grid = data["video_grid_thw"].data if data and "video_grid_thw" in data else (1,)
         num_frames = int(grid[0])

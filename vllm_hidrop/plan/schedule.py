@@ -33,7 +33,7 @@ class Keep:
         if self.count is not None and self.count < 0:
             raise ValueError(f"keep count must be >= 0, got {self.count}")
         if self.per is not None and (self.count is None or not 1 <= self.count <= self.per):
-            raise ValueError(f"a share must be of 1 to all tokens, got {self.count}/{self.per}")
+            raise ValueError(f"keep {self.count}/{self.per}: a share is of one token to all of them")
         if self.fraction is not None and not 0 <= self.fraction <= 1:
             raise ValueError(f"keep fraction must be in [0, 1], got {float(self.fraction)}")
 

@@ -100,7 +100,7 @@ FORMS: dict[Form, type[StandardLayers | BlackBoxLayers]] = {
 
 
 def attention_of(layer: nn.Module) -> nn.Module:
-    """VLLM's attention module in a decoder layer."""
+    """The attention module, of vLLM's class, in a decoder layer."""
     from vllm.model_executor.layers.attention import Attention
 
     return next(module for module in layer.modules() if isinstance(module, Attention))
